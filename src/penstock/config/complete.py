@@ -1,0 +1,92 @@
+"""What the user left open, filled in from the model's files and the machine: data types, lengths, blocks, threads.
+
+The last step of loading a configuration; nothing is decided again after it. Does not read weights, never imports torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from penstock.config.hardware import Machine
+from penstock.config.load import model_directory
+from penstock.config.memory import MemoryPlan, max_positions, plan_memory
+from penstock.config.model import KVLayout, ModelConfig, ModelConfigError, kv_layout, load_model_config
+from penstock.config.schema import Config
+from penstock.config.values import ConfigError
+
+CPU_BLOCK_TOKENS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Resolved:
+    """A configuration without open ends, and what it was completed from.
+
+    In `config` these are never None or "auto" any more: dtype, kv_cache_dtype, block_size, max_model_len,
+    kv_cache_memory_bytes (what the planned blocks take), tokenizer (a directory), num_threads, device.
+    """
+
+    config: Config
+    directory: Path
+    model: ModelConfig
+    layout: KVLayout
+    memory: MemoryPlan
+
+
+def complete(config: Config, machine: Machine) -> Resolved:
+    """Fill in the open settings. Raises ConfigError (MemoryPlanError when it does not fit)."""
+    directory = model_directory(config.model.model)
+    try:
+        model = load_model_config(directory)
+    except ModelConfigError as error:
+        raise ConfigError(str(error), "--model") from None
+    origins = dict(config.origins)
+    if config.runtime.device == "cuda":
+        raise ConfigError("cuda is not supported yet: this version computes on the CPU", "--device")
+
+    dtype, note = _dtype(config, model, machine)
+    kv_dtype = dtype if config.cache.kv_cache_dtype == "auto" else config.cache.kv_cache_dtype
+    block_size = config.cache.block_size or CPU_BLOCK_TOKENS
+    layout = kv_layout(model, block_size, kv_dtype)
+    memory = plan_memory(
+        model,
+        layout,
+        machine.memory_free_bytes,
+        weight_dtype=dtype,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        max_model_len=config.model.max_model_len,
+        kv_bytes=config.cache.kv_cache_memory_bytes,
+        share=config.cache.gpu_memory_utilization,
+    )
+
+    def fill(part: Any, name: str, value: Any, origin: str, why: str) -> Any:
+        """`part` with one field set, if the user left it open."""
+        if getattr(part, name) not in (None, "auto"):
+            return part
+        origins[name] = (origin, why)
+        return replace(part, **{name: value})
+
+    length_origin = ("model", "its positions") if memory.max_model_len == max_positions(model) else ("auto", "memory")
+    part = fill(config.model, "dtype", dtype, *note)
+    part = fill(part, "max_model_len", memory.max_model_len, *length_origin)
+    part = fill(part, "tokenizer", str(directory), "auto", "the model's")
+    cache = fill(config.cache, "kv_cache_dtype", kv_dtype, "auto", "as the weights")
+    cache = fill(cache, "block_size", block_size, "auto", "for the CPU")
+    cache = fill(cache, "kv_cache_memory_bytes", memory.kv_bytes, "auto", f"of {machine.memory_note}")
+    runtime = fill(config.runtime, "device", "cpu", "auto", "this version computes on the CPU")
+    runtime = fill(runtime, "num_threads", machine.num_cores, "auto", machine.cores_note)
+    done = replace(config, model=part, cache=cache, runtime=runtime, origins=origins)
+    return Resolved(done, directory, model, layout, memory)
+
+
+def _dtype(config: Config, model: ModelConfig, machine: Machine) -> tuple[str, tuple[str, str]]:
+    """(data type of the weights, its origin): the checkpoint's, unless this CPU would emulate it."""
+    if config.model.dtype != "auto":
+        return config.model.dtype, config.origins.get("dtype", ("flag", ""))
+    if model.dtype == "float16":
+        return "float32", ("auto", "the checkpoint's float16 is slow on CPUs")
+    if model.dtype == "bfloat16" and not machine.has_fast_bf16:
+        return "float32", ("auto", "this CPU has no bfloat16 instructions")
+    return model.dtype, ("model", "as the checkpoint")

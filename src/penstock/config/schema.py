@@ -1,0 +1,377 @@
+"""Every setting of penstock, once: flags, YAML keys and environment twins are all generated from these dataclasses.
+
+A field's flag is its name with dashes, its environment twin `PENSTOCK_` + name in capitals, its YAML key the name.
+Parts are resolved once, frozen, and handed down: a room receives only its own part. Knows names, ranges and help
+texts. Does not know how a value is read from a flag or a file (config.load), nor what the machine is (config.hardware).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+
+def setting(default: Any, text: str, **extra: Any) -> Any:
+    """A field with its help text, and what the generators need to know about it.
+
+    extra:
+        headline   True: shown by a plain `--help`
+        choices    tuple of allowed strings
+        synonyms   {other spelling: choice}
+        low, high  allowed range of a number, both ends included; `above` excludes its end
+        unit       "bytes" (accepts 512M, 4GiB), "tokens" (accepts 32k), "s", or any word for the table
+        auto       True: "auto" (and -1) means None, to be filled in from the model and the machine
+        aliases    other flags with the same meaning, SGLang's mostly: ("--context-length",)
+        off        flags that switch a bool off, besides `--no-...`
+        switch     (value of the bare flag, value of `--no-...`) for a setting with choices
+        metavar    name of the value in the help text
+        secret     True: never printed
+        env        other environment variables that are honoured: {"VLLM_CPU_KVCACHE_SPACE": "GiB"}; the value is a
+                   suffix that is put behind what the variable holds
+    """
+    return field(default=default, metadata={"help": text, **extra})
+
+
+DTYPE_SYNONYMS = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class ModelOptions:
+    """Which model, and in which form."""
+
+    model: str = setting(
+        "penstock-tiny", "model directory, or the name of a built-in model", headline=True, aliases=("--model-path",)
+    )
+    tokenizer: str | None = setting(
+        None, "tokenizer directory; default: the model's", metavar="DIR", headline=True, aliases=("--tokenizer-path",)
+    )
+    served_model_name: tuple[str, ...] = setting(
+        (), "names that requests may use; default: the model as given", metavar="NAME", headline=True
+    )
+    dtype: str = setting(
+        "auto",
+        "of weights and activations; auto: the checkpoint's, if this machine is fast with it",
+        choices=DTYPES,
+        synonyms=DTYPE_SYNONYMS,
+        headline=True,
+    )
+    max_model_len: int | None = setting(
+        None,
+        "longest prompt plus output in tokens; auto: what model and memory allow",
+        auto=True,
+        low=1,
+        unit="tokens",
+        headline=True,
+        aliases=("--context-length",),
+    )
+    chat_template: str | None = setting(
+        None, "file or text of a chat template; default: the model's", metavar="FILE", headline=True
+    )
+    load_format: str = setting("auto", "how weights are read; dummy: random", choices=("auto", "stream", "dummy"))
+    seed: int = setting(
+        0,
+        "of random weights (dummy) and of requests that give none when set by --seed",
+        low=0,
+        high=2**64 - 1,
+        headline=True,
+        aliases=("--random-seed",),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class CacheOptions:
+    """KV cache."""
+
+    block_size: int | None = setting(
+        None,
+        "tokens in a KV block; default 32 on CPU, 64 on GPU",
+        auto=True,
+        low=1,
+        high=1024,
+        unit="tokens",
+        aliases=("--page-size",),
+    )
+    kv_cache_dtype: str = setting(
+        "auto", "of the KV cache; auto: as the weights", choices=DTYPES, synonyms=DTYPE_SYNONYMS
+    )
+    kv_cache_memory_bytes: int | None = setting(
+        None,
+        "memory for KV; accepts 512M, 4G; auto: from free memory",
+        auto=True,
+        low=1,
+        unit="bytes",
+        headline=True,
+        env={"VLLM_CPU_KVCACHE_SPACE": "GiB"},
+    )
+    gpu_memory_utilization: float = setting(
+        0.9,
+        "share of the device's memory that penstock may use (CPU: of free memory)",
+        above=0.0,
+        high=1.0,
+        headline=True,
+        aliases=("--mem-fraction-static",),
+    )
+    enable_prefix_caching: bool = setting(
+        True, "reuse KV of equal prompt beginnings", headline=True, off=("--disable-radix-cache",)
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOptions:
+    """What runs together."""
+
+    max_num_seqs: int = setting(
+        256, "requests that run at once", low=1, high=65536, headline=True, aliases=("--max-running-requests",)
+    )
+    max_num_batched_tokens: int = setting(
+        2048,
+        "tokens computed in one step",
+        low=1,
+        high=1 << 20,
+        unit="tokens",
+        headline=True,
+        aliases=("--chunked-prefill-size",),
+    )
+    scheduling_policy: str = setting(
+        "fcfs", "who goes first", choices=("fcfs", "priority"), headline=True, aliases=("--schedule-policy",)
+    )
+    max_queue_wait_s: float = setting(
+        30.0, "a request that was ready this long is no longer overtaken", low=0.0, unit="s"
+    )
+    async_scheduling: str = setting(
+        "auto",
+        "plan the next step while one runs (depth 2)",
+        choices=("auto", "on", "off"),
+        switch=("on", "off"),
+    )
+    record_path: str | None = setting(None, "write every scheduler input to this file, for replay", metavar="FILE")
+
+
+@dataclass(frozen=True, slots=True)
+class ServerOptions:
+    """HTTP."""
+
+    host: str = setting("127.0.0.1", "address to listen on", headline=True)
+    port: int = setting(8000, "port to listen on; 0: any free one", low=0, high=65535, headline=True)
+    api_key: tuple[str, ...] = setting(
+        (),
+        "keys that requests must carry; several are allowed",
+        secret=True,
+        metavar="KEY",
+        headline=True,
+        env={"VLLM_API_KEY": ""},
+    )
+    allowed_origins: tuple[str, ...] = setting(("*",), "CORS origins", metavar="ORIGIN", headline=True)
+    allow_credentials: bool = setting(False, "CORS: allow credentials")
+    root_path: str = setting("", "path prefix behind a proxy", metavar="PATH")
+    ssl_keyfile: str | None = setting(None, "TLS key", metavar="FILE", headline=True)
+    ssl_certfile: str | None = setting(None, "TLS certificate", metavar="FILE", headline=True)
+    max_num_queued_reqs: int = setting(
+        1024,
+        "waiting requests above which new ones get 429",
+        low=0,
+        headline=True,
+        aliases=("--max-queued-requests",),
+    )
+    max_body_bytes: int = setting(32 * 1024 * 1024, "largest request body; larger ones get 413", low=1024, unit="bytes")
+    request_timeout_s: float | None = setting(
+        None, "a request older than this is ended with an error", above=0.0, unit="s"
+    )
+    shutdown_timeout: float = setting(
+        30.0, "seconds to finish running requests after SIGTERM", low=0.0, unit="s", headline=True
+    )
+    response_role: str = setting("assistant", "role of chat answers")
+    enable_log_requests: bool = setting(
+        False,
+        "log each request's id, sizes and parameters (never its text)",
+        headline=True,
+        aliases=("--log-requests",),
+    )
+    disable_log_stats: bool = setting(False, "no periodic line of statistics", headline=True)
+    metrics_prefix: str = setting("vllm", "prefix of Prometheus names", metavar="NAME")
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeOptions:
+    """The process: device, threads, what it says."""
+
+    device: str = setting("auto", "where the model runs", choices=("auto", "cpu", "cuda"), headline=True)
+    num_threads: int | None = setting(
+        None,
+        "threads for tensor work; auto: the cores this process may use",
+        auto=True,
+        low=1,
+        high=1024,
+        headline=True,
+        env={"OMP_NUM_THREADS": ""},
+    )
+    log_level: str = setting(
+        "info", "how much is said", choices=("debug", "info", "warning", "error"), env={"VLLM_LOGGING_LEVEL": ""}
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """Everything, resolved. `origins`: field name -> (origin, note); origin is default, auto, model, file, env or flag.
+
+    `warnings`: lines for people about settings that were accepted but change nothing, or look like typing errors.
+    """
+
+    model: ModelOptions = field(default_factory=ModelOptions)
+    cache: CacheOptions = field(default_factory=CacheOptions)
+    scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
+    server: ServerOptions = field(default_factory=ServerOptions)
+    runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+    origins: dict[str, tuple[str, str]] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
+
+
+SECTIONS: dict[str, type[Any]] = {
+    "model": ModelOptions,
+    "cache": CacheOptions,
+    "scheduler": SchedulerOptions,
+    "server": ServerOptions,
+    "runtime": RuntimeOptions,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """One field of one section, as the generators see it."""
+
+    section: str
+    name: str
+    kind: str  # "str", "int", "float", "bool" or "list"
+    optional: bool  # None is a value
+    default: Any
+    help: str
+    extra: dict[str, Any]
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+    @property
+    def env(self) -> str:
+        return "PENSTOCK_" + self.name.upper()
+
+    @property
+    def metavar(self) -> str:
+        if "metavar" in self.extra:
+            return str(self.extra["metavar"])
+        if "choices" in self.extra:
+            return "{" + ",".join(self.extra["choices"]) + "}"
+        unit = {"bytes": "SIZE", "s": "SECONDS", "tokens": "TOKENS"}.get(self.extra.get("unit", ""))
+        return unit or {"int": "N", "float": "X"}.get(self.kind, self.name.upper())
+
+
+_KINDS = {"str": "str", "int": "int", "float": "float", "bool": "bool", "tuple[str, ...]": "list"}
+
+
+def settings(sections: tuple[str, ...] = tuple(SECTIONS)) -> dict[str, Setting]:
+    """Field name -> Setting, in the order of the schema. Names are unique over all sections."""
+    found: dict[str, Setting] = {}
+    for section in sections:
+        for item in fields(SECTIONS[section]):
+            written = str(item.type)
+            plain = written.removesuffix(" | None")
+            assert item.name not in found, f"two settings are called {item.name}"
+            extra = dict(item.metadata)
+            found[item.name] = Setting(
+                section, item.name, _KINDS[plain], plain != written, item.default, extra.pop("help"), extra
+            )
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class ForeignFlag:
+    """A flag of vLLM or SGLang without a setting here, so that nobody is left guessing.
+
+    `harmless`: values that ask for what penstock does anyway; they are accepted with a warning line (none when
+    `warn` is empty). "" stands for the bare flag. Any other value is refused, with `reason`.
+    """
+
+    flags: tuple[str, ...]
+    harmless: tuple[str, ...] = ()
+    reason: str = "not supported yet"
+    warn: str = ""
+
+
+_ONE = ("1",)
+_LATER = "not supported yet: this version runs one rank on one machine"
+_NO_SPEC = "not supported yet: this version does not speculate"
+_NO_QUANT = "not supported yet: this version runs float32, bfloat16 and float16 weights"
+_NO_PD = "not supported yet: this version computes prompts and outputs in one engine"
+_NO_TIERS = "not supported yet: this version keeps KV in the device's memory only"
+_NO_MOE = "not supported yet: this version has no expert models"
+_NO_LORA = "not supported yet: this version loads no adapters"
+_NO_MEDIA = "not supported yet: this version takes text only"
+_NO_TOOLS = "not supported yet: this version does not parse tool calls or reasoning"
+
+FOREIGN: tuple[ForeignFlag, ...] = (
+    ForeignFlag(("--tensor-parallel-size", "-tp", "--tp-size", "--tp"), _ONE, _LATER),
+    ForeignFlag(("--pipeline-parallel-size", "-pp", "--pp-size"), _ONE, _LATER),
+    ForeignFlag(("--data-parallel-size", "-dp", "--dp-size", "--dp"), _ONE, _LATER),
+    ForeignFlag(("--data-parallel-size-local", "-dpl"), _ONE, _LATER),
+    ForeignFlag(("--data-parallel-start-rank", "--node-rank"), ("0",), _LATER),
+    ForeignFlag(("--data-parallel-address", "--data-parallel-rpc-port", "--master-addr", "--master-port"), (), _LATER),
+    ForeignFlag(("--dist-init-addr", "--headless"), (), _LATER),
+    ForeignFlag(("--nnodes", "--api-server-count", "--decode-context-parallel-size", "--ep-size"), _ONE, _LATER),
+    ForeignFlag(("--distributed-executor-backend",), ("mp", "uni"), _LATER),
+    ForeignFlag(("--enable-expert-parallel", "--all2all-backend", "--enable-eplb", "--eplb-config"), (), _NO_MOE),
+    ForeignFlag(("--ep-num-redundant-experts", "--enable-dp-attention"), ("0",), _NO_MOE),
+    ForeignFlag(("--enable-dbo", "--enable-two-batch-overlap"), (), _LATER),
+    ForeignFlag(("--quantization", "-q"), ("none", "None", "auto"), _NO_QUANT),
+    ForeignFlag(("--speculative-config", "-sc", "--speculative-algorithm"), ("none", "None", "null"), _NO_SPEC),
+    ForeignFlag(("--spec-method", "--spec-model", "--spec-tokens"), ("none", "0"), _NO_SPEC),
+    ForeignFlag(
+        ("--speculative-num-steps", "--speculative-eagle-topk", "--speculative-num-draft-tokens"), ("0",), _NO_SPEC
+    ),
+    ForeignFlag(("--kv-transfer-config", "--kv-events-config", "--ec-transfer-config"), ("null", "{}"), _NO_PD),
+    ForeignFlag(("--disaggregation-mode",), ("null",), _NO_PD),
+    ForeignFlag(("--disaggregation-transfer-backend", "--disaggregation-bootstrap-port"), (), _NO_PD),
+    ForeignFlag(
+        ("--kv-offloading-size", "--kv-offloading-backend", "--swap-space", "--cpu-offload-gb"), ("0",), _NO_TIERS
+    ),
+    ForeignFlag(
+        (
+            "--enable-hierarchical-cache",
+            "--hicache-ratio",
+            "--hicache-size",
+            "--hicache-write-policy",
+            "--hicache-storage-backend",
+        ),
+        (),
+        _NO_TIERS,
+    ),
+    ForeignFlag(("--enable-lora", "--lora-modules", "--max-loras", "--max-lora-rank"), (), _NO_LORA),
+    ForeignFlag(("--limit-mm-per-prompt", "--mm-processor-cache-gb"), ("0", "{}"), _NO_MEDIA),
+    ForeignFlag(
+        ("--enable-auto-tool-choice", "--tool-call-parser", "--reasoning-parser", "--structured-outputs-config"),
+        (),
+        _NO_TOOLS,
+    ),
+    ForeignFlag(("--grammar-backend",), ("none",), "not supported yet: this version constrains no output"),
+    ForeignFlag(("--otlp-traces-endpoint", "--enable-trace"), (), "not supported yet: this version sends no traces"),
+    ForeignFlag(("--enable-sleep-mode", "--middleware", "--uds", "--ssl-ca-certs", "--grpc"), ()),
+    ForeignFlag(
+        ("--revision", "--download-dir", "--tokenizer-revision", "--code-revision"),
+        (),
+        "not supported: penstock downloads nothing; give the directory of a checkpoint",
+    ),
+    ForeignFlag(
+        ("--trust-remote-code",), ("",), warn="--trust-remote-code changes nothing: penstock runs no checkpoint's code"
+    ),
+    ForeignFlag(("--enforce-eager", "--disable-cuda-graph"), ("",), warn="{flag} changes nothing: no graphs are used"),
+    ForeignFlag(("--enable-chunked-prefill",), ("",)),
+    ForeignFlag(
+        ("--no-enable-chunked-prefill",),
+        (),
+        "not supported: prompts are always computed in chunks; raise --max-num-batched-tokens to make them whole",
+    ),
+    ForeignFlag(("--enable-metrics", "--disable-log-requests"), ("",)),
+    ForeignFlag(("--performance-mode",), ("balanced",)),
+    ForeignFlag(("--tokenizer-mode",), ("auto",)),
+    ForeignFlag(("--skip-tokenizer-init",), ()),
+)

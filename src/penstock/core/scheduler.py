@@ -1,0 +1,570 @@
+"""The scheduler of one engine: which tokens the next step computes. Bookkeeping only: no tensor, clock, device or I/O.
+
+There is no prefill mode and no decode mode: each request has a gap of tokens that are not computed yet, and a step
+closes it as far as the token budget and free blocks allow. Plans may be made ahead of results (`Executor.depth`), for a
+plan never needs token values.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from penstock.config.model import KVLayout
+from penstock.core.admission import PeakPredictor
+from penstock.core.blocks import BlockPool
+from penstock.core.doors import DraftAllocator, SchedulePolicy
+from penstock.core.plan import Admitted, Logprobs, Row, StepPlan, StepResult
+from penstock.core.prefix import Hit, PrefixCache, chain_root, extend_chain
+from penstock.core.request import FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, Request
+
+LOOK_AHEAD = 64  # waiting requests that are passed over before a plan gives up admitting
+MIN_CHUNK = 16  # a prompt is not started for fewer tokens, unless it ends with them
+WAITS = frozenset(("capacity", "shared_block", "preempted"))  # reasons of waiting that are not gates
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerLimits:
+    """Bounds of a step and of waiting."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_queue_wait_s: float = 30.0
+
+
+@dataclass(slots=True)
+class Progress:
+    """What a committed step gave one request."""
+
+    request: Request
+    token_ids: list[int]
+    logprobs: list[Logprobs] | None = None
+    prompt_logprobs: list[Logprobs | None] | None = None
+    error: str | None = None
+
+
+@dataclass(slots=True)
+class Counters:
+    """Since start; tokens unless said."""
+
+    prompt_tokens: int = 0
+    prompt_tokens_cached: int = 0
+    generation_tokens: int = 0
+    prefix_queries: int = 0
+    prefix_hits: int = 0
+    num_preemptions: int = 0
+
+
+@dataclass(slots=True)
+class _Submitted:
+    plan: StepPlan
+    rows: list[tuple[Request, int]]  # the row's request and its epoch when planned
+    computing: list[bytes] = field(default_factory=list)  # hashes of blocks that this step fills
+    chunks: list[tuple[Request, Row]] = field(default_factory=list)  # rows that compute more than the newest token
+
+
+class Scheduler:
+    """`add`/`cancel`/`arrive`/`fail` change what there is to do; `plan` -> submit -> collect -> `commit` does it.
+
+    `trace(kind, request, now)` is told of admissions and preemptions, for people who ask where time went.
+    """
+
+    def __init__(
+        self,
+        layout: KVLayout,
+        num_blocks: tuple[int, ...],
+        limits: SchedulerLimits,
+        policy: SchedulePolicy,
+        *,
+        model_id: str = "",
+        prefix_caching: bool = True,
+        feeds_back: bool = True,
+        drafts: DraftAllocator | None = None,
+        trace: Callable[[str, Request, float], None] | None = None,
+    ) -> None:
+        self.layout = layout
+        self.limits = limits
+        self.policy = policy
+        self.model_id = model_id
+        self.prefix_caching = prefix_caching
+        self.feeds_back = feeds_back
+        self.drafts = drafts
+        self.trace = trace or (lambda kind, request, now: None)
+        self.block_size = layout.block_size
+        self.pools = [
+            BlockPool(n, leaf_first=group.window is None) for n, group in zip(num_blocks, layout.groups, strict=True)
+        ]
+        self.prefix = PrefixCache(layout, self.pools)
+        self._windows = [(g, group.window) for g, group in enumerate(layout.groups) if group.window is not None]
+        bounds = [None if g.window is None else self._window_blocks(g.window) for g in layout.groups]
+        self.peak = PeakPredictor(self.block_size, [n - 1 for n in num_blocks], bounds)
+        self.requests: dict[str, Request] = {}
+        self.waiting: list[Request] = []
+        self.running: list[Request] = []
+        self.counters = Counters()
+        self.step = 0
+        self._submitted: deque[_Submitted] = deque()
+        self._computing: dict[bytes, int] = {}  # block hash -> submitted rows that fill it
+        self._released: list[str] = []
+        self._roots: dict[tuple[str, str], bytes] = {}
+        self._waiting_sorted = True
+
+    # ---- what there is to do ----
+
+    def max_request_tokens(self) -> int:
+        """Longest prompt + output that the pools can hold for one request running alone."""
+        sizes = []
+        for group, pool in zip(self.layout.groups, self.pools, strict=True):
+            usable = pool.num_blocks - 1
+            if group.window is None or usable < self._window_blocks(group.window):
+                sizes.append(usable * self.block_size)
+        return min(sizes, default=2**31)
+
+    def add(self, request: Request) -> None:
+        """Queue a request. Its id must be new; `request.max_total` must be within `max_request_tokens`."""
+        assert request.id not in self.requests and len(request.token_ids) < request.max_total
+        assert request.max_total <= self.max_request_tokens()
+        groups = len(self.layout.groups)
+        request.block_tables = [[] for _ in range(groups)]
+        request.num_published = [0] * groups
+        self.requests[request.id] = request
+        self.waiting.append(request)
+        self._waiting_sorted = False
+
+    def finish(self, request_id: str, reason: str, now: float) -> Request | None:
+        """End a request at once, whatever it is doing; None if it is not there. Its blocks go when steps allow."""
+        request = self.requests.get(request_id)
+        if request is not None:
+            self._finish(request, reason, now)
+        return request
+
+    def hold_at(self, request_id: str, gate: str, position: int) -> None:
+        """The request may compute up to `position` until `gate` arrives or fails."""
+        self.requests[request_id].waiting_for[gate] = position
+
+    def arrive(self, gate: str) -> None:
+        """What was waited for is there."""
+        for request in self.requests.values():
+            request.waiting_for.pop(gate, None)
+
+    def fail(self, gate: str, now: float) -> list[Request]:
+        """What was waited for will never come: the requests that needed it end with an error."""
+        failed = [r for r in self.requests.values() if gate in r.waiting_for]
+        for request in failed:
+            self._finish(request, FINISH_ERROR, now)
+        return failed
+
+    def forget_cache(self) -> None:
+        """Drop every cached block; blocks of live requests stay, unpublished."""
+        for pool in self.pools:
+            pool.forget()
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.requests) or bool(self._submitted)
+
+    @property
+    def num_submitted(self) -> int:
+        """Steps planned and not committed."""
+        return len(self._submitted)
+
+    @property
+    def oldest_chunks(self) -> list[tuple[Request, Row]]:
+        """Of the step that is committed next: the rows that compute more than a request's newest token."""
+        return self._submitted[0].chunks
+
+    # ---- plan ----
+
+    def plan(self, now: float) -> StepPlan | None:
+        """Choose the next step's tokens, and count it as submitted. None when nothing can be computed now."""
+        step = self.step
+        budget = self.limits.max_num_batched_tokens
+        submitted = _Submitted(StepPlan(step, []), [])
+        chunks: list[Request] = []
+        for request in self.running[:]:
+            if not request.is_running:
+                continue  # an earlier row of this plan took its blocks
+            pending = len(request.token_ids) + request.num_unsampled - request.num_computed - request.num_planned
+            if pending > 1:
+                chunks.append(request)  # decodes never wait behind a long prompt
+            elif pending and budget:
+                budget -= self._plan_running(request, pending, budget, submitted, now)
+        for request in chunks:
+            if budget and request.is_running:
+                budget -= self._plan_running(request, request.num_pending, budget, submitted, now)
+        admitted: list[Admitted] = []
+        if self.waiting and budget:
+            self._admit(budget, submitted, admitted, now)
+        plan = submitted.plan
+        if not plan.rows:
+            return None
+        plan.admitted = tuple(admitted)
+        plan.released, self._released = tuple(self._released), []
+        self._submitted.append(submitted)
+        self.step += 1
+        return plan
+
+    def _plan_running(
+        self, request: Request, pending: int, budget: int, submitted: _Submitted, now: float
+    ) -> int:
+        """Give a running request a row if it can have one; the number of tokens taken from the budget."""
+        if request.num_unsampled:
+            if not self.feeds_back or len(request.token_ids) + request.num_unsampled >= request.max_total:
+                return 0  # its last token is being sampled already
+        num_tokens = min(pending, budget)
+        if request.waiting_for:
+            num_tokens = min(num_tokens, self._gate(request) - request.num_computed - request.num_planned)
+            if num_tokens <= 0:
+                return 0
+        num_draft = 0
+        if self.drafts is not None and num_tokens == pending:
+            room = min(request.max_total - request.num_known - 1, budget - num_tokens)
+            num_draft = max(0, min(self.drafts.num_draft(request), room))
+        request.plan_marker = self.step
+        new_blocks = self._reserve(request, num_tokens + num_draft, now)
+        if new_blocks is None and num_draft:
+            num_draft = 0
+            new_blocks = self._reserve(request, num_tokens, now)
+        if new_blocks is None:
+            request.plan_marker = -1
+            return 0
+        self._add_row(request, num_tokens, num_draft, new_blocks, submitted)
+        return num_tokens + num_draft
+
+    def _add_row(
+        self,
+        request: Request,
+        num_tokens: int,
+        num_draft: int,
+        new_blocks: tuple[tuple[int, ...], ...],
+        submitted: _Submitted,
+    ) -> None:
+        start = request.num_computed + request.num_planned
+        samples = num_tokens == request.num_pending
+        total = num_tokens + num_draft
+        num_logits = 1 + num_draft if samples else 0
+        if request.params.prompt_logprobs is not None and start < request.prompt_len - 1:
+            if start + num_tokens > request.num_logprobs_done:
+                num_logits = total
+        row = Row(request.id, start, total, num_draft, num_logits, samples, new_blocks)
+        submitted.plan.rows.append(row)
+        submitted.rows.append((request, request.epoch))
+        if start < request.prompt_len or num_tokens > 1:
+            submitted.chunks.append((request, row))
+        request.num_planned += total
+        request.num_in_flight += 1
+        if samples:
+            request.num_unsampled += 1 + num_draft
+        if self.prefix_caching and (start + num_tokens) // self.block_size > start // self.block_size:
+            self._mark_computing(request, start, start + num_tokens, submitted)
+
+    def _mark_computing(self, request: Request, start: int, end: int, submitted: _Submitted) -> None:
+        """Blocks that this row fills with known tokens: whoever wants them waits for this step."""
+        self._extend_hashes(request)
+        full = min(end, len(request.token_ids)) // self.block_size
+        for hash_ in request.block_hashes[start // self.block_size : full]:
+            self._computing[hash_] = self._computing.get(hash_, 0) + 1
+            submitted.computing.append(hash_)
+
+    def _reserve(self, request: Request, num_tokens: int, now: float) -> tuple[tuple[int, ...], ...] | None:
+        """Blocks so that `num_tokens` more fit; preempts others if it must. None: not this step."""
+        blocks = -(-(request.num_computed + request.num_planned + num_tokens) // self.block_size)
+        needs = [blocks - len(table) for table in request.block_tables]
+        if max(needs) <= 0:
+            return ((),) * len(needs)
+        while any(need > pool.num_available for need, pool in zip(needs, self.pools, strict=True)):
+            if all(need <= p.num_available + p.num_limbo for need, p in zip(needs, self.pools, strict=True)):
+                return None  # enough comes back when the steps in flight end
+            candidates = [
+                r
+                for r in self.running
+                if r.plan_marker != self.step and len(r.token_ids) + r.num_unsampled < r.max_total
+            ]
+            if not candidates:
+                return None
+            self._preempt(self.policy.victim(candidates, now), now)
+        return self._allocate(request, needs, now)
+
+    def _allocate(self, request: Request, needs: Iterable[int], now: float) -> tuple[tuple[int, ...], ...]:
+        added = []
+        for need, pool, table in zip(needs, self.pools, request.block_tables, strict=True):
+            new = tuple(pool.allocate(now) for _ in range(need))
+            table.extend(new)
+            added.append(new)
+        return tuple(added)
+
+    # ---- admission ----
+
+    def _admit(self, budget: int, submitted: _Submitted, admitted: list[Admitted], now: float) -> None:
+        """Start waiting requests while budget, rows and predicted memory last."""
+        rows = submitted.plan.rows
+        if not self._waiting_sorted:
+            self.waiting = self.policy.order(self.waiting, now)
+            self._waiting_sorted = True
+        if self.limits.max_num_seqs <= len(self.running):
+            for request in self.waiting[:LOOK_AHEAD]:
+                request.queue_reason = request.queue_reason or "slots"
+            return
+        self.peak.begin(self.running)
+        started: set[str] = set()
+        num_passed = 0
+        for request in self.waiting:
+            if len(self.running) >= self.limits.max_num_seqs or num_passed >= LOOK_AHEAD:
+                break
+            reason = self._try_admit(request, budget, submitted, admitted, now)
+            if reason is None:
+                started.add(request.id)
+                budget -= rows[-1].num_tokens
+                continue
+            request.queue_reason = reason
+            if reason == "budget":
+                break
+            if reason not in WAITS:
+                continue  # its gate is shut: that says nothing about those behind it
+            num_passed += 1
+            if request.passed_over_s is None:
+                if reason == "capacity":
+                    request.passed_over_s = now
+            elif now - request.passed_over_s > self.limits.max_queue_wait_s:
+                break  # it has waited long enough: nobody overtakes it any more
+        if started:
+            self.waiting = [r for r in self.waiting if r.id not in started]
+            self.running = self.policy.order(self.running, now)
+
+    def _try_admit(
+        self, request: Request, budget: int, submitted: _Submitted, admitted: list[Admitted], now: float
+    ) -> str | None:
+        """Start one waiting request, or say why not."""
+        if request.num_in_flight:
+            return "preempted"  # its last rows must come home first
+        size = self.block_size
+        num_known = len(request.token_ids)
+        hit = self._match(request)
+        start = hit.num_blocks * size
+        if self._computing and hit.num_blocks < len(request.block_hashes):
+            if hit.num_blocks < self._hit_limit(request) and request.block_hashes[hit.num_blocks] in self._computing:
+                return "shared_block"
+        limit = num_known
+        if request.waiting_for:
+            limit = min(limit, self._gate(request))
+            if limit <= start:
+                return next(iter(request.waiting_for)).split(":")[0]
+        num_tokens = min(limit - start, budget)
+        if num_tokens < min(limit - start, MIN_CHUNK, self.limits.max_num_batched_tokens):
+            return "budget"
+        num_shared = sum(1 for id_ in hit.block_ids[0] if id_ and self.pools[0].blocks[id_].num_refs)
+        if not self.peak.fits(request, num_shared):
+            return "capacity"
+        needs = [-(-(start + num_tokens) // size) - hit.num_blocks] * len(self.pools)
+        for need, pool, ids in zip(needs, self.pools, hit.block_ids, strict=True):
+            idle = sum(1 for i in ids if i and not pool.blocks[i].num_refs and pool.blocks[i].fence < 0)
+            if need > pool.num_available - idle:
+                return "capacity"
+        self._start(request, hit, now)
+        self.peak.add(request, num_shared)
+        admitted.append(
+            Admitted(
+                request.id,
+                tuple(request.token_ids),
+                request.prompt_len,
+                request.params,
+                request.seed,
+                request.stop_ids,
+                request.adapter,
+                request.media,
+            )
+        )
+        request.plan_marker = self.step
+        self._allocate(request, needs, now)
+        self._add_row(request, num_tokens, 0, tuple(map(tuple, request.block_tables)), submitted)
+        return None
+
+    def _start(self, request: Request, hit: Hit, now: float) -> None:
+        for pool, ids, table in zip(self.pools, hit.block_ids, request.block_tables, strict=True):
+            for id_ in ids:
+                if id_:
+                    pool.hold(pool.blocks[id_])
+            table.extend(ids)
+        request.num_computed = hit.num_blocks * self.block_size
+        request.num_published = [hit.num_blocks] * len(self.pools)
+        request.passed_over_s = None
+        if request.admitted_s is None:
+            request.admitted_s = now
+            request.num_cached = request.num_computed
+            self.counters.prompt_tokens += request.prompt_len
+            self.counters.prompt_tokens_cached += request.num_computed
+            if self.prefix_caching:
+                self.counters.prefix_queries += request.prompt_len
+                self.counters.prefix_hits += request.num_computed
+        self.running.append(request)
+        request.is_running = True
+        self.trace("admitted", request, now)
+
+    def _match(self, request: Request) -> Hit:
+        if not self.prefix_caching:
+            return Hit(0, tuple([] for _ in self.pools))
+        self._extend_hashes(request)
+        return self.prefix.match(request.block_hashes, self._hit_limit(request))
+
+    def _hit_limit(self, request: Request) -> int:
+        """Blocks that may come from the cache: at least one token is computed, and every position whose logprobs
+        are still owed."""
+        if request.params.prompt_logprobs is not None and request.num_logprobs_done < request.prompt_len - 1:
+            return 0
+        return (len(request.token_ids) - 1) // self.block_size
+
+    def _extend_hashes(self, request: Request) -> None:
+        key = (request.adapter, request.salt)
+        root = self._roots.get(key)
+        if root is None:
+            if len(self._roots) > 10_000:
+                self._roots.clear()
+            root = self._roots[key] = chain_root(self.model_id, self.layout, request.adapter, request.salt)
+        extend_chain(request.block_hashes, root, request.token_ids, self.block_size, request.media)
+
+    # ---- commit ----
+
+    def commit(self, result: StepResult, now: float) -> list[Progress]:
+        """Take a step's result in: tokens, finished requests, published blocks. Steps are committed in order."""
+        submitted = self._submitted.popleft()
+        plan = submitted.plan
+        assert result.step == plan.step
+        for gate in result.arrived:
+            self.arrive(gate)
+        out: list[Progress] = []
+        for i, (row, (request, epoch), tokens) in enumerate(
+            zip(plan.rows, submitted.rows, result.tokens, strict=True)
+        ):
+            request.num_in_flight -= 1
+            if request.finish_reason is not None:
+                continue
+            if result.failed and row.request_id in result.failed:
+                self._finish(request, FINISH_ERROR, now)
+                out.append(Progress(request, [], error=result.failed[row.request_id]))
+                continue
+            if row.samples:
+                request.num_unsampled -= 1 + row.num_draft
+            if epoch == request.epoch:
+                num_rejected = row.num_draft - len(tokens) + 1 if row.num_draft else 0
+                request.num_planned -= row.num_tokens
+                request.num_computed += row.num_tokens - num_rejected
+                request.num_drafts_rejected += num_rejected
+            prompt_logprobs = result.prompt_logprobs.get(i) if result.prompt_logprobs else None
+            if prompt_logprobs is not None:
+                prompt_logprobs = prompt_logprobs[max(0, request.num_logprobs_done - row.start) :]
+                request.num_logprobs_done += len(prompt_logprobs)
+            if tokens:
+                tokens = self._append(request, tokens, now)
+                logprobs = result.logprobs.get(i) if result.logprobs else None
+                out.append(Progress(request, tokens, logprobs and logprobs[: len(tokens)], prompt_logprobs))
+            elif prompt_logprobs:
+                out.append(Progress(request, [], None, prompt_logprobs))
+            if epoch == request.epoch:
+                if self.prefix_caching and request.num_computed // self.block_size > request.num_published[0]:
+                    self._publish(request)
+                if self._windows:
+                    self._trim_windows(request)
+            if request.finish_reason is not None:
+                self._finish(request, request.finish_reason, now)
+        for hash_ in submitted.computing:
+            left = self._computing[hash_] - 1
+            if left:
+                self._computing[hash_] = left
+            else:
+                del self._computing[hash_]
+        for pool in self.pools:
+            pool.settle(plan.step)
+        return out
+
+    def _append(self, request: Request, tokens: list[int], now: float) -> list[int]:
+        """Add sampled tokens up to the first that ends the request; marks it finished, does not release it yet."""
+        if request.first_token_s is None:
+            request.first_token_s = now
+        ids, params = request.token_ids, request.params
+        for n, token in enumerate(tokens):
+            ids.append(token)
+            if token in request.stop_ids and len(ids) - request.prompt_len > params.min_tokens:
+                request.finish_reason = FINISH_STOP
+                request.stop_reason = token if token in params.stop_token_ids else None
+            elif len(ids) >= request.max_total:
+                request.finish_reason = FINISH_LENGTH
+            else:
+                continue
+            tokens = tokens[: n + 1]
+            break
+        self.counters.generation_tokens += len(tokens)
+        return tokens
+
+    def _publish(self, request: Request) -> None:
+        """Hand blocks that are full and committed to the prefix cache."""
+        self._extend_hashes(request)
+        hashes = request.block_hashes
+        end = min(request.num_computed // self.block_size, len(hashes))
+        for g, (pool, table) in enumerate(zip(self.pools, request.block_tables, strict=True)):
+            for n in range(request.num_published[g], end):
+                if table[n]:
+                    pool.publish(table[n], hashes[n], hashes[n - 1] if n else None)
+            request.num_published[g] = end
+
+    def _trim_windows(self, request: Request) -> None:
+        """Give back blocks that have left the window of every position still to be computed."""
+        fence = self._fence()
+        for g, window in self._windows:
+            table, pool = request.block_tables[g], self.pools[g]
+            for n in range(self.prefix.first_visible(window, request.num_computed) - 1, -1, -1):
+                if not table[n]:
+                    break
+                pool.release(table[n], fence)
+                table[n] = 0
+
+    # ---- endings ----
+
+    def _finish(self, request: Request, reason: str, now: float) -> None:
+        request.finish_reason = reason
+        request.finish_s = now
+        if self.requests.pop(request.id, None) is None:
+            return
+        if reason in (FINISH_STOP, FINISH_LENGTH):
+            self.peak.finished(request.num_output)
+        self._leave(request)
+
+    def _preempt(self, request: Request, now: float) -> None:
+        """Take a running request's blocks; it waits and recomputes, mostly from the prefix cache."""
+        request.epoch += 1
+        request.num_preemptions += 1
+        self.counters.num_preemptions += 1
+        self._leave(request)
+        request.num_computed = request.num_planned = 0
+        request.num_published = [0] * len(self.pools)
+        request.queue_reason = "preempted"
+        self.waiting.append(request)
+        self._waiting_sorted = False
+        self.trace("preempted", request, now)
+
+    def _leave(self, request: Request) -> None:
+        """Out of the running or waiting set; blocks are released behind the steps in flight, deepest first."""
+        if request.is_running:
+            request.is_running = False
+            self.running.remove(request)
+            self._released.append(request.id)
+        else:
+            self.waiting.remove(request)
+        fence = self._fence()
+        for pool, table in zip(self.pools, request.block_tables, strict=True):
+            for id_ in reversed(table):
+                if id_:
+                    pool.release(id_, fence)
+            table.clear()
+
+    def _fence(self) -> int:
+        """Newest step in flight; -1 when none is."""
+        return self._submitted[-1].plan.step if self._submitted else -1
+
+    @staticmethod
+    def _gate(request: Request) -> int:
+        return min(request.waiting_for.values())
+
+    def _window_blocks(self, window: int) -> int:
+        """Blocks of a window group that one request can hold at once: window, a whole step, two open ends."""
+        return -(-(window + self.limits.max_num_batched_tokens) // self.block_size) + 2

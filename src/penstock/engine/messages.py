@@ -1,0 +1,212 @@
+"""What front end and engine say to each other: msgspec structs, one tagged union per direction.
+
+Times are seconds of the engine machine's monotonic clock. No prompt text travels here: token ids only.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from penstock.core.plan import Logprobs
+from penstock.core.request import SamplingParams
+
+
+class Message(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Base of all messages: encoded as [tag, fields...]."""
+
+
+# ---- to the engine ----
+
+
+class AddRequest(Message, frozen=True):
+    """Start a request. The engine answers with Tokens until `finish_reason`, or with one Failed."""
+
+    request_id: str
+    token_ids: list[int]
+    params: SamplingParams
+    seed: int  # chosen by the front end when the user gave none
+    arrival_s: float
+    deadline_s: float | None = None
+    priority: int = 0
+    adapter: str = ""
+    salt: str = ""
+    end_ids: tuple[int, ...] = ()  # the tokenizer's end tokens; they count beside the model's own
+
+
+class CancelRequest(Message, frozen=True):
+    """Stop a request; unknown ids are ignored. With `finish_reason` "stop" it ended at a stop string."""
+
+    request_id: str
+    finish_reason: str = "abort"
+    stop_reason: str | None = None
+
+
+class Watch(Message, frozen=True):
+    """Send a Report with per-request records and the block map at `interval_s` until `until_s`."""
+
+    until_s: float
+    interval_s: float = 0.5
+
+
+class ResetPrefixCache(Message, frozen=True):
+    """Forget every cached block that no request holds."""
+
+
+class Drain(Message, frozen=True):
+    """Refuse new requests, finish the running ones until `until_s`, abort the rest, then say Stopped."""
+
+    until_s: float
+
+
+class Explain(Message, frozen=True):
+    """Ask for the record of a live request; answered by a Record (or Failed with code 404)."""
+
+    request_id: str
+
+
+# ---- from the engine ----
+
+
+class Span(msgspec.Struct, array_like=True, frozen=True):
+    """What happened to a request in [start_s, end_s). kind: queue, prefill, decode, preempted."""
+
+    kind: str
+    start_s: float
+    end_s: float | None
+    num_tokens: int = 0
+
+
+class Miss(msgspec.Struct, array_like=True, frozen=True):
+    """First prompt token that the cache did not serve and why: first_seen, diverged, evicted, tail, disabled."""
+
+    reason: str
+    at_token: int
+    detail: str
+
+
+class RequestRecord(msgspec.Struct, array_like=True, frozen=True):
+    """Where a request's time went. `queue_reason` is "" when it hardly waited."""
+
+    request_id: str
+    state: str  # waiting, prefill, decode, finished, aborted
+    prompt_tokens: int
+    cached_tokens: int
+    generation_tokens: int
+    arrival_s: float
+    admitted_s: float | None
+    first_token_s: float | None
+    finish_s: float | None
+    finish_reason: str | None
+    num_preemptions: int
+    queue_reason: str
+    spans: list[Span]
+    miss: Miss | None
+    block_size: int
+
+
+class TokenDelta(msgspec.Struct, array_like=True, frozen=True):
+    """New tokens of one request. The last one of a request carries finish_reason and its record."""
+
+    request_id: str
+    token_ids: list[int]
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    logprobs: list[Logprobs] | None = None
+    prompt_logprobs: list[Logprobs | None] | None = None  # once, with the first token
+    num_cached: int = 0
+    record: RequestRecord | None = None
+
+
+class Tokens(Message, frozen=True):
+    """What one step gave, for all requests that got something."""
+
+    deltas: list[TokenDelta]
+    sent_s: float
+
+
+class Failed(Message, frozen=True):
+    """The request ended with an error. `code` as in HTTP: 400 the request's fault, 503 no room, 500 ours."""
+
+    request_id: str
+    code: int
+    message: str
+
+
+class Record(Message, frozen=True):
+    """Answer to Explain."""
+
+    record: RequestRecord
+
+
+class KVReport(msgspec.Struct, array_like=True, frozen=True):
+    """Blocks of the KV group with the most bytes, by state; the five counts sum to num_blocks.
+
+    `cells`: blocks in order of id, run-length coded, letter then count (u used, s shared, f filling, c cached,
+    . free), at most 1,640 cells of `blocks_per_cell` blocks; "" unless somebody watches.
+    """
+
+    block_size: int
+    num_blocks: int
+    used: int
+    shared: int
+    filling: int
+    cached: int
+    free: int
+    num_cells: int = 0
+    blocks_per_cell: int = 1
+    cells: str = ""
+
+
+class Report(Message, frozen=True):
+    """The engine's numbers: after each step at most every 0.25 s, and while watched. `_total` counts since start."""
+
+    now_s: float
+    num_running: int
+    num_waiting: int
+    waiting_by_reason: dict[str, int]
+    kv: KVReport
+    num_steps_total: int
+    step_seconds_total: float
+    prompt_tokens_total: int
+    prompt_tokens_cached_total: int
+    generation_tokens_total: int
+    num_preemptions_total: int
+    prefix_queries_total: int  # tokens
+    prefix_hits_total: int  # tokens
+    iteration_tokens: list[int]  # tokens of each step since the last report
+    requests: list[RequestRecord]  # while watched: live ones, oldest running first, at most 200
+
+
+class Ready(Message, frozen=True):
+    """The engine can take requests. `memory` and `timeline` are (name, value) pairs for people."""
+
+    model_id: str
+    max_model_len: int
+    block_size: int
+    num_blocks: int
+    max_num_seqs: int
+    device: str
+    memory: list[tuple[str, str]]
+    timeline: list[tuple[str, float]]
+
+
+class Progress(Message, frozen=True):
+    """Where start-up is: `done` of `total` (bytes while weights load)."""
+
+    stage: str
+    done: int
+    total: int
+
+
+class Fatal(Message, frozen=True):
+    """The engine cannot start or cannot go on; `message` is one line for people."""
+
+    message: str
+
+
+class Stopped(Message, frozen=True):
+    """The engine has drained and is about to exit."""
+
+
+ToEngine = AddRequest | CancelRequest | Watch | ResetPrefixCache | Drain | Explain
+FromEngine = Tokens | Failed | Record | Report | Ready | Progress | Fatal | Stopped

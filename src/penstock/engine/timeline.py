@@ -1,0 +1,126 @@
+"""Where each request's time went, and why its prompt missed the cache: what `explain` and the page show.
+
+Knows scheduler events and times. Decides nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from penstock.core.plan import Row
+from penstock.core.request import FINISH_ABORT, Request
+from penstock.core.scheduler import Scheduler
+from penstock.engine.messages import Miss, RequestRecord, Span
+
+MAX_SPANS = 12
+
+
+@dataclass(slots=True)
+class _Open:
+    """A span being written."""
+
+    kind: str
+    start_s: float
+    end_s: float | None = None
+    num_tokens: int = 0
+
+
+@dataclass(slots=True)
+class _Track:
+    spans: list[_Open] = field(default_factory=list)
+    miss: Miss | None = None
+
+
+class Timeline:
+    """Spans per live request. Fed by the engine: `queued`, `event` (the scheduler's trace), `computed`."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self._scheduler = scheduler
+        self._tracks: dict[str, _Track] = {}
+
+    def queued(self, request: Request, now: float) -> None:
+        """The request has arrived at the engine."""
+        self._tracks[request.id] = _Track([_Open("queue", request.arrival_s)])
+
+    def event(self, kind: str, request: Request, now: float) -> None:
+        """The scheduler admitted or preempted a request."""
+        track = self._tracks.get(request.id)
+        if track is None:
+            return
+        self._close(track, now)
+        if kind == "admitted":
+            if track.miss is None and request.num_preemptions == 0:
+                track.miss = self._miss(request, now)
+        else:
+            track.spans.append(_Open("preempted", now))
+
+    def computed(self, chunks: list[tuple[Request, Row]], start_s: float, end_s: float) -> None:
+        """A step computed these prompt pieces in [start_s, end_s); a request whose prompt is done decodes from then."""
+        for request, row in chunks:
+            track = self._tracks.get(request.id)
+            if track is None:
+                continue
+            last = track.spans[-1] if track.spans else None
+            if last is not None and last.kind == "prefill" and len(track.spans) >= MAX_SPANS - 3:
+                last.end_s, last.num_tokens = end_s, last.num_tokens + row.num_tokens
+            else:
+                track.spans.append(_Open("prefill", start_s, end_s, row.num_tokens))
+            if row.samples and request.finish_reason is None:
+                track.spans.append(_Open("decode", end_s))
+
+    def drop(self, request_id: str) -> None:
+        self._tracks.pop(request_id, None)
+
+    def record(self, request: Request) -> RequestRecord:
+        """Everything known of a live or just finished request."""
+        track = self._tracks.get(request.id) or _Track()
+        spans = track.spans[:2] + track.spans[-(MAX_SPANS - 2) :] if len(track.spans) > MAX_SPANS else track.spans
+        return RequestRecord(
+            request_id=request.id,
+            state=self._state(request),
+            prompt_tokens=request.prompt_len,
+            cached_tokens=request.num_cached,
+            generation_tokens=request.num_output,
+            arrival_s=request.arrival_s,
+            admitted_s=request.admitted_s,
+            first_token_s=request.first_token_s,
+            finish_s=request.finish_s,
+            finish_reason=request.finish_reason,
+            num_preemptions=request.num_preemptions,
+            queue_reason=request.queue_reason,
+            spans=[
+                Span(s.kind, s.start_s, request.finish_s if s.end_s is None else s.end_s, s.num_tokens) for s in spans
+            ],
+            miss=track.miss,
+            block_size=self._scheduler.block_size,
+        )
+
+    @staticmethod
+    def _state(request: Request) -> str:
+        if request.finish_reason is not None:
+            return "aborted" if request.finish_reason == FINISH_ABORT else "finished"
+        if not request.is_running:
+            return "waiting"
+        return "decode" if request.num_output else "prefill"
+
+    @staticmethod
+    def _close(track: _Track, now: float) -> None:
+        if track.spans and track.spans[-1].end_s is None:
+            track.spans[-1].end_s = now
+
+    def _miss(self, request: Request, now: float) -> Miss | None:
+        """Why the token after the cached prefix was not in the cache; called at first admission."""
+        scheduler, at = self._scheduler, request.num_cached
+        if not scheduler.prefix_caching:
+            return Miss("disabled", 0, "prefix caching is off")
+        size = scheduler.block_size
+        num_blocks = at // size
+        if at + size >= request.prompt_len:
+            return Miss("tail", at, f"the last {request.prompt_len - at} tokens are always computed")
+        hash_ = request.block_hashes[num_blocks]
+        evicted = max((pool.ghosts.get(hash_, -1.0) for pool in scheduler.pools), default=-1.0)
+        if evicted >= 0:
+            return Miss("evicted", at, f"this block was cached and given away {now - evicted:.1f} s ago")
+        if num_blocks:
+            return Miss("diverged", at, f"the nearest cached prompt is equal for {at} tokens and differs after them")
+        return Miss("first_seen", 0, "no cached prompt begins with this block")

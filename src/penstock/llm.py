@@ -1,0 +1,229 @@
+"""Offline use: `LLM(model=...).generate(prompts, params)` and `.chat(messages, params)`, as in vLLM.
+
+The engine runs in this process; prompts go through the very front end and scheduler that the server uses. Knows no HTTP.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from penstock.build.engine import Stages, build_engine
+from penstock.config.complete import complete
+from penstock.config.hardware import probe
+from penstock.config.load import resolve
+from penstock.core.plan import Logprobs
+from penstock.core.request import SamplingParams
+from penstock.engine.client import FrontEnd, Output
+from penstock.engine.loop import turn
+from penstock.engine.messages import RequestRecord, ResetPrefixCache
+from penstock.engine.tokenizer import load_tokenizer
+from penstock.engine.wire import local_pair
+from penstock.server.chat import ChatRenderer, Conversation
+
+Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, {"prompt": ...} or {"prompt_token_ids": ...}
+
+
+@dataclass(slots=True)
+class CompletionOutput:
+    """One sample of a request."""
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[Logprobs] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclass(slots=True)
+class RequestOutput:
+    """What a prompt gave. `outputs` has `n` samples; `metrics` says where the time of the first went."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    prompt_logprobs: list[Logprobs | None] | None = None
+    finished: bool = False
+    num_cached_tokens: int = 0
+    metrics: RequestRecord | None = None
+
+
+class LLM:
+    """A model and an engine in this process. Keyword arguments are the settings of `penstock serve`, same names.
+
+    Not safe for several threads. Raises ConfigError, CheckpointError, TokenizerError with one clear line each.
+    """
+
+    def __init__(self, model: str = "penstock-tiny", **settings: Any) -> None:
+        stages = Stages(time.monotonic())
+        resolved = complete(resolve({"model": model, **settings}), probe())
+        self.config = resolved.config
+        self.model_config = resolved.model
+        assert self.config.model.tokenizer is not None
+        self.tokenizer = load_tokenizer(self.config.model.tokenizer)
+        stages.done("configuration and tokenizer")
+        self._built = build_engine(resolved, lambda stage, done, total: None, stages)
+        front_wire, self._engine_wire = local_pair()
+        self._front_wire = front_wire
+        seeds = itertools.count(self.config.model.seed) if "seed" in settings else None
+        self._front = FrontEnd(
+            front_wire.send,
+            self.tokenizer,
+            resolved.model.vocab_size,
+            seeds=None if seeds is None else lambda: next(seeds),
+        )
+        self._front.handle(self._built.ready, time.monotonic())
+        self._ids = itertools.count()
+        self._renderer: ChatRenderer | None = None
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        priority: Sequence[int] | None = None,
+    ) -> list[RequestOutput]:
+        """Complete prompts, batched by the engine; results in the order of the prompts.
+
+        One SamplingParams serves all prompts, or one each. Raises RequestError or ParamsError for a prompt that
+        cannot run (nothing of this call goes on then).
+        """
+        several = _prompt_list(prompts)
+        params = _params_list(sampling_params, len(several))
+        outputs: dict[str, RequestOutput] = {}
+        try:
+            for i, (prompt, own) in enumerate(zip(several, params, strict=True)):
+                text, ids = self._encode(prompt)
+                request_id = str(next(self._ids))
+                live = self._front.submit(
+                    request_id, ids, own, time.monotonic(), priority=priority[i] if priority else 0
+                )
+                samples = [CompletionOutput(n) for n in range(own.n)]
+                outputs[request_id] = RequestOutput(request_id, text, live.token_ids, samples)
+            self._run(outputs, use_tqdm)
+        except BaseException:
+            for request_id in outputs:
+                self._front.cancel(request_id, time.monotonic())
+            self._settle()
+            raise
+        return list(outputs.values())
+
+    def chat(
+        self,
+        messages: Sequence[Mapping[str, Any]] | Sequence[Sequence[Mapping[str, Any]]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        **template: Any,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or several. `template`: fields of Conversation (tools, add_generation_prompt, ...)."""
+        conversations: Sequence[Any] = messages if messages and not isinstance(messages[0], Mapping) else [messages]
+        if self._renderer is None:
+            self._renderer = ChatRenderer(self.tokenizer.chat_templates, self.tokenizer.special_tokens)
+        prompts: list[Prompt] = []
+        for conversation in conversations:
+            text = self._renderer.render_sync(Conversation(messages=list(conversation), **template))
+            prompts.append({"prompt": text, "prompt_token_ids": self.tokenizer.encode(text, add_special_tokens=False)})
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached blocks."""
+        self._front.send(ResetPrefixCache())
+        self._settle()
+
+    def close(self) -> None:
+        """End worker processes and the engine's thread."""
+        if self._renderer is not None:
+            self._renderer.close()
+            self._renderer = None
+        self._built.executor.close()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str):
+            return prompt, self.tokenizer.encode(prompt)
+        if isinstance(prompt, Mapping):
+            ids = prompt.get("prompt_token_ids")
+            text = prompt.get("prompt")
+            return text, list(ids) if ids is not None else self.tokenizer.encode(text or "")
+        return None, list(prompt)
+
+    def _run(self, outputs: dict[str, RequestOutput], show: bool) -> None:
+        """Step until every request of `outputs` has ended."""
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, TextColumn("{task.fields[rate]}"), disable=not show, transient=False) as bar:
+            task = bar.add_task("Processed prompts", total=len(outputs), rate="")
+            begin, num_left, num_tokens = time.monotonic(), len(outputs), 0
+            while num_left:
+                for out in self._turn():
+                    request = outputs.get(out.request_id)
+                    if request is None:
+                        continue
+                    if out.error is not None:
+                        raise out.error
+                    num_tokens += len(out.token_ids)
+                    self._collect(request, out)
+                    if out.is_last:
+                        num_left -= 1
+                        request.finished = True
+                        rate = f"{num_tokens / max(time.monotonic() - begin, 1e-9):,.0f} output tok/s"
+                        bar.update(task, advance=1, rate=rate)
+        for request in outputs.values():
+            live_id = request.request_id if len(request.outputs) == 1 else f"{request.request_id}.0"
+            request.metrics = self._front.records.get(live_id)
+            if request.metrics is not None:
+                request.num_cached_tokens = request.metrics.cached_tokens
+
+    @staticmethod
+    def _collect(request: RequestOutput, out: Output) -> None:
+        sample = request.outputs[out.index]
+        sample.text += out.text
+        sample.token_ids += out.token_ids
+        if out.logprobs is not None:
+            sample.logprobs = (sample.logprobs or []) + out.logprobs
+            sample.cumulative_logprob = (sample.cumulative_logprob or 0.0) + sum(p.logprobs[0] for p in out.logprobs)
+        if out.prompt_logprobs is not None:
+            request.prompt_logprobs = out.prompt_logprobs
+        sample.finish_reason, sample.stop_reason = out.finish_reason, out.stop_reason
+
+    def _turn(self) -> Iterable[Output]:
+        turn(self._built.engine, self._built.executor, self._engine_wire, time.monotonic)
+        now = time.monotonic()
+        return [out for message in self._front_wire.receive() for out in self._front.handle(message, now)]
+
+    def _settle(self) -> None:
+        """Let the engine take in what was sent, and end steps in flight."""
+        for _ in self._turn():
+            pass
+        while self._built.engine.scheduler.num_submitted:
+            for _ in self._turn():
+                pass
+
+
+def _prompt_list(prompts: Any) -> list[Prompt]:
+    """One prompt or several: text, token ids and mappings are one each."""
+    if isinstance(prompts, str | Mapping) or (prompts and all(isinstance(p, int) for p in prompts)):
+        return [prompts]
+    return list(prompts)
+
+
+def _params_list(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
+    if params is None or isinstance(params, SamplingParams):
+        return [params or SamplingParams()] * count
+    if len(params) != count:
+        raise ValueError(f"{count} prompts but {len(params)} sampling params")
+    return list(params)

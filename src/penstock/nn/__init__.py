@@ -1,0 +1,1 @@
+"""Tensors in, tensors out: kernels, layers, models, weights. Knows no request, no scheduler and no engine."""

@@ -1,0 +1,1 @@
+"""Operations, one file each: reference first, fast versions beside it."""

@@ -1,0 +1,20 @@
+"""The gated feed-forward block (SwiGLU). Source: Shazeer 2020, "GLU Variants Improve Transformer"."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from penstock.config.model import ModelConfig
+
+
+class GatedMlp(nn.Module):
+    """x [T, hidden] to [T, hidden]; gate and up are one fused projection, in that order."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.gate_up(x).chunk(2, -1)
+        return self.down(nn.functional.silu(gate) * up)

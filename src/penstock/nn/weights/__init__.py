@@ -1,0 +1,1 @@
+"""Checkpoints on disk: headers, routes, streaming into parameters. Knows no model family."""

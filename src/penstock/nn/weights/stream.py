@@ -1,0 +1,227 @@
+"""Weights from disk into parameters: reader threads in file order, one copy where no cast is needed.
+
+Threads only call `preadv`; casts and device copies stay on the calling thread, because two threads that call torch make
+two OpenMP teams. Buffered reads, no mmap: a file cut short during the load is an exception here and SIGBUS there.
+Knows no model family (routes say what goes where) and no configuration. Exactness: E0, or one rounding per cast.
+Speed: benchmarks/load_weights.py.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+
+import torch
+from torch import Tensor, nn
+
+from penstock.nn.weights.errors import CheckpointError, TiedWeightsDiffer, TruncatedShard, WrongDtype
+from penstock.nn.weights.headers import read_checkpoint
+from penstock.nn.weights.layout import Extent, Layout, Piece, cut, match
+from penstock.nn.weights.routes import Route
+
+CHUNK_BYTES = 16 * 1024 * 1024
+MIN_CHUNK_BYTES = 4096
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What a load did. `bytes` were read for parameters; `casts`: "BF16 -> float32" -> number of tensors."""
+
+    bytes: int
+    seconds: float
+    num_tensors: int
+    num_shards: int
+    casts: dict[str, int]
+
+    @property
+    def gb_per_s(self) -> float:
+        """10^9 bytes per second."""
+        return self.bytes / self.seconds / 1e9 if self.seconds else 0.0
+
+
+def load_weights(
+    directory: str | Path,
+    model: nn.Module,
+    routes: Sequence[Route],
+    *,
+    threads: int = 2,
+    chunk_bytes: int = CHUNK_BYTES,
+    progress: Callable[[int, int], None] | None = None,
+) -> LoadReport:
+    """Fill every parameter of `model` from the safetensors in `directory`; dtype and device are the parameters'.
+
+    `progress(done_bytes, total_bytes)` is called on this thread. Extra memory: (threads + 1) chunks, and only when
+    something is cast or goes to a device. Raises a CheckpointError; what can be known without reading weights is found
+    before anything is written. An error after that empties all parameters, so a half-loaded model cannot be run.
+    """
+    if threads < 1 or chunk_bytes < MIN_CHUNK_BYTES:
+        raise ValueError(f"threads must be >= 1 and chunk_bytes >= {MIN_CHUNK_BYTES}")
+    begin = time.perf_counter()
+    checkpoint = read_checkpoint(directory)
+    layout = match(checkpoint, model, routes)
+    try:
+        with torch.no_grad(), _one_torch_thread():
+            _stream(cut(layout.fillings, chunk_bytes), threads, progress or _no_progress, layout)
+            for extent in cut(layout.ties, chunk_bytes):
+                _compare(extent)
+    except BaseException:
+        for parameter in model.parameters():
+            parameter.data = torch.empty(0, dtype=parameter.dtype)
+        raise
+    return LoadReport(
+        layout.num_bytes, time.perf_counter() - begin, len(layout.fillings), len(checkpoint.shards), layout.casts
+    )
+
+
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Casts run on this thread alone: an OpenMP team would wait at its barrier for cores that the readers hold.
+
+    On 2 cores, bf16 to fp32 of 645 MB: 0.06 s with one thread, 0.15 s with two, seconds when other programs run.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _no_progress(done_bytes: int, total_bytes: int) -> None:
+    pass
+
+
+class _Readers:
+    """Threads that read extents in order. `finished` hands over (extent, slot or None), or a thread's exception."""
+
+    def __init__(self, extents: Sequence[Extent], files: dict[Path, int], threads: int, pinned: bool) -> None:
+        self.finished: SimpleQueue[tuple[Extent, Tensor | None] | BaseException] = SimpleQueue()
+        self._files = files
+        self._extents = iter(extents)
+        self._lock = threading.Lock()
+        self._stopped = False
+        self._slots: SimpleQueue[Tensor | None] = SimpleQueue()
+        slot_bytes = max((extent.slot_bytes for extent in extents), default=0)
+        if slot_bytes:
+            for _ in range(threads + 1):  # one is being emptied while each thread fills its own
+                self._slots.put(torch.empty(slot_bytes, dtype=torch.uint8, pin_memory=pinned))
+        self._threads = [threading.Thread(target=self._run, name=f"load-{n}", daemon=True) for n in range(threads)]
+        for thread in self._threads:
+            thread.start()
+
+    def give_back(self, slot: Tensor) -> None:
+        self._slots.put(slot)
+
+    def stop(self) -> None:
+        self._stopped = True
+        for _ in self._threads:
+            self._slots.put(None)  # wakes who waits for a slot
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopped:
+                with self._lock:
+                    extent = next(self._extents, None)
+                if extent is None:
+                    return
+                slot = None
+                if extent.slot_bytes:
+                    slot = self._slots.get()
+                    if slot is None:
+                        return
+                _read(self._files[extent.path], extent, slot)
+                self.finished.put((extent, slot))
+        except BaseException as error:  # handed to the thread that waits: a reader that dies silently is a hang
+            self.finished.put(error)
+
+
+def _stream(extents: Sequence[Extent], threads: int, progress: Callable[[int, int], None], layout: Layout) -> None:
+    total, done = layout.num_bytes, 0
+    pinned = any(filling.target.is_cuda for filling in layout.fillings)
+    progress(0, total)
+    with ExitStack() as stack:
+        files = {}
+        for path in dict.fromkeys(extent.path for extent in extents):
+            files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            stack.callback(os.close, files[path])
+        readers = _Readers(extents, files, min(threads, max(len(extents), 1)), pinned)
+        stack.callback(readers.stop)  # runs before the files are closed
+        for _ in extents:
+            item = readers.finished.get()
+            if isinstance(item, BaseException):
+                raise item
+            extent, slot = item
+            if slot is not None:
+                for piece, values in _slot_pieces(extent, slot):
+                    _scatter(piece, values)
+                readers.give_back(slot)
+            done += extent.end - extent.start
+            progress(done, total)
+    assert done == total, f"read {done} of {total} bytes"
+
+
+def _read(file: int, extent: Extent, slot: Tensor | None) -> None:
+    """Fill the extent's pieces with as few `preadv` as the kernel allows. Raises TruncatedShard at an early end."""
+    raw_slot = None if slot is None else slot.numpy().data
+    buffers = []
+    for piece in extent.pieces:
+        if piece.slot_offset < 0:
+            assert piece.filling.raw is not None
+            offset = piece.start - piece.filling.stored.start
+            buffers.append(piece.filling.raw[offset : offset + piece.end - piece.start])
+        else:
+            assert raw_slot is not None
+            buffers.append(raw_slot[piece.slot_offset : piece.slot_offset + piece.end - piece.start])
+    position = extent.start
+    while buffers:
+        try:
+            count = os.preadv(file, buffers, position)
+        except OSError as error:
+            raise CheckpointError(f"{extent.path}: {error.strerror} at byte {position}") from None
+        if count == 0:
+            name = next(piece.filling.stored.name for piece in extent.pieces if position < piece.end)
+            raise TruncatedShard(f"{extent.path}: ends at byte {position}, inside {name}: it changed during the load")
+        position += count
+        while buffers and count >= len(buffers[0]):
+            count -= len(buffers.pop(0))
+        if count:
+            buffers[0] = buffers[0][count:]
+
+
+def _slot_pieces(extent: Extent, slot: Tensor) -> Iterator[tuple[Piece, Tensor]]:
+    """The slot's pieces with their values as they are stored."""
+    for piece in extent.pieces:
+        if piece.slot_offset >= 0:
+            raw = slot[piece.slot_offset : piece.slot_offset + piece.end - piece.start]
+            yield piece, raw.view(piece.filling.dtype)
+
+
+def _scatter(piece: Piece, values: Tensor) -> None:
+    target = piece.filling.target[piece.first : piece.first + piece.num_elements]
+    target.copy_(values)
+    if target.dtype == torch.float16 and piece.filling.dtype != torch.float16 and not target.isfinite().all():
+        raise WrongDtype(
+            f"{piece.filling.path}: {piece.filling.stored.name} has values that float16 cannot hold: use bfloat16"
+        )
+
+
+def _compare(extent: Extent) -> None:
+    """The pieces equal what the parameters hold already, bit for bit after the cast."""
+    slot = torch.empty(extent.slot_bytes, dtype=torch.uint8)
+    with open(extent.path, "rb", buffering=0) as file:
+        _read(file.fileno(), extent, slot)
+    for piece, values in _slot_pieces(extent, slot):
+        held = piece.filling.target[piece.first : piece.first + piece.num_elements].cpu()
+        if not torch.equal(values.to(held.dtype).view(torch.uint8), held.view(torch.uint8)):
+            raise TiedWeightsDiffer(
+                f"{extent.path}: {piece.filling.stored.name} differs from the tensor that tie_word_embeddings names: "
+                "set it to false in config.json"
+            )

@@ -1,0 +1,95 @@
+"""Per-request state of one rank in arrays by slot, and one step's plan turned into flat index arrays.
+
+Knows tokens, positions and block tables as numpy int arrays. Knows no model and no torch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from penstock.core.plan import StepPlan
+
+
+@dataclass(slots=True)
+class StepInputs:
+    """One step, R rows and T tokens.
+
+    slots [R]; starts [R] and nums [R]: first position and tokens of each row; query_start [R + 1]: where rows begin
+    in the batch; token_ids, positions [T] int64; tables per KV group [R, max_blocks] int32.
+    """
+
+    slots: np.ndarray
+    starts: np.ndarray
+    nums: np.ndarray
+    query_start: np.ndarray
+    token_ids: np.ndarray
+    positions: np.ndarray
+    tables: tuple[np.ndarray, ...]
+
+
+class RequestTable:
+    """Tokens, computed counts and block tables of the requests this rank holds. Mutated by plans and sampled tokens."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, num_groups: int, block_size: int) -> None:
+        max_blocks = -(-max_model_len // block_size) + 1
+        self.block_size = block_size
+        self.slots: dict[str, int] = {}
+        self.tokens = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
+        self.num_computed = np.zeros(max_num_seqs, np.int64)
+        self.tables = [np.zeros((max_num_seqs, max_blocks), np.int32) for _ in range(num_groups)]
+        self._num_blocks = [[0] * max_num_seqs for _ in range(num_groups)]
+        self._free = list(range(max_num_seqs - 1, -1, -1))
+
+    def release(self, request_id: str) -> int:
+        """Forget a request; its slot."""
+        slot = self.slots.pop(request_id)
+        self._free.append(slot)
+        return slot
+
+    def admit(self, request_id: str, token_ids: tuple[int, ...], start: int) -> int:
+        """Take a request in, with `start` tokens computed already; its slot."""
+        slot = self._free.pop()
+        self.slots[request_id] = slot
+        self.tokens[slot, : len(token_ids)] = token_ids
+        self.num_computed[slot] = start
+        for counts in self._num_blocks:
+            counts[slot] = 0
+        return slot
+
+    def blocks_of(self, group: int, slot: int) -> np.ndarray:
+        """Block ids that the request in `slot` was given so far."""
+        return self.tables[group][slot, : self._num_blocks[group][slot]]
+
+    def prepare(self, plan: StepPlan) -> StepInputs:
+        """Add the rows' new blocks and gather the step's arrays."""
+        rows, of = plan.rows, self.slots
+        slot_list = [of[row.request_id] for row in rows]
+        for row, slot in zip(rows, slot_list, strict=True):
+            for g, new in enumerate(row.new_block_ids):
+                if new:
+                    count = self._num_blocks[g][slot]
+                    self.tables[g][slot, count : count + len(new)] = new
+                    self._num_blocks[g][slot] = count + len(new)
+        slots = np.array(slot_list)
+        nums = np.array([row.num_tokens for row in rows])
+        starts = self.num_computed[slots]
+        query_start = np.zeros(len(rows) + 1, np.int64)
+        np.cumsum(nums, out=query_start[1:])
+        total = int(query_start[-1])
+        if total == len(rows):
+            positions, row_slots = starts, slots
+        else:
+            positions = np.arange(total) + np.repeat(starts - query_start[:-1], nums)
+            row_slots = np.repeat(slots, nums)
+        width = -(-int((starts + nums).max()) // self.block_size)
+        return StepInputs(
+            slots,
+            starts,
+            nums,
+            query_start,
+            self.tokens[row_slots, positions].astype(np.int64),
+            positions,
+            tuple(table[slots, :width] for table in self.tables),
+        )

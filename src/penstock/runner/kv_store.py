@@ -1,0 +1,44 @@
+"""The KV pools of one rank: memory by layer, in the byte layout that `KVGroup.extent` publishes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penstock.config.model import KVLayout
+
+
+class KVStore:
+    """`pools[layer]`: [num_blocks, 2, Hkv, block_size, D], zero-filled (an unwritten value must not be a NaN)."""
+
+    def __init__(self, layout: KVLayout, num_blocks: tuple[int, ...], device: torch.device) -> None:
+        self.layout = layout
+        self.pools: list[Tensor] = []
+        by_layer = {
+            layer: (group, blocks)
+            for group, blocks in zip(layout.groups, num_blocks, strict=True)
+            for layer in group.layers
+        }
+        for layer in range(len(by_layer)):
+            group, blocks = by_layer[layer]
+            shape = (blocks, 2, group.num_kv_heads, group.block_size, group.head_dim)
+            self.pools.append(_zeros(shape, getattr(torch, group.dtype)).to(device))
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(pool.numel() * pool.element_size() for pool in self.pools)
+
+    def clean(self, group: int, block_ids: Iterable[int]) -> None:
+        """Zero blocks that a failed request may have filled with NaN, before somebody else gets them."""
+        ids = torch.as_tensor([i for i in block_ids if i], dtype=torch.int64)
+        for layer in self.layout.groups[group].layers:
+            self.pools[layer].index_fill_(0, ids, 0)
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros whose pages the kernel provides at first touch: torch.zeros writes all of them, seconds for gigabytes."""
+    width = torch.empty(0, dtype=dtype).element_size()
+    return torch.from_numpy(np.zeros((*shape[:-1], shape[-1] * width), np.uint8)).view(dtype)

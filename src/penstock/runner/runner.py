@@ -1,0 +1,132 @@
+"""One rank's work: a plan to tensors, tensors to tokens. A pure function of the plans it has seen.
+
+Knows nothing of queues, of other requests' reasons or of time; it is told what to compute.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penstock.core.plan import Logprobs, Row, StepPlan, StepResult
+from penstock.nn.doors import AttentionBackend, Batch, Spans
+from penstock.runner.inputs import RequestTable, StepInputs
+from penstock.runner.kv_store import KVStore
+from penstock.runner.sampler import Sampler
+
+LOGITS_PIECE = 256  # prompt positions whose scores are held at once for prompt_logprobs
+
+
+class Model(Protocol):
+    """What a model family offers: hidden states [T, hidden], and float32 scores [N, vocab] of chosen ones."""
+
+    def __call__(self, batch: Batch) -> Tensor: ...
+
+    def logits(self, hidden: Tensor) -> Tensor: ...
+
+
+class Runner:
+    """Owns the rank's requests, KV pools and sampler. `run` must be called with plans in order, from one thread."""
+
+    def __init__(
+        self, model: Model, attention: AttentionBackend, store: KVStore, sampler: Sampler, table: RequestTable
+    ) -> None:
+        self.model = model
+        self.attention = attention
+        self.store = store
+        self.sampler = sampler
+        self.table = table
+        self._wants_prompt_logprobs: dict[str, tuple[int, int]] = {}  # request id -> (how many, prompt_len)
+
+    @torch.inference_mode()
+    def run(self, plan: StepPlan) -> StepResult:
+        """Apply `released` and `admitted`, compute the rows, sample where they end. Exactness: E1 in plain torch."""
+        begin = time.perf_counter()
+        self._apply(plan)
+        inputs = self.table.prepare(plan)
+        spans = Spans(inputs.query_start, inputs.starts, inputs.tables)
+        batch = Batch(
+            torch.from_numpy(inputs.token_ids), torch.from_numpy(inputs.positions), self.attention.prepare(spans)
+        )
+        hidden = self.model(batch)
+        result = StepResult(plan.step, [])
+        self._prompt_logprobs(plan, inputs, hidden, result)
+        self._sample(plan, inputs, hidden, result)
+        self.table.num_computed[inputs.slots] += inputs.nums
+        result.seconds = time.perf_counter() - begin
+        return result
+
+    def _apply(self, plan: StepPlan) -> None:
+        for request_id in plan.released:
+            self.sampler.release(self.table.release(request_id))
+            self._wants_prompt_logprobs.pop(request_id, None)
+        if plan.admitted:
+            starts = {row.request_id: row.start for row in plan.rows}
+            for admitted in plan.admitted:
+                slot = self.table.admit(admitted.request_id, admitted.token_ids, starts[admitted.request_id])
+                self.sampler.admit(slot, admitted)
+                if admitted.params.prompt_logprobs is not None:
+                    wanted = (admitted.params.prompt_logprobs, admitted.prompt_len)
+                    self._wants_prompt_logprobs[admitted.request_id] = wanted
+
+    def _sample(self, plan: StepPlan, inputs: StepInputs, hidden: Tensor, result: StepResult) -> None:
+        """Choose the next token of every row that reaches the end of its known tokens."""
+        sampling = [i for i, row in enumerate(plan.rows) if row.samples]
+        if not sampling:
+            result.tokens = [[] for _ in plan.rows]
+            return
+        every = len(sampling) == len(plan.rows)
+        last = inputs.query_start[1:] - 1
+        ends = inputs.starts + inputs.nums
+        slots = inputs.slots
+        if not every:
+            last, ends, slots = last[sampling], ends[sampling], slots[sampling]
+        if len(last) < hidden.shape[0]:
+            hidden = hidden[torch.from_numpy(last)]
+        out = self.sampler.sample(self.model.logits(hidden), slots, ends)
+        self.table.tokens[slots, ends] = out.token_ids
+        self.sampler.accept(slots, out.token_ids)
+        tokens = out.token_ids.tolist()
+        if every:
+            result.tokens = [[token] for token in tokens]
+            result.logprobs = {i: [found] for i, found in out.logprobs.items()}
+        else:
+            result.tokens = [[] for _ in plan.rows]
+            for i, token in zip(sampling, tokens, strict=True):
+                result.tokens[i] = [token]
+            result.logprobs = {sampling[i]: [found] for i, found in out.logprobs.items()}
+        for i, error in out.failed.items():
+            self._fail(plan.rows[sampling[i]], error, result)
+            result.tokens[sampling[i]] = []
+
+    def _fail(self, row: Row, error: str, result: StepResult) -> None:
+        """The row's scores are not numbers: its request fails; what it wrote is cleaned for the blocks' next owners."""
+        result.failed[row.request_id] = error
+        slot = self.table.slots[row.request_id]
+        first = int(self.table.num_computed[slot]) // self.table.block_size  # earlier blocks may be shared
+        for g in range(len(self.table.tables)):
+            self.store.clean(g, self.table.blocks_of(g, slot)[first:].tolist())
+
+    def _prompt_logprobs(self, plan: StepPlan, inputs: StepInputs, hidden: Tensor, result: StepResult) -> None:
+        """Log probabilities of the prompt tokens that follow the positions of rows that asked for them."""
+        if not self._wants_prompt_logprobs:
+            return
+        for i, row in enumerate(plan.rows):
+            wanted = self._wants_prompt_logprobs.get(row.request_id)
+            if wanted is None or row.num_logits < row.num_tokens:
+                continue
+            num, prompt_len = wanted
+            start, begin = int(inputs.starts[i]), int(inputs.query_start[i])
+            count = min(row.num_tokens, prompt_len - 1 - start)
+            if count <= 0:
+                continue
+            following = self.table.tokens[inputs.slots[i], start + 1 : start + 1 + count].astype(np.int64)
+            found: list[Logprobs | None] = []
+            for at in range(0, count, LOGITS_PIECE):
+                piece = hidden[begin + at : begin + min(at + LOGITS_PIECE, count)]
+                found += self.sampler.prompt_logprobs(self.model.logits(piece), following[at : at + len(piece)], num)
+            result.prompt_logprobs[i] = found

@@ -1,0 +1,313 @@
+"""The sampler of one rank: who asked for what, and what has occurred so far. Turns scores into token ids.
+
+Keeps a few numbers per slot (the runner's small integer for a request) in arrays, so that a batch without rare wishes
+costs no Python per row. The arithmetic is in `nn/kernels/sampling.py`; steps, blocks and text are unknown here.
+
+Everything is rebuilt from `Admitted`, also after preemption, and the noise is a function of (seed, position, token id):
+the token of a request does not depend on who shares its batches (E0 on equal scores).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from penstock.core.plan import Admitted, Logprobs
+from penstock.nn.kernels.sampling import NO_TOKEN, NOT_A_NUMBER, RowParams, choose, logprobs, penalise
+
+CONSTRAINS, PENALISES, REMEMBERS, REPORTS = 1, 2, 4, 8  # bits of a slot's wishes: REMEMBERS is told committed tokens
+ERRORS = {
+    NOT_A_NUMBER: "the model's scores for the next token are not numbers (NaN)",
+    NO_TOKEN: "no token is allowed next: the request's constraints or the model's scores forbid all of them",
+}
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(slots=True)
+class SampleOutput:
+    """Tokens of N rows. token_ids int64 [N], 0 where the row failed; the dicts are keyed by row and usually empty."""
+
+    token_ids: Ints
+    logprobs: dict[int, Logprobs] = field(default_factory=dict)
+    failed: dict[int, str] = field(default_factory=dict)  # the error of that row's request alone
+
+
+class Occurrences:
+    """The distinct tokens a request's penalties look at, and how often each came in its output (0: prompt only)."""
+
+    __slots__ = ("_counts", "_ids", "_index")
+
+    def __init__(self, prompt_ids: Iterable[int], output_ids: Iterable[int]) -> None:
+        self._index: dict[int, int] = {}
+        self._ids = np.empty(64, np.int64)
+        self._counts = np.zeros(64, np.float32)
+        for token_id in prompt_ids:
+            self._place(token_id)
+        for token_id in output_ids:
+            self.add(token_id)
+
+    def _place(self, token_id: int) -> int:
+        at = self._index.setdefault(token_id, len(self._index))
+        if at == len(self._ids):
+            self._ids = np.concatenate((self._ids, np.empty_like(self._ids)))
+            self._counts = np.concatenate((self._counts, np.zeros_like(self._counts)))
+        self._ids[at] = token_id
+        return at
+
+    def add(self, token_id: int) -> None:
+        """One more of `token_id` in the output."""
+        self._counts[self._place(token_id)] += 1
+
+    @property
+    def ids(self) -> Ints:
+        return self._ids[: len(self._index)]
+
+    @property
+    def counts(self) -> NDArray[np.float32]:
+        return self._counts[: len(self._index)]
+
+    def __len__(self) -> int:
+        return len(self._index)
+
+
+@dataclass(slots=True)
+class Edits:
+    """How one request's scores change before filters: built at admission, `note` is told each token it commits.
+
+    All ids lie inside the vocabulary; those that do not are left out, with the bad words that contain them.
+    """
+
+    prompt_len: int
+    bias_ids: Ints
+    bias: NDArray[np.float32]
+    allowed_ids: Ints | None
+    banned_ids: Ints  # bad words of one token
+    phrases: list[tuple[list[int], int]]  # bad words of more: (tokens before the last, the last)
+    output_ids: list[int]  # only as many as the longest phrase needs
+    min_tokens: int
+    stop_ids: Ints
+    repetition: float
+    frequency: float
+    presence: float
+    occurred: Occurrences | None
+
+    @property
+    def remembers(self) -> bool:
+        return self.occurred is not None or bool(self.phrases)
+
+    @property
+    def constrains(self) -> bool:
+        constant = len(self.bias_ids) > 0 or self.allowed_ids is not None or len(self.banned_ids) > 0
+        return constant or bool(self.phrases) or (self.min_tokens > 0 and len(self.stop_ids) > 0)
+
+    def note(self, token_id: int) -> None:
+        if self.occurred is not None:
+            self.occurred.add(token_id)
+        if self.phrases:
+            self.output_ids.append(token_id)
+            del self.output_ids[: -max(len(before) for before, _ in self.phrases)]
+
+    def forbidden(self, position: int) -> list[int]:
+        """Ids that may not stand at `position`, besides those that are not allowed anywhere."""
+        ids = [last for before, last in self.phrases if self.output_ids[-len(before) :] == before]
+        if position - self.prompt_len < self.min_tokens:
+            ids += self.stop_ids.tolist()
+        return ids
+
+
+def edits_of(admitted: Admitted, vocab_size: int) -> Edits:
+    """The edits that a request asks for, with the tokens it has committed so far taken in."""
+    params = admitted.params
+
+    def known(ids: Iterable[int]) -> list[int]:
+        return [i for i in ids if 0 <= i < vocab_size]
+
+    bias = {i: b for i, b in (params.logit_bias or {}).items() if 0 <= i < vocab_size}
+    words = [word for word in params.bad_words_ids if word and len(known(word)) == len(word)]
+    phrases = [(list(word[:-1]), word[-1]) for word in words if len(word) > 1]
+    output_ids = admitted.token_ids[admitted.prompt_len :]
+    occurred = None
+    if params.repetition_penalty != 1 or params.frequency_penalty != 0 or params.presence_penalty != 0:
+        prompt_ids = admitted.token_ids[: admitted.prompt_len] if params.repetition_penalty != 1 else ()
+        occurred = Occurrences(known(prompt_ids), known(output_ids))
+    longest = max((len(before) for before, _ in phrases), default=0)
+    allowed_ids = None
+    if params.allowed_token_ids is not None:
+        allowed_ids = np.array(sorted(set(known(params.allowed_token_ids))), np.int64)
+    return Edits(
+        prompt_len=admitted.prompt_len,
+        bias_ids=np.array(list(bias), np.int64),
+        bias=np.array(list(bias.values()), np.float32),
+        allowed_ids=allowed_ids,
+        banned_ids=np.array([word[0] for word in words if len(word) == 1], np.int64),
+        phrases=phrases,
+        output_ids=list(output_ids[-longest:]) if longest else [],
+        min_tokens=params.min_tokens,
+        stop_ids=np.array(known(admitted.stop_ids), np.int64),
+        repetition=params.repetition_penalty,
+        frequency=params.frequency_penalty,
+        presence=params.presence_penalty,
+        occurred=occurred,
+    )
+
+
+class Sampler:
+    """Chooses tokens for slots. Used by one rank from one thread: `admit`, then per step `sample` and `accept`."""
+
+    def __init__(self, num_slots: int, vocab_size: int) -> None:
+        self.vocab_size = vocab_size
+        self._wishes = np.zeros(num_slots, np.uint8)
+        self._num_logprobs = np.zeros(num_slots, np.int64)
+        self._temperature = np.zeros(num_slots, np.float32)
+        self._top_k = np.zeros(num_slots, np.int64)
+        self._top_p = np.ones(num_slots, np.float64)
+        self._min_p = np.zeros(num_slots, np.float64)
+        self._seeds = np.zeros(num_slots, np.uint64)
+        self._edits: dict[int, Edits] = {}
+
+    def admit(self, slot: int, admitted: Admitted) -> None:
+        """Take a request in at `slot`, which holds nobody; also when it comes back after preemption."""
+        params = admitted.params
+        self._temperature[slot] = params.temperature
+        self._top_k[slot] = params.top_k
+        self._top_p[slot] = params.top_p
+        self._min_p[slot] = params.min_p
+        self._seeds[slot] = admitted.seed & (2**64 - 1)
+        self._num_logprobs[slot] = params.logprobs or 0
+        edits = edits_of(admitted, self.vocab_size)
+        wishes = 0 if params.logprobs is None else REPORTS
+        if edits.constrains:
+            wishes |= CONSTRAINS
+        if edits.occurred is not None:
+            wishes |= PENALISES
+        if edits.remembers:
+            wishes |= REMEMBERS
+        if wishes & (CONSTRAINS | PENALISES):
+            self._edits[slot] = edits
+        self._wishes[slot] = wishes
+
+    def release(self, slot: int) -> None:
+        """Forget who is at `slot`."""
+        self._edits.pop(slot, None)
+        self._wishes[slot] = 0
+
+    def accept(self, slots: Ints | int, token_ids: Ints | int) -> None:
+        """Note committed tokens, in order: one slot and token, or arrays of equal length."""
+        if not self._edits:
+            return
+        slots, token_ids = np.atleast_1d(slots), np.atleast_1d(token_ids)
+        noted = np.flatnonzero(self._wishes[slots] & REMEMBERS)
+        for slot, token_id in zip(slots[noted].tolist(), token_ids[noted].tolist(), strict=True):
+            self._edits[slot].note(token_id)
+
+    def sample(self, scores: Tensor, slots: Ints, positions: Ints) -> SampleOutput:
+        """The next token of each row. scores float32 [N, vocab_size]: those of rows with edits are overwritten.
+
+        slots [N]; positions [N]: absolute position of the token being chosen. Several rows may belong to one slot;
+        penalties and bad words then see what `accept` was told, for all of them. A row that cannot be sampled fails
+        alone. The logprobs are of the scores as they came.
+        """
+        wishes = self._wishes[slots]
+        any_wish = int(np.bitwise_or.reduce(wishes)) if len(wishes) else 0
+        if any_wish & REPORTS:
+            reporting = np.flatnonzero(wishes & REPORTS)
+            raw = scores[torch.from_numpy(reporting)]
+        if any_wish & (CONSTRAINS | PENALISES):
+            scores = scores.contiguous()
+        if any_wish & CONSTRAINS:
+            self._constrain(scores, np.flatnonzero(wishes & CONSTRAINS), slots, positions)
+        if any_wish & PENALISES:
+            self._penalise(scores, np.flatnonzero(wishes & PENALISES), slots)
+        token_ids = choose(
+            scores,
+            RowParams(
+                self._temperature[slots],
+                self._top_k[slots],
+                self._top_p[slots],
+                self._min_p[slots],
+                self._seeds[slots],
+                positions,
+            ),
+        )
+        output = SampleOutput(token_ids)
+        if len(token_ids) and token_ids.min() < 0:
+            output.failed = {row: ERRORS[int(token_ids[row])] for row in np.flatnonzero(token_ids < 0).tolist()}
+            token_ids[token_ids < 0] = 0
+        if any_wish & REPORTS:
+            self._report(raw, reporting, slots, output)
+        return output
+
+    def _constrain(self, scores: Tensor, rows: Ints, slots: Ints, positions: Ints) -> None:
+        """Apply biases, allowed ids, bad words and min_tokens to `rows`, in place."""
+        flat, size = scores.view(-1), scores.shape[1]
+
+        def place(index: list[Ints]) -> Tensor:
+            return torch.from_numpy(np.concatenate(index)).to(scores.device)
+
+        each = [self._edits[slot] for slot in slots[rows].tolist()]
+        listed = [(row, row * size, edits) for row, edits in zip(rows.tolist(), each, strict=True)]
+        biased = [(start + edits.bias_ids, edits.bias) for _, start, edits in listed if len(edits.bias_ids)]
+        if biased:
+            bias = torch.from_numpy(np.concatenate([bias for _, bias in biased])).to(scores.device)
+            flat[place([index for index, _ in biased])] += bias
+        banned = []
+        for row, start, edits in listed:
+            if edits.allowed_ids is not None:
+                allowed = place([start + edits.allowed_ids])
+                kept = flat[allowed]
+                scores[row].fill_(-torch.inf)
+                flat[allowed] = kept
+            ids = edits.forbidden(int(positions[row]))
+            if ids:
+                banned.append(start + np.array(ids, np.int64))
+            if len(edits.banned_ids):
+                banned.append(start + edits.banned_ids)
+        if banned:
+            flat[place(banned)] = -torch.inf
+
+    def _penalise(self, scores: Tensor, rows: Ints, slots: Ints) -> None:
+        """Penalise the tokens that occurred in the requests of `rows`, in place, all in one operation."""
+        each = [self._edits[slot] for slot in slots[rows].tolist()]
+        occurred = [edits.occurred for edits in each if edits.occurred is not None]
+        nums = [len(tokens) for tokens in occurred]
+        factors = np.array([(edits.repetition, edits.frequency, edits.presence) for edits in each], np.float32)
+        repetition, frequency, presence = np.repeat(factors.T, nums, axis=1)
+        index = np.concatenate([tokens.ids for tokens in occurred]) + np.repeat(rows * scores.shape[1], nums)
+        counts = np.concatenate([tokens.counts for tokens in occurred])
+        flat = scores.view(-1)
+        at, *rest = (torch.from_numpy(a).to(flat.device) for a in (index, counts, repetition, frequency, presence))
+        flat[at] = penalise(flat[at], *rest)
+
+    def _report(self, raw: Tensor, rows: Ints, slots: Ints, output: SampleOutput) -> None:
+        """Fill `output.logprobs` for `rows`, whose untouched scores are `raw`, but for the failed ones."""
+        if output.failed:
+            alive = np.flatnonzero([row not in output.failed for row in rows.tolist()])
+            raw, rows = raw[torch.from_numpy(alive)], rows[alive]
+        found = _logprobs(raw, output.token_ids[rows], self._num_logprobs[slots[rows]])
+        output.logprobs = dict(zip(rows.tolist(), found, strict=True))
+
+    def prompt_logprobs(self, scores: Tensor, next_token_ids: Ints, num: int) -> list[Logprobs]:
+        """Log probabilities of the tokens that follow n prompt positions: scores float32 [n, V], next_token_ids [n].
+
+        Each entry is that token, then the `num` best. A position whose scores hold NaN has NaN for its token and no
+        others.
+        """
+        return _logprobs(scores, next_token_ids, np.full(len(next_token_ids), num, np.int64))
+
+
+def _logprobs(scores: Tensor, token_ids: Ints, nums: Ints) -> list[Logprobs]:
+    if len(token_ids) == 0:
+        return []
+    chosen, ranks, ids, values = logprobs(scores, token_ids, nums)
+    return [
+        Logprobs([token, *best.tolist()], [own, *logs.tolist()], rank)
+        for token, own, rank, best, logs in zip(
+            token_ids.tolist(), chosen.tolist(), ranks.tolist(), ids, values, strict=True
+        )
+    ]

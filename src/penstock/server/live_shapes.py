@@ -1,0 +1,296 @@
+"""From the engine's messages to the page's JSON: pure functions, plain data in and plain data out.
+
+The fields are those of `docs/page.md`. `None` becomes null and means "not measured", never zero. Knows no clock, no
+HTTP and no state; times come in as seconds of the engine's clock and leave as seconds since 1970 with `wall` added.
+No prompt text, no token id and no header passes through here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import msgspec
+
+from penstock.config.schema import Config
+from penstock.engine.messages import KVReport, Ready, Report, RequestRecord, Span
+from penstock.server.live_series import Row, Series
+
+ENGINE_ID = "E0"
+MAX_SPANS = 12
+MERGE_GAP_S = 0.05  # spans of one kind this close are one span in the table; /explain has them all
+SHORT_QUEUE_S = 0.03  # who waited less has no reason to be told
+MAX_SETTING_CHARS = 200
+
+Json = dict[str, Any]
+
+QUEUE_WORDS = {
+    "slots": "all places for running requests were taken",
+    "budget": "the step's token budget was full",
+    "capacity": "no free blocks",
+    "shared_block": "another request was computing the same block",
+    "preempted": "it was preempted and had to come back",
+    "grammar": "its grammar was being compiled",
+    "media": "its images were being read",
+    "kv_load": "its blocks were being loaded",
+    "kv_transfer": "its blocks were being transferred",
+}
+
+
+@dataclass(slots=True)
+class Track:
+    """What the front end saw of one request. Written by the observer alone; seconds of the engine's clock."""
+
+    request_id: str
+    num_prompt_tokens: int
+    received_s: float
+    first_s: float | None = None
+    last_s: float | None = None
+    num_tokens: int = 0
+    finish_s: float | None = None
+    finish_reason: str | None = None
+    record: RequestRecord | None = None  # the newest that the engine sent
+    row: msgspec.Raw | None = None  # its line of the table, encoded, once it ended
+
+    @property
+    def time_to_first_token_s(self) -> float | None:
+        """From arrival at the front end to the first token leaving it."""
+        return None if self.first_s is None else self.first_s - self.received_s
+
+    @property
+    def tokens_per_s(self) -> float | None:
+        """Tokens after the first over the time since the first."""
+        if self.first_s is None or self.last_s is None or self.num_tokens < 2 or self.last_s <= self.first_s:
+            return None
+        return (self.num_tokens - 1) / (self.last_s - self.first_s)
+
+
+def config_rows(config: Config) -> list[Json]:
+    """Every setting with its value and who set it. A secret's value never leaves."""
+    rows: list[Json] = []
+    for part in fields(config):
+        section = getattr(config, part.name)
+        if not hasattr(section, "__dataclass_fields__"):
+            continue
+        for setting in fields(section):
+            value = getattr(section, setting.name)
+            if setting.metadata.get("secret"):
+                value = "set, not shown" if value else "not set"
+            origin, note = config.origins.get(setting.name, ("default", ""))
+            rows.append({"name": setting.name, "value": _plain(value), "origin": origin, "note": note})
+    return rows
+
+
+def _plain(value: Any) -> str | int | float | bool:
+    if value is None or value == ():
+        return "none"
+    if isinstance(value, bool | int | float):
+        return value
+    text = ", ".join(map(str, value)) if isinstance(value, tuple | list) else str(value)
+    return text if len(text) <= MAX_SETTING_CHARS else text[:MAX_SETTING_CHARS] + " …"
+
+
+def hello(version: str, model_id: str, config: list[Json], ready: Ready, series: Series, interval_s: float) -> Json:
+    """What a listener is told once."""
+    return {
+        "schema": 1,
+        "version": version,
+        "model": {"id": model_id},
+        "device": {"name": ready.device},
+        "config": config,
+        "engines": [
+            {
+                "id": ENGINE_ID,
+                "role": "mixed",
+                "device": ready.device,
+                "kv": {"block_size": ready.block_size, "num_blocks": ready.num_blocks},
+            }
+        ],
+        "tiers": [],
+        "spec": None,
+        "router": None,
+        "series": {"interval_s": interval_s, "columns": series.columns()},
+    }
+
+
+def snapshot(seq: int, uptime_s: float, ready: Ready, report: Report | None, series: Series, row: Row) -> Json:
+    """All numbers of one tick but the requests, which the caller adds (null on the ticks that leave them out)."""
+    usage = None if report is None else kv_usage(report.kv)
+    return {
+        "seq": seq,
+        "ts": row["ts"],
+        "uptime_s": round(uptime_s, 1),
+        "totals": {
+            "num_requests_running": None if report is None else report.num_running,
+            "num_requests_waiting": None if report is None else report.num_waiting,
+            "num_requests_waiting_by_reason": {} if report is None else report.waiting_by_reason,
+            "kv_cache_usage_perc": usage,
+            "num_preemptions_total": None if report is None else report.num_preemptions_total,
+            "prompt_tokens_total": None if report is None else report.prompt_tokens_total,
+            "prompt_tokens_cached_total": None if report is None else report.prompt_tokens_cached_total,
+            "generation_tokens_total": series.num_generated,
+        },
+        "series": row,
+        "prompt_tokens_by_source": series.by_source(),
+        "tiers": {},
+        "spec_decode": None,
+        "engines": [
+            {
+                "id": ENGINE_ID,
+                "role": "mixed",
+                "num_requests_running": None if report is None else report.num_running,
+                "num_requests_waiting": None if report is None else report.num_waiting,
+                "kv_cache_usage_perc": usage,
+                "prompt_tokens_per_s": row["prompt_tokens_per_s"],
+                "generation_tokens_per_s": row["generation_tokens_per_s"],
+                "kv": _kv(ready, None if report is None else report.kv),
+            }
+        ],
+        "links": [],
+        "transfers": [],
+        "transfer_seconds_p95": None,
+        "transfer_failures_total": None,
+        "router": None,
+        "requests": None,
+    }
+
+
+def kv_usage(kv: KVReport) -> float | None:
+    """Share of the blocks that requests hold, 0 to 1, as vLLM counts it."""
+    return round((kv.used + kv.shared + kv.filling) / kv.num_blocks, 6) if kv.num_blocks else None
+
+
+def _kv(ready: Ready, kv: KVReport | None) -> Json:
+    if kv is None:
+        states = dict.fromkeys(("used", "shared", "filling", "cached", "free"))
+        return {"block_size": ready.block_size, "num_blocks": ready.num_blocks, **states, "map": None}
+    return {
+        "block_size": kv.block_size,
+        "num_blocks": kv.num_blocks,
+        "used": kv.used,
+        "shared": kv.shared,
+        "filling": kv.filling,
+        "cached": kv.cached,
+        "free": kv.free,
+        "map": {"num_cells": kv.num_cells, "blocks_per_cell": kv.blocks_per_cell, "cells": kv.cells}
+        if kv.cells
+        else None,
+    }
+
+
+class SpanRow(msgspec.Struct):
+    """One piece of a request's small timeline. A struct: half the time of a dict, and there are thousands."""
+
+    kind: str
+    start_ts: float
+    end_ts: float | None
+
+
+class RequestRow(msgspec.Struct):
+    """One line of the page's table."""
+
+    request_id: str
+    state: str
+    arrival_ts: float
+    finish_ts: float | None
+    finish_reason: str | None
+    prompt_tokens: int
+    cached_tokens: int
+    generation_tokens: int
+    engine: str
+    spans: list[SpanRow]
+
+
+def request_row(track: Track, wall: float) -> RequestRow:
+    """`track` as the table shows it."""
+    record, finish_s = track.record, track.finish_s
+    if record is not None:
+        state, spans = record.state, record.spans
+    # Without the engine's word only two moments are known: arrival, and the first token.
+    elif track.first_s is None:
+        state, spans = "waiting", [Span("queue", track.received_s, None)]
+    else:
+        state, spans = "decode", [Span("decode", track.first_s, None)]
+    if finish_s is not None:
+        state = "aborted" if track.finish_reason in ("abort", "error") else "finished"
+    return RequestRow(
+        track.request_id,
+        state,
+        round(track.received_s + wall, 3),
+        None if finish_s is None else round(finish_s + wall, 3),
+        track.finish_reason,
+        track.num_prompt_tokens,
+        0 if record is None else record.cached_tokens,
+        track.num_tokens,
+        ENGINE_ID,
+        merged(spans, wall, finish_s),
+    )
+
+
+def merged(spans: Iterable[Span], wall: float, finish_s: float | None) -> list[SpanRow]:
+    """Neighbours of one kind become one span, and the last 12 are kept. Spans left open end at `finish_s`."""
+    out: list[SpanRow] = []
+    last: Span | None = None
+    for span in spans:
+        end_s = span.end_s if span.end_s is not None else finish_s
+        end_ts = None if end_s is None else round(end_s + wall, 3)
+        near = last is not None and last.end_s is not None and span.start_s - last.end_s <= MERGE_GAP_S
+        if near and last is not None and last.kind == span.kind:
+            out[-1].end_ts = end_ts
+        else:
+            out.append(SpanRow(span.kind, round(span.start_s + wall, 3), end_ts))
+        last = span
+    return out[-MAX_SPANS:]
+
+
+def explain(track: Track, now: float) -> Json:
+    """Where one request's time went, in seconds from its arrival at the front end."""
+    record = track.record
+    end_s = track.finish_s if track.finish_s is not None else now
+    ttft, speed = track.time_to_first_token_s, track.tokens_per_s
+    told: Json = {
+        "request_id": track.request_id,
+        "prompt_tokens": track.num_prompt_tokens,
+        "generation_tokens": track.num_tokens,
+        "finish_reason": track.finish_reason,
+        "time_to_first_token_s": None if ttft is None else round(ttft, 6),
+        "tokens_per_s": None if speed is None else round(speed, 3),
+        "queue_reason": "",
+        "spans": [],
+        "prefix": None,
+    }
+    if record is None:
+        return told
+    base = track.received_s
+    waited_s = (record.admitted_s if record.admitted_s is not None else end_s) - record.arrival_s
+    if waited_s >= SHORT_QUEUE_S:
+        told["queue_reason"] = QUEUE_WORDS.get(record.queue_reason, record.queue_reason)
+    # Steps after the prompt are not counted one by one. Where they are one span, it made all tokens but the first.
+    num_decode_spans = sum(span.kind == "decode" for span in record.spans)
+    num_decoded = max(0, track.num_tokens - 1) if num_decode_spans == 1 else 0
+    told["spans"] = [
+        {
+            "kind": span.kind,
+            "start_s": round(max(0.0, span.start_s - base), 6),
+            "end_s": round(max(0.0, (end_s if span.end_s is None else span.end_s) - base), 6),
+            "engine": ENGINE_ID,
+            **({"num_tokens": num_tokens} if num_tokens else {}),
+        }
+        for span in record.spans
+        for num_tokens in (span.num_tokens or (num_decoded if span.kind == "decode" else 0),)
+    ]
+    if record.admitted_s is not None:  # before that nobody has looked into the cache
+        told["prefix"] = _prefix(record)
+    return told
+
+
+def _prefix(record: RequestRecord) -> Json:
+    cut = record.cached_tokens
+    runs = [("device", 0, cut), ("compute", cut, record.prompt_tokens)]
+    miss = record.miss
+    return {
+        "block_size": record.block_size,
+        "runs": [{"source": source, "start": start, "end": end} for source, start, end in runs if end > start],
+        "miss": None if miss is None else {"reason": miss.reason, "at_token": miss.at_token, "detail": miss.detail},
+    }

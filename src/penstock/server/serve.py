@@ -1,0 +1,388 @@
+"""A running server: the port, the engine's process, signals, and the order in which all of it starts and stops.
+
+HTTP answers from the first moment; the model's texts load in a thread and the engine in its process meanwhile. Does not
+know what an engine is made of: it gets a function that launches one and hears from it over the wire.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import errno
+import gc
+import itertools
+import json
+import logging
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol
+
+import uvicorn
+
+from penstock.config.hardware import port_holder
+from penstock.config.schema import Config, ServerOptions
+from penstock.config.values import ConfigError
+from penstock.engine.messages import Ready, Report, ToEngine
+from penstock.engine.tokenizer import Tokenizer
+from penstock.engine.wire import LoopWire, listen
+from penstock.server import live
+from penstock.server.app import create_app
+from penstock.server.chat import ChatRenderer, read_chat_template
+from penstock.server.live import Live
+from penstock.server.metrics import Metrics
+from penstock.server.state import Served, ServerState
+
+log = logging.getLogger("penstock.server")
+
+LOOK_S = 0.1  # how often the engine's process is looked at
+KEEP_ALIVE_LOOK_S = 5.0
+STATS_S = 10.0
+ENGINE_EXIT_S = 5.0  # for the engine to leave after its last word, and again after SIGTERM
+LAST_WORDS_S = 3.0  # for answers that are being written when the server stops
+DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
+
+
+class EngineProcess(Protocol):
+    """The engine's process: subprocess.Popen has these."""
+
+    def poll(self) -> int | None:
+        """Its exit code, None while it runs."""
+        ...
+
+    def terminate(self) -> None: ...
+
+    def kill(self) -> None: ...
+
+
+def served_model(config: Config, directory: Path, tokenizer: Tokenizer, vocab_size: int) -> Served:
+    """What clients see of a model in `directory`: its names, chat templates and sampling defaults.
+
+    Compiles the chat templates, in their worker. Raises ChatError for a template that cannot work.
+    """
+    templates = dict(tokenizer.chat_templates)
+    if config.model.chat_template is not None:
+        templates["default"] = read_chat_template(config.model.chat_template)
+        templates.pop("tool_use", None)
+    chat = ChatRenderer(templates, tokenizer.special_tokens, trust_request_chat_template=True)
+    try:
+        chat.check()
+    except BaseException:
+        chat.close()
+        raise
+    return Served(model_names(config), config.model.model, tokenizer, chat, vocab_size, sampling_defaults(directory))
+
+
+def model_names(config: Config) -> tuple[str, ...]:
+    """What requests may call the model."""
+    return config.model.served_model_name or (config.model.model,)
+
+
+def sampling_defaults(directory: Path) -> dict[str, Any]:
+    """The checkpoint's own sampling defaults: numbers of generation_config.json that requests may override."""
+    try:
+        raw = json.loads((directory / "generation_config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    if not isinstance(raw, dict):
+        return {}
+    found = {name: raw[name] for name in DEFAULTS if type(raw.get(name)) in (int, float)}
+    if raw.get("do_sample") is False:
+        found.pop("temperature", None)  # it says nothing there; a request without one still samples, as in vLLM
+    return found
+
+
+def listening_socket(options: ServerOptions) -> socket.socket:
+    """Take the port, before anything loads. Raises ConfigError: in use (names the holder), forbidden, no such host."""
+    host, port = options.host, options.port
+    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind((host, port))
+        sock.listen(2048)
+    except OSError as error:
+        sock.close()
+        if error.errno == errno.EADDRINUSE:
+            other = port + 1 if port < 65535 else 8000
+            holder = port_holder(host, port) or "another program"
+            message = (
+                f"{port} is in use by {holder}; stop it, or take another: --port {other} (make serve PORT={other})"
+            )
+            raise ConfigError(message, "--port") from None
+        if isinstance(error, PermissionError):
+            raise ConfigError(f"this user may not listen on {port}; take one above 1023", "--port") from None
+        raise ConfigError(f"cannot listen on {host}: {error.strerror or error}", "--host") from None
+    sock.setblocking(False)
+    return sock
+
+
+def run_server(
+    config: Config,
+    launch_engine: Callable[[str], EngineProcess],
+    load: Callable[[], Served],
+    *,
+    on_ready: Callable[[Ready, str], None] | None = None,
+) -> int:
+    """Serve until a signal or the engine's death; the process's exit code.
+
+    `launch_engine(address)` starts the process that dials `address`; it is called once HTTP answers, in this thread.
+    `load()` reads the model's texts, in another thread; an exception of either ends the server with one line.
+    `on_ready` gets the engine's Ready and the server's URL. Raises ConfigError for a port or certificate that cannot
+    be used, before anything else happens.
+    """
+    sock = listening_socket(config.server)
+    try:
+        server = _Server(config, sock, launch_engine, load, on_ready)
+        with asyncio.Runner(loop_factory=server.http.config.get_loop_factory()) as runner:
+            return runner.run(server.run())
+    finally:
+        sock.close()
+
+
+class _Http(uvicorn.Server):
+    """uvicorn without its signal handling: a first signal drains here, and HTTP goes on until that is done."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+class _Server:
+    """One run of `run_server`."""
+
+    def __init__(
+        self,
+        config: Config,
+        sock: socket.socket,
+        launch_engine: Callable[[str], EngineProcess],
+        load: Callable[[], Served],
+        on_ready: Callable[[Ready, str], None] | None,
+    ) -> None:
+        options = config.server
+        self.config, self.sock = config, sock
+        self.launch_engine, self.load = launch_engine, load
+        self.on_ready = on_ready or _log_ready
+        name = model_names(config)[0]
+        self.metrics = Metrics(name, config.cache, options.metrics_prefix)
+        self.live = Live(config, name, self._send)
+        self.state = ServerState(
+            options,
+            self._send,
+            observers=(self.metrics, self.live),
+            seeds=_seeds(config),
+            is_clogged=lambda: self.loop_wire is not None and self.loop_wire.is_full,
+        )
+        app = create_app(
+            self.state,
+            extra_routes=self.live.routes(),
+            open_prefixes=live.OPEN_PREFIXES,
+            render_metrics=self.metrics.render,
+        )
+        http = uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            proxy_headers=False,
+            root_path=options.root_path,
+            ssl_keyfile=options.ssl_keyfile,
+            ssl_certfile=options.ssl_certfile,
+            timeout_keep_alive=75,
+            timeout_graceful_shutdown=int(LAST_WORDS_S),
+        )
+        try:
+            http.load()
+        except OSError as error:
+            raise ConfigError(f"cannot be read: {error.strerror or error}", "--ssl-certfile") from None
+        self.http = _Http(http)
+        scheme = "https" if options.ssl_certfile else "http"
+        host = f"[{options.host}]" if ":" in options.host else options.host
+        self.url = f"{scheme}://{host}:{sock.getsockname()[1]}{options.root_path}"
+        self.wire = listen()
+        self.loop_wire: LoopWire | None = None
+        self.process: EngineProcess | None = None
+        self.loading: asyncio.Future[Served] | None = None
+        self.deadline_s: float | None = None  # set while draining
+        self.num_signals = 0
+        self._has_exited = False  # the engine's process was seen to be gone
+
+    def _send(self, message: ToEngine) -> None:
+        if self.loop_wire is not None:
+            self.loop_wire.send(message)
+
+    # ---- run ----
+
+    async def run(self) -> int:
+        loop = asyncio.get_running_loop()
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.add_signal_handler(number, self._signalled, number)
+        self.loop_wire = LoopWire(self.wire, loop, self.state.dispatch)
+        serving = asyncio.ensure_future(self.http.serve(sockets=[self.sock]))
+        self.live.start()
+        try:
+            while not self.http.started and not serving.done():
+                await asyncio.sleep(0.005)
+            return await self._supervise()
+        finally:
+            await self.live.stop()
+            self.http.should_exit = True
+            await serving
+            await self._close_texts()
+            self.loop_wire.close()
+            await self._end_engine()
+            self.wire.close(0.5)
+
+    async def _supervise(self) -> int:
+        """Start the engine and the texts, then look after them until there is a reason to stop: the exit code."""
+        try:
+            self.process = self.launch_engine(self.wire.address)
+        except Exception as error:
+            return self._fatal(error)
+        self.loading = asyncio.ensure_future(asyncio.to_thread(self.load))
+        is_open = is_told = False
+        next_keep_alive_s = next_stats_s = time.monotonic()
+        stats = Stats()
+        while True:
+            await asyncio.sleep(LOOK_S)
+            now = time.monotonic()
+            if self.loading.done() and not is_open:
+                try:
+                    self.state.open(self.loading.result())
+                except Exception as error:
+                    return self._fatal(error)
+                is_open = True
+                # A token makes some 30 short-lived objects; with the defaults a tenth of the time goes into looking
+                # for circles among them and everything that was imported.
+                gc.collect()
+                gc.freeze()
+                gc.set_threshold(20_000, 20, 20)
+            if is_open and not is_told and self.state.phase == "ready":
+                is_told = True
+                assert self.state.front.ready is not None
+                self.on_ready(self.state.front.ready, self.url)
+            if now >= next_keep_alive_s:
+                next_keep_alive_s = now + KEEP_ALIVE_LOOK_S
+                self.state.keep_alive()
+            if now >= next_stats_s:
+                next_stats_s = now + STATS_S
+                if is_told and not self.config.server.disable_log_stats:
+                    stats.log(self.state.front.report)
+            code = self._exit_code(is_told, now)
+            if code is not None:
+                return code
+
+    def _exit_code(self, is_told: bool, now: float) -> int | None:
+        """None while there is no reason to stop."""
+        assert self.process is not None
+        if self.deadline_s is not None and (not is_told or self.state.phase == "stopped"):
+            return 0  # nothing was running yet, or everything has ended
+        code = self.process.poll()
+        if code is not None and not self._has_exited:
+            self._has_exited = True  # its last words may still be on the wire: look again
+            return None
+        if code == 0 and self.deadline_s is not None:
+            return 0
+        if self.state.phase == "dead" or code is not None:
+            if code is not None and self.state.phase != "dead":
+                how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+                self.state.engine_lost(f"its process ended with {how}")
+            log.error("the engine died: %s", self.state.dead_reason)
+            return 1
+        if self.deadline_s is not None and now > self.deadline_s + ENGINE_EXIT_S:
+            log.error("the engine did not drain in time; it is killed")
+            self.state.engine_lost("it did not drain in time")
+            return 1
+        return None
+
+    def _fatal(self, error: Exception) -> int:
+        """Start-up failed: one line, and nobody is left waiting."""
+        self.state.engine_lost(str(error))
+        log.error("%s", error, exc_info=None if isinstance(error, ValueError) else error)
+        return 1
+
+    # ---- stop ----
+
+    def _signalled(self, number: int) -> None:
+        """First signal: drain. Second: leave at once."""
+        self.num_signals += 1
+        if self.num_signals > 1:
+            if self.process is not None:
+                self.process.kill()
+            self.wire.close(0.0)
+            os._exit(128 + number)
+        timeout_s = self.config.server.shutdown_timeout
+        log.warning(
+            "shutting down: running requests have %g s to finish; once more kills at once (%s)",
+            timeout_s, signal.Signals(number).name,
+        )  # fmt: skip
+        self.deadline_s = time.monotonic() + timeout_s
+        self.state.drain(self.deadline_s)
+        self._bye = asyncio.ensure_future(self.live.stop())
+
+    async def _close_texts(self) -> None:
+        """End the template workers, also of texts that came too late."""
+        if self.loading is not None:
+            with contextlib.suppress(Exception):
+                (await self.loading).chat.close()
+        self.state.close()
+
+    async def _end_engine(self) -> None:
+        """The engine leaves by itself after its last word; else it is told to, then made to."""
+        process = self.process
+        if process is None:
+            return
+        grace_s = ENGINE_EXIT_S if self.state.phase == "stopped" else 0.0
+        for end, wait_s in ((None, grace_s), (process.terminate, ENGINE_EXIT_S), (process.kill, ENGINE_EXIT_S)):
+            if end is not None:
+                end()
+            until_s = time.monotonic() + wait_s
+            while time.monotonic() < until_s and process.poll() is None:
+                await asyncio.sleep(0.02)
+            if process.poll() is not None:
+                return
+
+
+def _seeds(config: Config) -> Callable[[], int] | None:
+    """With --seed, requests without a seed get the numbers from it on, in order of arrival; else random ones."""
+    if config.origins.get("seed", ("default", ""))[0] == "default":
+        return None
+    numbers = itertools.count(config.model.seed)
+    return lambda: next(numbers)
+
+
+def _log_ready(ready: Ready, url: str) -> None:
+    log.info("%s is ready at %s (page: /, API: /v1)", ready.model_id, url)
+
+
+class Stats:
+    """One log line per interval in which something was computed."""
+
+    def __init__(self) -> None:
+        self._before: Report | None = None
+
+    def log(self, report: Report | None) -> None:
+        """The rates since the report of the last call."""
+        before, self._before = self._before, report
+        if report is None or before is None or report.num_steps_total == before.num_steps_total:
+            return
+        seconds = max(report.now_s - before.now_s, 1e-9)
+        num_queried = report.prefix_queries_total - before.prefix_queries_total
+        num_hit = report.prefix_hits_total - before.prefix_hits_total
+        kv = report.kv
+        log.info(
+            "prompt %.1f tokens/s, output %.1f tokens/s, running %d, waiting %d, KV cache %.1f %%, prefix hits %.1f %%",
+            (report.prompt_tokens_total - before.prompt_tokens_total) / seconds,
+            (report.generation_tokens_total - before.generation_tokens_total) / seconds,
+            report.num_running,
+            report.num_waiting,
+            100 * (kv.used + kv.shared + kv.filling) / max(kv.num_blocks, 1),
+            100 * num_hit / num_queried if num_queried else 0.0,
+        )

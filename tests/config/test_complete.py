@@ -1,0 +1,84 @@
+"""What the user left open, filled in from a model's files and a machine."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from penstock.config.complete import Resolved, complete
+from penstock.config.hardware import Machine
+from penstock.config.load import resolve
+from penstock.config.memory import MemoryPlanError
+from penstock.config.values import ConfigError
+
+MACHINE = Machine(3, "of a test", "Example", ("avx2", "avx512_bf16"), 16 << 30, 8 << 30, "a test", (), False, None)
+OLD = replace(MACHINE, cpu_features=("avx2",))
+CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 512,
+    "torch_dtype": "bfloat16",
+}
+
+
+def completed(directory: Path, machine: Machine = MACHINE, checkpoint: Any = None, **given: Any) -> Resolved:
+    (directory / "config.json").write_text(json.dumps(CONFIG | (checkpoint or {})))
+    return complete(resolve({"model": str(directory), **given}, environ={}), machine)
+
+
+def test_nothing_stays_open(tmp_path: Path) -> None:
+    resolved = completed(tmp_path)
+    config = resolved.config
+    assert (config.model.dtype, config.cache.kv_cache_dtype) == ("bfloat16", "bfloat16")
+    assert (config.model.max_model_len, config.cache.block_size) == (512, 32)
+    assert (config.runtime.device, config.runtime.num_threads) == ("cpu", 3)
+    assert config.model.tokenizer == str(tmp_path)
+    assert config.cache.kv_cache_memory_bytes == resolved.memory.kv_bytes
+    assert config.origins["dtype"] == ("model", "as the checkpoint")
+    assert config.origins["max_model_len"][0] == "model"
+    assert config.origins["num_threads"] == ("auto", "of a test")
+
+
+def test_what_the_user_said_stays(tmp_path: Path) -> None:
+    given = {"dtype": "float32", "kv_cache_dtype": "float16", "max_model_len": 100, "block_size": 8, "num_threads": 1}
+    resolved = completed(tmp_path, **given)
+    config = resolved.config
+    assert (config.model.dtype, config.cache.kv_cache_dtype) == ("float32", "float16")
+    assert (config.model.max_model_len, config.cache.block_size, config.runtime.num_threads) == (100, 8, 1)
+    assert {config.origins[name][0] for name in given} == {"flag"}
+    assert resolved.layout.block_size == 8
+
+
+def test_completing_twice_changes_nothing_that_was_decided(tmp_path: Path) -> None:
+    once = completed(tmp_path)
+    twice = complete(once.config, MACHINE)
+    assert twice.config == once.config
+    assert twice.memory.max_model_len == once.memory.max_model_len
+
+
+def test_a_cpu_that_would_emulate_a_data_type_gets_float32(tmp_path: Path) -> None:
+    assert completed(tmp_path, OLD).config.model.dtype == "float32"
+    assert completed(tmp_path, OLD).config.origins["dtype"][0] == "auto"
+    assert completed(tmp_path, checkpoint={"torch_dtype": "float16"}).config.model.dtype == "float32"
+    assert completed(tmp_path, OLD, dtype="bfloat16").config.model.dtype == "bfloat16"
+
+
+def test_errors_of_model_and_memory(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="config.json does not exist"):
+        complete(resolve({"model": str(tmp_path)}, environ={}), MACHINE)
+    with pytest.raises(ConfigError, match="'GPT9' is not supported; supported: LlamaForCausalLM"):
+        completed(tmp_path, checkpoint={"architectures": ["GPT9"]})
+    with pytest.raises(ConfigError, match="more than the 512 positions"):
+        completed(tmp_path, max_model_len=513)
+    with pytest.raises(MemoryPlanError, match="not enough memory"):
+        completed(tmp_path, replace(MACHINE, memory_free_bytes=200 << 20))
+    with pytest.raises(ConfigError, match="--device: cuda is not supported yet"):
+        completed(tmp_path, device="cuda")

@@ -1,0 +1,20 @@
+"""What every test may use. No test touches the network."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers, a test oracle, is imported anywhere
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The project's shared data (PENSTOCK_SHARED, or `shared` beside the repository); skips the test without it."""
+    beside = Path(__file__).resolve().parents[2] / "shared"
+    directory = Path(os.environ.get("PENSTOCK_SHARED") or beside)
+    if not (directory / "data").is_dir():
+        pytest.skip("needs the shared data: neither PENSTOCK_SHARED nor `shared` beside the repository holds data/")
+    return directory
