@@ -4,7 +4,8 @@ Writes a synthetic Llama checkpoint of about --megabytes to a temporary director
 `penstock` (load_weights, into fused parameters) and `safetensors` (load_file per shard, then copy_ of each tensor into
 the same fused parameters). Parameters are allocated and touched before the clock starts (--fresh: inside the clock).
 Each loaded model is compared bit by bit before its time counts. Prints one JSON line per method: median seconds and
-10^9 bytes per second. Warm cache only: it does not say what a cold disk does.
+10^9 bytes per second, and CPU seconds of all threads, which are steadier where other programs run. The page cache is
+warm: it does not say what a cold disk does.
 """
 
 from __future__ import annotations
@@ -55,6 +56,7 @@ def main() -> None:
     )
     routes = [route for route in model_routes(config) if route.kind == "fill"]
     seconds: dict[str, list[float]] = {"penstock": [], "safetensors": []}
+    cpu_seconds: dict[str, list[float]] = {method: [] for method in seconds}
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         source = create_model(config, stored)
@@ -70,18 +72,19 @@ def main() -> None:
                 model = targets[method]
                 if not args.fresh:
                     _zero(model)
-                begin = time.perf_counter()
+                begin, cpu_begin = time.perf_counter(), time.process_time()
                 if args.fresh:
                     model = create_model(config, dtype)
                 if method == "penstock":
                     load_weights(directory, model, routes, threads=args.threads, chunk_bytes=int(args.chunk_mb * 2**20))
                 else:
                     _load_safetensors(directory, model, routes)
-                elapsed = time.perf_counter() - begin
+                elapsed, cpu_elapsed = time.perf_counter() - begin, time.process_time() - cpu_begin
                 for key, parameter in model.named_parameters():
                     assert torch.equal(parameter, expected[key]), f"{method} loaded {key} wrongly"
                 if repeat:
                     seconds[method].append(elapsed)
+                    cpu_seconds[method].append(cpu_elapsed)
     for method, times in seconds.items():
         median = statistics.median(times)
         line = {
@@ -90,6 +93,7 @@ def main() -> None:
             "seconds_median": round(median, 4),
             "seconds_min": round(min(times), 4),
             "seconds_max": round(max(times), 4),
+            "cpu_seconds_median": round(statistics.median(cpu_seconds[method]), 4),
             "gb_per_s": round(num_bytes / median / 1e9, 3),
             "stored": args.stored,
             "dtype": args.dtype,

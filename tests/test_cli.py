@@ -169,15 +169,23 @@ def test_a_port_in_use_is_told_before_anything_loads(model: Path) -> None:
     assert f"make serve PORT={port + 1}" in last
 
 
-def test_what_is_said_when_the_server_is_ready() -> None:
+def test_what_is_said_when_the_server_is_ready(model: Path, tmp_path: Path) -> None:
+    """The printed request is one that a shell runs, for chat models and for others."""
     ready = SimpleNamespace(model_id="tiny", timeline=[("import torch", 1.5), ("nothing", 0.0), ("load weights", 0.25)])
-    text = ready_text(resolve({"api_key": "k"}, environ={}), ready, "http://127.0.0.1:8001", 2.0)
-    assert text.startswith("ready after 2.0 s: import torch 1.50 s, load weights 0.25 s, front end and waiting 0.25 s")
-    command = text[text.index("curl") : text.index("penstock chat")].replace("\\\n", " ").replace("$PENSTOCK", "x")
-    words = shlex.split(command)
-    assert words[1] == "http://127.0.0.1:8001/v1/chat/completions"
-    assert json.loads(words[words.index("-d") + 1])["model"] == "tiny"
-    assert any(word.startswith("authorization") for word in words)
+    for directory, path, field in ((model, "chat/completions", "messages"), (tmp_path, "completions", "prompt")):
+        config = resolve({"api_key": "k", "model": str(directory)}, environ={})
+        text = ready_text(config, ready, "http://127.0.0.1:8001", 2.0)
+        assert text.startswith(
+            "ready after 2.0 s: import torch 1.50 s, load weights 0.25 s, front end and waiting 0.25 s"
+        )
+        command = text[text.index("curl") : text.index("}'") + 2].replace("\\\n", " ")
+        words = shlex.split(command)
+        assert words[1] == f"http://127.0.0.1:8001/v1/{path}"
+        body = json.loads(words[words.index("-d") + 1])
+        assert body["model"] == "tiny"
+        assert field in body
+        assert "authorization: Bearer $PENSTOCK_API_KEY" in words
+        assert ("penstock chat" in text) == (field == "messages")
 
 
 # ---- verbs ----
@@ -233,6 +241,20 @@ def test_generate_offline(model: Path, tmp_path: Path) -> None:
     assert plain.stdout.rstrip("\n") == "Once" + rows[0]["outputs"][0]["text"].rstrip("\n")
     chat = run("generate", str(model), *options, "--chat", "-p", "Once")
     assert chat.stdout.startswith("> Once\n")
+
+
+def test_demo_is_a_whole_round_trip(model: Path) -> None:
+    done = run("demo", str(model), PENSTOCK_LOAD_FORMAT="dummy", OMP_NUM_THREADS="2", timeout=240)
+    assert done.returncode == 0, done.stderr + done.stdout
+    for step in ("$ penstock serve", "ready after", "(streamed)", "answered, first after", "stopped."):
+        assert step in done.stdout
+
+
+def test_demo_shows_the_servers_last_words(tmp_path: Path) -> None:
+    done = run("demo", str(tmp_path))
+    assert done.returncode == 1
+    assert "the server ended with exit code 2 before it was ready" in done.stderr
+    assert "config.json does not exist" in done.stderr
 
 
 def test_packages_and_versions() -> None:

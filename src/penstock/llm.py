@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from penstock.build.engine import Stages, build_engine
 from penstock.config.complete import complete
 from penstock.config.hardware import probe
-from penstock.config.load import resolve
+from penstock.config.load import model_directory, resolve
 from penstock.core.plan import Logprobs
 from penstock.core.request import SamplingParams
 from penstock.engine.client import FrontEnd, Output
@@ -68,7 +68,7 @@ class LLM:
         self.config = resolved.config
         self.model_config = resolved.model
         assert self.config.model.tokenizer is not None
-        self.tokenizer = load_tokenizer(self.config.model.tokenizer)
+        self.tokenizer = load_tokenizer(model_directory(self.config.model.tokenizer))
         stages.done("configuration and tokenizer")
         self._built = build_engine(resolved, lambda stage, done, total: None, stages)
         front_wire, self._engine_wire = local_pair()

@@ -482,7 +482,7 @@ def test_records_are_bounded() -> None:
 def test_nothing_leaks_whatever_happens(seed: int) -> None:
     """Random arrivals, stops, cancels and failures: every request ends once, and nothing is left on either side."""
     chance = random.Random(seed)
-    bench = Bench(ScriptedEngine(max_num_seqs=3, eos_ids=(0,)), max_queued=6)
+    bench = Bench(ScriptedEngine(max_num_seqs=3), max_queued=6)
     submitted: list[str] = []
     cancelled: set[str] = set()
     for number in range(60):

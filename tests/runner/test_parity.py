@@ -110,7 +110,8 @@ def engine(reference: Reference, **settings: Any) -> LLM:
 @pytest.mark.parametrize("step_tokens", [1, 7, 16, 2048])
 def test_chunking_and_depth(reference: Reference, step_tokens: int, depth: str) -> None:
     """Any token budget, planned ahead or not; the second round runs on prefix hits and in another mix."""
-    with engine(reference, max_num_batched_tokens=step_tokens, async_scheduling=depth) as llm:
+    sizes = {"max_num_batched_tokens": step_tokens, "max_num_seqs": min(8, step_tokens)}
+    with engine(reference, **sizes, async_scheduling=depth) as llm:
         reference.check(answers(llm, reference.prompts))
         if step_tokens >= 16:
             again = answers(llm, reference.prompts[::-1])

@@ -76,7 +76,7 @@ REQUEST = {
     "finish_ts?": null(NUMBER),
     "finish_reason?": FINISH,
     "prompt_tokens": INT,
-    "cached_tokens": INT,
+    "cached_tokens": null(INT),
     "generation_tokens": INT,
     "engine": TEXT,
     "spans": [{"kind": KIND, "tier?": TIER, "start_ts": NUMBER, "end_ts?": null(NUMBER)}],

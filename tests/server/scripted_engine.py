@@ -70,8 +70,8 @@ def logprobs_of(token_id: int, num_top: int) -> Logprobs:
 class ScriptedEngine:
     """The engine as a state machine: `handle` a message, `step` for one token each."""
 
-    def __init__(self, *, max_num_seqs: int = 8, max_model_len: int = 1024, eos_ids: tuple[int, ...] = (0,)) -> None:
-        self.max_num_seqs, self.max_model_len, self.eos_ids = max_num_seqs, max_model_len, eos_ids
+    def __init__(self, *, max_num_seqs: int = 8, max_model_len: int = 1024) -> None:
+        self.max_num_seqs, self.max_model_len = max_num_seqs, max_model_len
         self.requests: dict[str, Running] = {}
         self.heard: list[ToEngine] = []
         self.holds = False
@@ -149,7 +149,7 @@ class ScriptedEngine:
         if len(running.token_ids) > params.min_tokens:
             if token_id in params.stop_token_ids:
                 finish_reason, stop_reason = "stop", token_id
-            elif token_id in self.eos_ids and not params.ignore_eos:
+            elif token_id in asked.end_ids and not params.ignore_eos:
                 finish_reason = "stop"
         if finish_reason is None and params.max_tokens is not None and len(running.token_ids) == params.max_tokens:
             finish_reason = "length"

@@ -46,12 +46,19 @@ def server(program: str) -> Iterator[StoryServer]:
         yield running
 
 
-@pytest.fixture
-def browser(program: str, tmp_path: Path) -> Iterator[Chromium]:
-    with chromium(program, tmp_path / "profile") as running:
-        running.resize(1280, 1000)
+@pytest.fixture(scope="module")
+def one_browser(program: str, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chromium]:
+    with chromium(program, tmp_path_factory.mktemp("profile")) as running:
         yield running
-        assert running.complaints == []
+
+
+@pytest.fixture
+def browser(one_browser: Chromium) -> Iterator[Chromium]:
+    one_browser.resize(1280, 1000)
+    yield one_browser
+    one_browser.open("about:blank")
+    complaints, one_browser.complaints = one_browser.complaints, []
+    assert complaints == []
 
 
 def ask(base: str, content: str, max_tokens: int = 40) -> dict[str, Any]:
@@ -170,10 +177,11 @@ def test_the_engine_panel_shows_work(browser: Chromium, server: StoryServer, tmp
         for hidden in ("#fleet", "#spec-card", "#waiting", "#newer"):
             assert browser.run(f"document.querySelector('{hidden}').offsetParent === null"), hidden
 
-        for state in ("decode", "waiting", "stop"):
+        for state in ("decode", "waiting", "length"):
             browser.wait_for(f"[...document.querySelectorAll('#reqs tr.r')].some(r => r.innerText.includes('{state}'))")
         browser.run("document.querySelector('#reqs tr.r.fin').click()")
         browser.wait_for("document.querySelectorAll('tr.detail .lane i').length >= 3")
+        browser.run("document.querySelector('tr.detail').scrollIntoView({block: 'end'})")
         detail = text_of(browser, "tr.detail")
         assert "Time to first token" in detail and "Device" in detail and "Decode" in detail
         browser.screenshot(tmp_path / "request.png")
@@ -241,8 +249,7 @@ def test_a_server_with_keys_asks_for_one(browser: Chromium, tmp_path: Path) -> N
         browser.wait_for("document.querySelector('#key').matches(':popover-open')")
         browser.type("sk-wrong")
         browser.press("Enter")
-        browser.wait_for("!document.querySelector('#key').matches(':popover-open')")
-        browser.wait_for("document.querySelector('#key').matches(':popover-open')")
+        browser.wait_for("document.querySelector('#key-why').textContent.includes('did not accept')")
         browser.screenshot(tmp_path / "key.png")
         browser.type("sk-river")
         browser.press("Enter")

@@ -9,6 +9,7 @@ import importlib
 import json
 import logging
 import time
+from functools import partial
 from typing import Any
 
 from penstock.commands.arguments import add_model, config_from, parse_or_help
@@ -33,13 +34,8 @@ def main(arguments: list[str]) -> int:
     model_directory(config.model.model)
     set_up_logging(config.runtime.log_level)
     serve = importlib.import_module("penstock.build.serve").serve
-    return int(
-        serve(
-            config,
-            on_resolved=tell_plan,
-            on_ready=lambda ready, url: print(ready_text(config, ready, url, time.monotonic() - started_s), flush=True),
-        )
-    )
+    on_ready = partial(tell_ready, config, started_s)
+    return int(serve(config, on_resolved=tell_plan, on_ready=on_ready))
 
 
 def set_up_logging(level: str) -> None:
@@ -55,19 +51,43 @@ def tell_plan(resolved: Any) -> None:
     print(f"memory\n{resolved.memory.table()}\nloading ...", flush=True)
 
 
+def tell_ready(config: Config, started_s: float, ready: Any, url: str) -> None:
+    """The server takes requests."""
+    print(ready_text(config, ready, url, time.monotonic() - started_s), flush=True)
+
+
 def ready_text(config: Config, ready: Any, url: str, total_s: float) -> str:
     """Where the start's seconds went, the address, and a request to paste. `ready`: the engine's Ready message."""
     rows = [(name, seconds) for name, seconds in ready.timeline if seconds >= 0.005]
     rest = total_s - sum(seconds for _, seconds in ready.timeline)
     rows.append(("front end and waiting", max(rest, 0.0)))
     timeline = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in rows)
-    body = {"model": ready.model_id, "messages": [{"role": "user", "content": "Hello! Who are you?"}]}
+    chats = can_chat(config)
+    body: dict[str, Any] = {"model": ready.model_id}
+    if chats:
+        body["messages"] = [{"role": "user", "content": "Hello! Who are you?"}]
+    else:
+        body |= {"prompt": "Once upon a time", "max_tokens": 64}
+    path = "chat/completions" if chats else "completions"
     key = ' -H "authorization: Bearer $PENSTOCK_API_KEY"' if config.server.api_key else ""
-    curl = f"curl {url}/v1/chat/completions -H 'content-type: application/json'{key}"
+    browser = "in a browser: chat and live view" if chats else "in a browser: live view"
     return (
         f"ready after {total_s:.1f} s: {timeline}\n\n"
-        f"  {ready.model_id} at {url}   (in a browser: chat and live view; for clients: {url}/v1)\n\n"
-        f"  {curl} \\\n    -d '{json.dumps(body)}'\n\n"
-        f"  penstock chat --url {url}\n\n"
-        "Ctrl-C finishes running requests and stops; once more stops at once."
+        f"  {ready.model_id} at {url}   ({browser}; for clients: {url}/v1)\n\n"
+        f"  curl {url}/v1/{path} -H 'content-type: application/json'{key} \\\n    -d '{json.dumps(body)}'\n\n"
+        + (f"  penstock chat --url {url}\n\n" if chats else "")
+        + "Ctrl-C finishes running requests and stops; once more stops at once."
     )
+
+
+def can_chat(config: Config) -> bool:
+    """The model has a chat template, as far as its files show."""
+    if config.model.chat_template is not None:
+        return True
+    directory = model_directory(config.model.tokenizer or config.model.model)
+    if (directory / "chat_template.jinja").is_file() or (directory / "chat_template.json").is_file():
+        return True
+    try:
+        return '"chat_template"' in (directory / "tokenizer_config.json").read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError):
+        return False

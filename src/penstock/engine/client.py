@@ -244,8 +244,7 @@ class FrontEnd:
             self.check_open(params.n, now)
         if not self.is_free(request_id, params.n):
             raise RequestError(400, f"request id {request_id!r} is in use", code="duplicate_id", param="request_id")
-        prompt = self._truncated(list(token_ids), params)
-        self._check_ids(prompt, params)
+        prompt = self._truncated(token_ids, params)
         room = self.max_model_len - len(prompt)
         if room < 1:
             message = (
@@ -253,6 +252,8 @@ class FrontEnd:
                 f"this model's maximum length is {self.max_model_len} tokens, prompt and output together"
             )
             raise RequestError(400, message, code="context_length_exceeded", param="prompt")
+        self._check_ids(prompt, params)
+        prompt = list(prompt)
         max_tokens = room if params.max_tokens is None else min(room, params.max_tokens)
         bad_words_ids = self.tokenizer.encode_bad_words(params.bad_words) if params.bad_words else ()
         params = replace(params, max_tokens=max_tokens, bad_words_ids=bad_words_ids)
@@ -273,6 +274,7 @@ class FrontEnd:
                     priority=priority,
                     adapter=adapter,
                     salt=salt,
+                    end_ids=self.tokenizer.eos_ids,
                 )
             )
             text = OutputText(self.tokenizer, prompt, params) if params.detokenize else None
@@ -432,7 +434,7 @@ class FrontEnd:
 
     # ---- checks ----
 
-    def _truncated(self, prompt: list[int], params: SamplingParams) -> list[int]:
+    def _truncated(self, prompt: Sequence[int], params: SamplingParams) -> Sequence[int]:
         """The last `truncate_prompt_tokens` tokens; -1: as many as leave room for `max_tokens`."""
         keep = params.truncate_prompt_tokens
         if keep is None:
@@ -444,7 +446,7 @@ class FrontEnd:
             raise RequestError(400, message, code="invalid_value", param="truncate_prompt_tokens")
         return prompt[-keep:]
 
-    def _check_ids(self, prompt: list[int], params: SamplingParams) -> None:
+    def _check_ids(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Prompt and parameters hold ids of the vocabulary only."""
         if not prompt:
             raise RequestError(400, "the prompt is empty", code="empty_prompt", param="prompt")
@@ -455,6 +457,9 @@ class FrontEnd:
             ("logit_bias", params.logit_bias or ()),
         )
         for param, ids in given:
+            if len(ids) > self.vocab_size and param != "prompt":
+                message = f"{param} holds {len(ids)} ids, more than the vocabulary of {self.vocab_size}"
+                raise RequestError(400, message, code="invalid_value", param=param)
             if ids and (min(ids) < 0 or max(ids) >= self.vocab_size):
                 wrong = next(i for i in ids if not 0 <= i < self.vocab_size)
                 message = f"{param}: token id {wrong} is not in the vocabulary of {self.vocab_size}"

@@ -172,7 +172,7 @@ class SmallEndpoints:
     async def tokenize(self, request: Request) -> Response:
         body = await read_body(request, self.state.options.max_body_bytes)
         self._check_loaded()
-        asked, unknown = read_request(body, TokenizeRequest)
+        asked, unknown = await self.state.run(len(body), lambda: read_request(body, TokenizeRequest))
         check_model(self.state, asked.model)
         if (asked.prompt is None) == (asked.messages is None):
             raise bad_request("either prompt or messages is required, and not both", "prompt")
@@ -190,7 +190,7 @@ class SmallEndpoints:
                 )
             )
         assert text is not None
-        token_ids = await self.state.encode(text, adds)
+        [token_ids] = await self.state.encode([text], adds)
         tokenizer = self.state.served.tokenizer
         names = [tokenizer.id_to_token(token_id) for token_id in token_ids] if asked.return_token_strs else None
         limit = self.state.front.max_model_len
@@ -200,10 +200,11 @@ class SmallEndpoints:
     async def detokenize(self, request: Request) -> Response:
         body = await read_body(request, self.state.options.max_body_bytes)
         self._check_loaded()
-        asked, unknown = read_request(body, DetokenizeRequest)
+        asked, unknown = await self.state.run(len(body), lambda: read_request(body, DetokenizeRequest))
         check_model(self.state, asked.model)
         try:
-            text = self.state.served.tokenizer.decode(asked.tokens, skip_special_tokens=False)
+            decode = self.state.served.tokenizer.decode
+            text = await self.state.run(len(body), lambda: decode(asked.tokens, skip_special_tokens=False))
         except TokenizerError as error:
             raise bad_request(str(error), "tokens") from None
         return _json({"prompt": text}, _warning(unknown))

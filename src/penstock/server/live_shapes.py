@@ -196,7 +196,7 @@ class RequestRow(msgspec.Struct):
     finish_ts: float | None
     finish_reason: str | None
     prompt_tokens: int
-    cached_tokens: int
+    cached_tokens: int | None
     generation_tokens: int
     engine: str
     spans: list[SpanRow]
@@ -205,13 +205,14 @@ class RequestRow(msgspec.Struct):
 def request_row(track: Track, wall: float) -> RequestRow:
     """`track` as the table shows it."""
     record, finish_s = track.record, track.finish_s
-    if record is not None:
+    if record is not None and (record.first_token_s is not None or track.first_s is None):
         state, spans = record.state, record.spans
-    # Without the engine's word only two moments are known: arrival, and the first token.
     elif track.first_s is None:
         state, spans = "waiting", [Span("queue", track.received_s, None)]
-    else:
-        state, spans = "decode", [Span("decode", track.first_s, None)]
+    else:  # tokens have come since the engine's last word, if there was one
+        past = [] if record is None else record.spans
+        closed = [s if s.end_s is not None else Span(s.kind, s.start_s, track.first_s, s.num_tokens) for s in past]
+        state, spans = "decode", [*closed, Span("decode", track.first_s, None)]
     if finish_s is not None:
         state = "aborted" if track.finish_reason in ("abort", "error") else "finished"
     return RequestRow(
@@ -221,7 +222,7 @@ def request_row(track: Track, wall: float) -> RequestRow:
         None if finish_s is None else round(finish_s + wall, 3),
         track.finish_reason,
         track.num_prompt_tokens,
-        0 if record is None else record.cached_tokens,
+        None if record is None or record.admitted_s is None else record.cached_tokens,
         track.num_tokens,
         ENGINE_ID,
         merged(spans, wall, finish_s),

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from penstock.core.request import SamplingParams
 from penstock.engine.client import LiveRequest
+from penstock.engine.tokenizer import TokenizerError
 from penstock.server import live_shapes
 from penstock.server.answers import DONE, KEEP_ALIVE, Answer, ChatAnswer, CompletionAnswer, Wishes, event
 from penstock.server.chat import Conversation
@@ -99,10 +100,8 @@ def endpoint(state: ServerState, prepare: Prepare) -> Callable[[HttpRequest], Aw
 
 async def prepare_chat(state: ServerState, request: HttpRequest, body: bytes) -> Call:
     """Check a chat request, render its conversation, tokenise it."""
-    asked, unknown = read_request(body, ChatRequest)
-    refuse_unsupported(asked)
+    asked, unknown, params = await state.run(len(body), lambda: _read_chat(state, body))
     model = check_model(state, asked.model)
-    params = sampling_params(asked, state.served.default_sampling)
     options = dict(asked.chat_template_kwargs or {})
     if asked.reasoning_effort is not None:
         options.setdefault("reasoning_effort", asked.reasoning_effort)
@@ -117,8 +116,8 @@ async def prepare_chat(state: ServerState, request: HttpRequest, body: bytes) ->
             chat_template_kwargs=options,
         )
     )
-    token_ids = await state.encode(
-        text, bool(asked.add_special_tokens), may_truncate=asked.truncate_prompt_tokens is not None
+    prompts = await state.encode(
+        [text], bool(asked.add_special_tokens), may_truncate=asked.truncate_prompt_tokens is not None
     )
     request_id = _choose_id(state, request, asked, 1, params.n)
     role = state.options.response_role if asked.add_generation_prompt else str(asked.messages[-1]["role"])
@@ -126,26 +125,26 @@ async def prepare_chat(state: ServerState, request: HttpRequest, body: bytes) ->
     names = TokenNames(state.served.tokenizer, asked.return_tokens_as_token_ids)
     wishes = _wishes(asked, params.logprobs)
     answer = ChatAnswer(f"chatcmpl-{request_id}", model, _clock_s(), names, wishes, role, prefix)
-    return Call(request_id, [token_ids], params, answer, asked, _headers(request_id, unknown))
+    return Call(request_id, prompts, params, answer, asked, _headers(request_id, unknown))
+
+
+def _read_chat(state: ServerState, body: bytes) -> tuple[ChatRequest, list[str], SamplingParams]:
+    asked, unknown = read_request(body, ChatRequest)
+    refuse_unsupported(asked)
+    return asked, unknown, sampling_params(asked, state.served.default_sampling)
 
 
 async def prepare_completion(state: ServerState, request: HttpRequest, body: bytes) -> Call:
     """Check a completion request and tokenise its prompts."""
-    asked, unknown = read_request(body, CompletionRequest)
-    refuse_unsupported(asked)
+    asked, unknown, params, given = await state.run(len(body), lambda: _read_completion(state, body))
     model = check_model(state, asked.model)
-    params = sampling_params(asked, state.served.default_sampling)
-    given = read_prompts(asked.prompt)
-    prompts: list[list[int]] = []
-    texts: list[str] = []
-    may_truncate = asked.truncate_prompt_tokens is not None
-    for prompt in given:
-        if isinstance(prompt, str):
-            prompts.append(await state.encode(prompt, asked.add_special_tokens is not False, may_truncate=may_truncate))
-            texts.append(prompt)
-        else:
-            prompts.append(prompt)
-            texts.append(state.served.tokenizer.decode(prompt, skip_special_tokens=False) if asked.echo else "")
+    words = [prompt for prompt in given if isinstance(prompt, str)]
+    encoded = iter(
+        await state.encode(
+            words, asked.add_special_tokens is not False, may_truncate=asked.truncate_prompt_tokens is not None
+        )
+    )
+    prompts = [next(encoded) if isinstance(prompt, str) else prompt for prompt in given]
     request_id = _choose_id(state, request, asked, len(prompts), params.n)
     names = TokenNames(state.served.tokenizer, asked.return_tokens_as_token_ids)
     answer = CompletionAnswer(
@@ -154,10 +153,27 @@ async def prepare_completion(state: ServerState, request: HttpRequest, body: byt
         _clock_s(),
         names,
         _wishes(asked, params.logprobs),
-        echo=texts if asked.echo else None,
+        echo=_texts(state, given) if asked.echo else None,
         shows_output=not (asked.echo and asked.max_tokens == 0),
     )
     return Call(request_id, prompts, params, answer, asked, _headers(request_id, unknown))
+
+
+def _read_completion(
+    state: ServerState, body: bytes
+) -> tuple[CompletionRequest, list[str], SamplingParams, list[str | list[int]]]:
+    asked, unknown = read_request(body, CompletionRequest)
+    refuse_unsupported(asked)
+    return asked, unknown, sampling_params(asked, state.served.default_sampling), read_prompts(asked.prompt)
+
+
+def _texts(state: ServerState, prompts: Sequence[str | list[int]]) -> list[str]:
+    """The prompts as text. Raises ApiError for ids that no vocabulary has."""
+    decode = state.served.tokenizer.decode
+    try:
+        return [p if isinstance(p, str) else decode(p, skip_special_tokens=False) for p in prompts]
+    except TokenizerError as error:
+        raise bad_request(str(error), "prompt") from None
 
 
 def check_model(state: ServerState, name: str | None) -> str:

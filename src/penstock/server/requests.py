@@ -20,7 +20,11 @@ from penstock.server.schema import ChatRequest, CompletionRequest, Sampling
 log = logging.getLogger("penstock.server")
 
 MAX_DEPTH = 64  # of arrays and objects inside each other: templates and validators walk them recursively
+MAX_BRACKETS = 1_000_000  # opening ones, also inside strings: ten million tiny lists are a gigabyte of objects
 MAX_PROMPTS = 512  # in one request
+MAX_MESSAGES = 16_384
+MAX_BAD_WORDS = 1000
+MAX_STOP_CHARS = 4096  # of one stop string
 _PIECES = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)|[\[{\]}]', re.DOTALL)
 _WHERE = re.compile(r" - at (?:`key` in )?`\$\.?([^`]*)`$")
 _SAFE = re.compile(r"[^\x21-\x7e]+")
@@ -34,7 +38,10 @@ def parse_object(body: bytes) -> dict[str, Any]:
     """A JSON object of bounded depth, in valid UTF-8."""
     if not body.strip():
         raise bad_request("the request body is empty; a JSON object is expected")
-    if body.count(b"[") + body.count(b"{") > MAX_DEPTH and _depth(body) > MAX_DEPTH:
+    num_brackets = body.count(b"[") + body.count(b"{")
+    if num_brackets > MAX_BRACKETS:
+        raise bad_request(f"the request body holds more than {MAX_BRACKETS} arrays and objects")
+    if num_brackets > MAX_DEPTH and _is_deeper(body, MAX_DEPTH):
         raise bad_request(f"the request body nests deeper than {MAX_DEPTH} levels")
     try:
         value = msgspec.json.decode(body)
@@ -47,18 +54,18 @@ def parse_object(body: bytes) -> dict[str, Any]:
     return value
 
 
-def _depth(body: bytes) -> int:
-    """Deepest nesting of brackets outside strings. Linear in the length, also for malformed input."""
-    depth = deepest = 0
+def _is_deeper(body: bytes, max_depth: int) -> bool:
+    """Whether brackets outside strings nest deeper. Linear in the length, also for malformed input."""
+    depth = 0
     for piece in _PIECES.finditer(body):
         first = body[piece.start()]
         if first in b"[{":
             depth += 1
-            if depth > deepest:
-                deepest = depth
+            if depth > max_depth:
+                return True
         elif first in b"]}":
             depth -= 1
-    return deepest
+    return False
 
 
 def read_request(body: bytes, kind: type[Request]) -> tuple[Request, list[str]]:
@@ -123,7 +130,16 @@ def refuse_unsupported(request: Sampling) -> None:
         raise bad_request(f"best_of is not supported: leave it out, or equal to n ({num_choices})", "best_of")
     if request.stream_options is not None and not request.stream:
         raise bad_request("stream_options is only allowed with stream: true", "stream_options")
+    if request.bad_words is not None and len(request.bad_words) > MAX_BAD_WORDS:
+        raise bad_request(
+            f"bad_words may hold at most {MAX_BAD_WORDS} words, got {len(request.bad_words)}", "bad_words"
+        )
+    stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
+    if any(len(stop) > MAX_STOP_CHARS for stop in stops):
+        raise bad_request(f"stop strings may have at most {MAX_STOP_CHARS} characters", "stop")
     if isinstance(request, ChatRequest):
+        if len(request.messages) > MAX_MESSAGES:
+            raise bad_request(f"messages may hold at most {MAX_MESSAGES}, got {len(request.messages)}", "messages")
         if request.tool_choice not in (None, "none", "auto"):
             raise bad_request("tool_choice other than 'none' and 'auto' is not supported yet", "tool_choice")
         if request.modalities is not None and request.modalities != ["text"]:

@@ -38,6 +38,7 @@ BLOCK = 32  # tokens behind one block maximum of the search for floors
 NUM_CANDIDATES = 64  # best blocks opened for top_p without top_k
 NUM_HALVINGS = 6  # of the bracket around the floor of a wide nucleus
 PIECE = 1 << 18  # scores of a wide nucleus worked on at once, so that they stay in the cache
+CROWDED = 8192  # candidates of one row that are worked on apart
 SORTABLE = 1024  # numbers per row up to which numpy's sort is the fastest way to the best of them
 NOT_A_NUMBER, NO_TOKEN = -1, -2  # in place of a token id: the row holds NaN; every token is forbidden
 
@@ -125,6 +126,7 @@ def greedy_cpu(scores: Tensor, peaks: Floats) -> Ids:
     return group * GROUP + tokens.argmax(1)
 
 
+@np.errstate(over="ignore")  # scores far below the best become minus infinity, as they should
 def _choose_sampled(scores: Tensor, peaks: Floats, best_ids: Ids, params: RowParams) -> Ids:
     """`best_ids`, with the rows that have a temperature replaced by their sampled token."""
     rows = np.flatnonzero(params.temperature >= MIN_TEMPERATURE)
@@ -136,7 +138,7 @@ def _choose_sampled(scores: Tensor, peaks: Floats, best_ids: Ids, params: RowPar
     flat = scores.numpy().reshape(-1)
     start = rows * scores.shape[1]  # of the row in `flat`
     best = flat[start + best_ids]
-    floor = _floors(scores, rows, best, best_ids, params)
+    floor = floors_cpu(scores, rows, best, best_ids, params)
     result[rows] = _argmax_perturbed(flat, start, peaks, best, best_ids, floor, params)
     return result
 
@@ -193,8 +195,11 @@ def _argmax_perturbed(
     return result
 
 
-def _floors(scores: Tensor, rows: Ids, best: Floats, best_ids: Ids, params: RowParams) -> Floats:
-    """The lowest score each of `rows` keeps, float32 [n]; minus infinity where nothing filters."""
+def floors_cpu(scores: Tensor, rows: Ids, best: Floats, best_ids: Ids, params: RowParams) -> Floats:
+    """The lowest score that each of `rows` keeps, float32 [n]; minus infinity where nothing filters.
+
+    scores float32 [N, V], contiguous, V a multiple of GROUP; rows [n] ascending; best, best_ids, params: of these rows.
+    """
     floor = np.full(len(rows), -np.inf, np.float32)
     limited = np.flatnonzero(((params.top_k > 0) & (params.top_k < scores.shape[1])) | (params.top_p < 1))
     if len(limited):
@@ -215,17 +220,26 @@ def _top_k_top_p_floors(scores: Tensor, rows: Ids, best: Floats, best_ids: Ids, 
     num_rows, size = len(rows), scores.shape[1]
     has_k, has_p = (params.top_k > 0) & (params.top_k < size), params.top_p < 1
     num_blocks = size // BLOCK if size > SORTABLE else size
-    many = has_k & (params.top_k > num_blocks)
-    if many.any():
+    wide = np.flatnonzero(has_k & (params.top_k > num_blocks))
+    if len(wide):
         floor = np.empty(num_rows, np.float32)
-        few = np.flatnonzero(~many)
-        if len(few):
-            floor[few] = _top_k_top_p_floors(scores, rows[few], best[few], best_ids[few], params.take(few))
-        rest = np.flatnonzero(many)
-        floor[rest] = _wide_k_floors(scores, rows[rest], best[rest], params.take(rest))
+        floor[wide] = _wide_k_floors(scores, rows[wide], best[wide], params.take(wide))
+        part = np.flatnonzero(~has_k | (params.top_k <= num_blocks))
+        if len(part):
+            floor[part] = _top_k_top_p_floors(scores, rows[part], best[part], best_ids[part], params.take(part))
         return floor
 
-    ordered, counts = _candidates(scores, rows, np.where(has_k, params.top_k, min(NUM_CANDIDATES, num_blocks)))
+    values, row = _candidates(scores, rows, np.where(has_k, params.top_k, min(NUM_CANDIDATES, num_blocks)))
+    counts = np.bincount(row, minlength=num_rows)
+    crowded = counts > CROWDED
+    if num_rows > 1 and crowded.any():  # of equal scores: in one matrix, a row's would cost every row the memory
+        floor = np.empty(num_rows, np.float32)
+        for part in (np.flatnonzero(~crowded), *np.flatnonzero(crowded)[:, None]):
+            if len(part):
+                floor[part] = _top_k_top_p_floors(scores, rows[part], best[part], best_ids[part], params.take(part))
+        return floor
+
+    ordered = _ordered(values, row, counts)
     every = np.arange(num_rows)
     floor = np.where(has_k, ordered[every, np.minimum(np.where(has_k, params.top_k, 1), counts) - 1], -np.inf)
     floor = floor.astype(np.float32)
@@ -247,22 +261,26 @@ def _top_k_top_p_floors(scores: Tensor, rows: Ids, best: Floats, best_ids: Ids, 
     short = reached[free, -1] < wanted[free]
     if short.any():
         at = free[short]
-        wide, chances = _rows_of(scores, rows[at]), _rows_of(chances, np.flatnonzero(short))
-        floor[at] = _wide_p_floors(wide, chances, best[at], params.take(at))
+        chances = _rows_of(chances, np.flatnonzero(short))
+        floor[at] = _wide_p_floors(_rows_of(scores, rows[at]), chances, best[at], params.take(at))
     return floor
 
 
 def _candidates(scores: Tensor, rows: Ids, num_blocks: Ids) -> tuple[Floats, Ids]:
-    """The best finite scores of `rows`, descending: all that reach the num_blocks-th best block maximum of the row.
+    """Those finite scores of `rows` that reach the row's num_blocks-th best block maximum, and their index in `rows`.
 
-    These are at least `num_blocks` scores where so many are finite; in a small vocabulary, all. Result: [n, W] with
-    minus infinity behind the last, and how many each row has.
+    Per row these are the best ones, all of them, and at least `num_blocks` where so many are finite. Sorted by row. In
+    a small vocabulary, all scores.
     """
-    if scores.shape[1] <= SORTABLE:
-        ordered = np.negative(scores.numpy()[rows])
-        ordered.sort(axis=1)
-        return np.negative(ordered, out=ordered), np.count_nonzero(ordered > -np.inf, axis=1)
-    maxima = _rows_of(scores.view(scores.shape[0], -1, BLOCK).amax(2), rows)
+    size = scores.shape[1]
+    if size <= SORTABLE:
+        tokens = scores.numpy()[rows]
+        found = np.flatnonzero(tokens > -np.inf)
+        return tokens.reshape(-1)[found], found // size
+    if 4 * len(rows) < len(scores):
+        maxima = _rows_of(scores, rows).view(len(rows), -1, BLOCK).amax(2)
+    else:
+        maxima = _rows_of(scores.view(len(scores), -1, BLOCK).amax(2), rows)
     each = maxima.numpy()
     if each.shape[1] <= SORTABLE:
         reach = np.sort(each, axis=1)[np.arange(len(rows)), each.shape[1] - num_blocks]
@@ -272,16 +290,15 @@ def _candidates(scores: Tensor, rows: Ids, num_blocks: Ids) -> tuple[Floats, Ids
     row, block = np.divmod(np.flatnonzero(each >= reach[:, None]), each.shape[1])
     tokens = scores.numpy().reshape(-1, BLOCK)[rows[row] * each.shape[1] + block]
     found = np.flatnonzero(tokens >= reach[row][:, None])
-    return _ordered(tokens.reshape(-1)[found], row[found // BLOCK], len(rows))
+    return tokens.reshape(-1)[found], row[found // BLOCK]
 
 
-def _ordered(values: Floats, row: Ids, num_rows: int) -> tuple[Floats, Ids]:
-    """Ragged values (sorted by row) as rows of a matrix, descending, minus infinity behind them; and their counts."""
-    counts = np.bincount(row, minlength=num_rows)
-    matrix = np.full((num_rows, max(1, int(counts.max()))), np.inf, np.float32)
+def _ordered(values: Floats, row: Ids, counts: Ids) -> Floats:
+    """Ragged values, sorted by row and `counts` in each, as a matrix: descending, minus infinity behind them."""
+    matrix = np.full((len(counts), max(1, int(counts.max()))), np.inf, np.float32)
     matrix[row, np.arange(len(row)) - (np.cumsum(counts) - counts)[row]] = -values
     matrix.sort(axis=1)
-    return np.negative(matrix, out=matrix), counts
+    return np.negative(matrix, out=matrix)
 
 
 def _rows_of(matrix: Tensor, rows: Ids) -> Tensor:
@@ -345,7 +362,8 @@ def _wide_p_floors(scores: Tensor, chances: Tensor, best: Floats, params: RowPar
             high, low = torch.where(enough, middle, high), torch.where(enough, low, middle)
             above = torch.where(enough, mass, above)
         inside = np.flatnonzero((piece.numpy() > low.numpy()) & (piece.numpy() <= high.numpy()))
-        ordered, _ = _ordered(piece.numpy().reshape(-1)[inside], inside // size, len(piece))
+        row = inside // size
+        ordered = _ordered(piece.numpy().reshape(-1)[inside], row, np.bincount(row, minlength=len(piece)))
         weights = _weights(ordered, best[rows], params.temperature[rows]) * share.amax(1, keepdim=True).numpy()
         reached = above.numpy() + weights.cumsum(1)
         kept = np.count_nonzero((reached - weights < top_p.numpy()) & (weights > 0), axis=1)

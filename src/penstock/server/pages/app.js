@@ -2,8 +2,10 @@
 
 import { $, $$, el, since } from './dom.js';
 import { live } from './state.js';
-import { listen, setKey } from './source.js';
-import { buildScene, drawLinks, flipOrder, readColours, setOrder, startScene, updateScene } from './scene.js';
+import { hasKey, listen, setKey } from './source.js';
+import {
+  buildScene, drawLinks, flipOrder, readColours, setOrder, startScene, stopScene, updateScene,
+} from './scene.js';
 import { buildCharts, buildFlow, buildSpec, updateCharts, updateFleet, updateFlow, updateSpec } from './charts.js';
 import { forgetOpen, openRequest, startRequests, toggle, updateRequests } from './requests.js';
 import { explainLast, startChat, stopAnswer } from './chat.js';
@@ -53,8 +55,14 @@ function onState(state, why) { // old numbers stay, dimmed
   $('#live span').textContent = { live: 'live', retrying: 'retrying', stopped: 'stopped', locked: 'locked' }[state];
   $('#live').title = why;
   document.body.classList.toggle('stale', state !== 'live');
+  if (state !== 'live') stopScene();
   $('#waiting').textContent = why ? why[0].toUpperCase() + why.slice(1) + '.' : '';
-  if (state === 'locked') { $('#key').showPopover(); $('#key-text').focus(); }
+  if (state === 'locked') {
+    $('#key-why').textContent = hasKey() ? 'The server did not accept that key.'
+      : 'This server was started with --api-key. The key stays in this tab.';
+    $('#key').showPopover();
+    $('#key-text').focus();
+  }
 }
 
 // ---- configuration ----
@@ -63,7 +71,8 @@ const isSet = item => item.origin !== 'default' && item.origin !== 'auto';
 function drawConfig() {
   if (!live.hello) return;
   const wanted = $('#config-find').value.toLowerCase();
-  const rows = live.hello.config.filter(c => `${c.name} ${c.value} ${c.origin} ${c.note || ''}`.toLowerCase().includes(wanted));
+  const words = c => `${c.name} ${c.value} ${c.origin} ${c.note || ''}`.toLowerCase();
+  const rows = live.hello.config.filter(c => words(c).includes(wanted));
   $('#config-table tbody').replaceChildren(...rows.map(c => el('tr', {},
     el('td', { class: 'mono' }, c.name), el('td', { class: 'mono value' }, String(c.value)),
     el('td', {}, el('span', { class: 'origin' + (isSet(c) ? ' set' : '') }, c.origin)), el('td', {}, c.note || ''))));
@@ -81,7 +90,8 @@ const flipTheme = () => theme(document.documentElement.dataset.theme === 'dark' 
 function tab(name) {
   document.body.dataset.tab = name;
   for (const button of $$('.tabs button')) {
-    if (button.dataset.go === name) button.setAttribute('aria-current', 'page'); else button.removeAttribute('aria-current');
+    if (button.dataset.go === name) button.setAttribute('aria-current', 'page');
+    else button.removeAttribute('aria-current');
   }
   if (live.snap) { updateScene(); updateCharts(); updateFlow(); }
 }

@@ -33,7 +33,8 @@ export function buildCharts() {
 
 function build(where, title, sub, defs, format, least) {
   const values = el('span', { class: 'vals' }, defs.map(d => el('span', {},
-    el('i', { class: 'ln' + (d.dash ? ' dash' : ''), style: `border-color:var(${d.var})` }), d.rest || d.name, el('b'))));
+    el('i', { class: 'ln' + (d.dash ? ' dash' : ''), style: `border-color:var(${d.var})` }),
+    d.rest || d.name, el('b'))));
   const box = el('div', { class: 'plot', role: 'img' });
   $(where).replaceChildren(el('figcaption', {}, el('h2', {}, title), el('span', { class: 'sub' }, sub), values), box);
   const chart = { defs, values, box, format, title: `${title}, ${sub}` };
@@ -59,7 +60,8 @@ function options(chart, least) {
   };
   const times = [240, 180, 120, 60, 0], names = ['', '−3 min', '−2 min', '−1 min', 'now'];
   return {
-    width: Math.max(200, box.clientWidth), height: box.clientHeight || 132, legend: { show: false }, padding: [8, 16, 0, 0],
+    width: Math.max(200, box.clientWidth), height: box.clientHeight || 132,
+    legend: { show: false }, padding: [8, 16, 0, 0],
     cursor: { sync: { key: 'penstock' }, y: false, drag: { x: false, y: false }, points: { size: 6 } },
     scales: { x: { time: false, range: (_, low, high) => [(high || 0) - WINDOW_S, high || 0] }, y: { range: yRange } },
     axes: [
@@ -88,7 +90,7 @@ function write(chart, index) { // the numbers in the caption: under the cursor, 
     if (d.rest && !missing(value)) value -= live.series[chart.defs[k + 1].key][i] || 0;
     cells[k].textContent = chart.format(value);
   });
-  if (index === undefined || index === null) chart.box.setAttribute('aria-label', `${chart.title}: ${chart.values.textContent}`);
+  if (missing(index)) chart.box.setAttribute('aria-label', `${chart.title}: ${chart.values.textContent}`);
 }
 
 export function updateCharts() {
@@ -151,7 +153,8 @@ export function updateFlow() {
     y += thick;
   }
   const kept = total ? 1 - (data.compute || 0) / total : 0;
-  flow.head.textContent = total ? `${short(total / data.window_s)} tok/s in, ${pct(kept)} not recomputed` : 'No prompts in this time';
+  flow.head.textContent = total ? `${short(total / data.window_s)} tok/s in, ${pct(kept)} not recomputed`
+    : 'No prompts in this time';
   flow.picture.setAttribute('aria-label',
     total ? shown.map(s => `${SOURCE_NAME[s]} ${pct((data[s] || 0) / total)}`).join(', ') : 'no prompts');
   $('#flow-sub').textContent = missing(data.window_s) ? '' : `last ${Math.round(data.window_s)} s`;
@@ -201,12 +204,14 @@ export function updateFleet() {
     el('td', { class: 'num' }, el('small', {}, `${d.runner_up} ${ms(d.runner_up_ttft_s)}`)))));
   const sum = snap.links.reduce((a, link) => a + link.bytes_per_s, 0);
   const most = Math.max(...snap.links.map(link => link.bytes_per_s), 1);
-  $('#xfer-sub').textContent = `${bytes(sum)}/s, ${ms(snap.transfer_seconds_p95)} p95, ${int(snap.transfer_failures_total)} failed`;
+  const failed = int(snap.transfer_failures_total);
+  $('#xfer-sub').textContent = `${bytes(sum)}/s, ${ms(snap.transfer_seconds_p95)} p95, ${failed} failed`;
   const line = (name, share, text, kind) => el('li', {}, el('span', { class: kind }, name),
     el('div', { class: 'bar' }, el('i', { style: `width:${100 * share}%` })), el('span', {}, text));
   $('#links-list').replaceChildren(...snap.links.map(link =>
     line(`${link.src} → ${link.dst}`, link.bytes_per_s / most, `${bytes(link.bytes_per_s)}/s`, 'nm')));
   const moving = snap.transfers.slice(0, 3).map(x =>
     line(x.request_id.slice(-8), x.bytes_done / x.bytes, `${x.src} → ${x.dst} ${bytes(x.bytes)}`, 'mono'));
-  $('#xfers').replaceChildren(...(moving.length ? moving : [el('li', { class: 'empty block' }, 'No transfer at this moment.')]));
+  if (!moving.length) moving.push(el('li', { class: 'empty block' }, 'No transfer at this moment.'));
+  $('#xfers').replaceChildren(...moving);
 }

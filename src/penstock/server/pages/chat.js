@@ -30,7 +30,8 @@ function factsLine(message, facts) {
   const flip = () => toggleExplain(message, facts.id, button);
   button.addEventListener('click', flip);
   message.append(el('div', { class: 'meta' },
-    missing(facts.ttft) ? null : el('span', { title: 'Time to first token, measured here' }, 'TTFT ', el('b', {}, ms(facts.ttft))),
+    missing(facts.ttft) ? null
+      : el('span', { title: 'Time to first token, measured here' }, 'TTFT ', el('b', {}, ms(facts.ttft))),
     missing(facts.tps) ? null : el('span', {}, el('b', {}, facts.tps.toFixed(1)), ' tok/s'),
     missing(facts.prompt) ? null : el('span', { title: 'Prompt tokens that were not computed again' },
       el('b', {}, `${int(facts.cached)}/${int(facts.prompt)}`), ' cached'),
@@ -82,7 +83,10 @@ function emptyChat() {
 }
 
 function settings() { // empty or odd fields are left to the server's defaults
-  const number = id => { const text = $(id).value.trim().replace(',', '.'); return text === '' || Number.isNaN(+text) ? undefined : +text; };
+  const number = id => {
+    const text = $(id).value.trim().replace(',', '.');
+    return text === '' || Number.isNaN(+text) ? undefined : +text;
+  };
   return { temperature: number('#o-temp'), max_tokens: number('#o-max') };
 }
 
@@ -107,7 +111,9 @@ async function send(text) {
     if (stick) log.scrollTop = log.scrollHeight;
   };
   try {
-    const request = { model: live.hello?.model.id, messages: talk, ...settings(), stream: true, stream_options: { include_usage: true } };
+    const request = {
+      model: live.hello?.model.id, messages: talk, ...settings(), stream: true, stream_options: { include_usage: true },
+    };
     for await (const part of chat(request, stop.signal)) {
       if (part.id) id = part.id;
       else if (part.delta) {
@@ -130,7 +136,8 @@ async function send(text) {
   if (all) talk.push({ role: 'assistant', content: all }); else if (talk.at(-1)?.content === text) talk.pop();
   const made = end?.usage?.completion_tokens ?? n; // a delta may carry several tokens, or wait for a whole character
   if (!failure || all) factsLine(message, {
-    id, ttft: first === null ? null : (first - start) / 1e3, tps: made > 1 && last > first ? (made - 1) / (last - first) * 1e3 : null,
+    id, ttft: first === null ? null : (first - start) / 1e3,
+    tps: made > 1 && last > first ? (made - 1) / (last - first) * 1e3 : null,
     cached: end?.usage?.prompt_tokens_details?.cached_tokens, prompt: end?.usage?.prompt_tokens,
     finish: failure ? 'failed' : end?.finish || 'stopped by you',
   });
@@ -147,7 +154,9 @@ export function startChat() {
   const box = $('#message');
   box.addEventListener('input', () => { box.style.height = 'auto'; box.style.height = box.scrollHeight + 2 + 'px'; });
   box.addEventListener('keydown', event => {
-    if (event.key === 'Enter' && !event.shiftKey && !event.isComposing) { event.preventDefault(); $('#ask').requestSubmit(); }
+    if (event.key !== 'Enter' || event.shiftKey || event.isComposing) return;
+    event.preventDefault();
+    $('#ask').requestSubmit();
   });
   $('#ask').addEventListener('submit', event => {
     event.preventDefault();

@@ -1,6 +1,6 @@
 // Single requests: the table with its small timelines, and one request's record as a Gantt chart and a prompt bar.
 
-import { $, $$, el, int, ms, pct } from './dom.js';
+import { $, $$, el, int, missing, ms, pct } from './dom.js';
 import { MISS, SOURCE_NAME, live, spanName, spanVar } from './state.js';
 import { explain } from './source.js';
 
@@ -11,7 +11,8 @@ const STATE_VAR = {
 const NUM_SHOWN = 12, TABLE_S = 12;
 let held = false, filter = 'all', openId = null, showAll = false;
 
-const rank = state => state === 'waiting' || state === 'loading' ? 0 : state === 'finished' || state === 'aborted' ? 2 : 1;
+const RANK = { waiting: 0, loading: 0, finished: 2, aborted: 2 }; // everything else runs
+const rank = state => RANK[state] ?? 1;
 const done = r => rank(r.state) === 2;
 
 function sorted() {
@@ -21,8 +22,9 @@ function sorted() {
 }
 
 export function updateRequests() {
-  const { snap } = live, body = $('#reqs tbody'), { num_requests_waiting: waiting, num_requests_running: running } = snap.totals;
-  $('#req-sub').textContent = `${int(waiting)} waiting, ${int(running)} running${held ? ', order held while you point' : ''}`;
+  const { snap } = live, body = $('#reqs tbody');
+  const counts = `${int(snap.totals.num_requests_waiting)} waiting, ${int(snap.totals.num_requests_running)} running`;
+  $('#req-sub').textContent = counts + (held ? ', order held while you point' : '');
   if (held) { // a row must not move away from under the pointer
     const now = new Map(snap.requests.map(r => [r.request_id, r]));
     for (const tr of $$('tr.r', body)) if (now.has(tr.dataset.id)) fill(tr, now.get(tr.dataset.id));
@@ -41,13 +43,17 @@ export function updateRequests() {
     next.push(tr);
     if (openId === r.request_id) next.push(keep && keep.dataset.id === openId ? keep : detail(r.request_id));
   }
-  if (!next.length) next.push(el('tr', {}, el('td', { colspan: numColumns(), class: 'empty' }, 'No requests here. Send one from the chat.')));
-  if (next.length !== body.children.length || next.some((tr, i) => body.children[i] !== tr)) body.replaceChildren(...next);
+  if (!next.length) {
+    const text = 'No requests here. Send one from the chat.';
+    next.push(el('tr', {}, el('td', { colspan: numColumns(), class: 'empty' }, text)));
+  }
+  const same = next.length === body.children.length && next.every((tr, i) => body.children[i] === tr);
+  if (!same) body.replaceChildren(...next);
   $$('tr.r', body).forEach((tr, i) => { tr.tabIndex = (focus ? tr.dataset.id === focus : i === 0) ? 0 : -1; });
   if (focus) $$('tr.r', body).find(tr => tr.dataset.id === focus)?.focus({ preventScroll: true });
-  const open = $('tr.detail', body), r = openId && snap.requests.find(x => x.request_id === openId);
+  const open = $('tr.detail', body);
   if (open) open.firstChild.colSpan = numColumns(); // fewer on a phone
-  if (open && !open.dataset.final) drawDetail(open, openId, r && done(r));
+  if (open && !open.dataset.final) drawDetail(open, openId);
   const more = $('#b-more');
   more.hidden = all.length <= NUM_SHOWN;
   more.textContent = showAll ? 'Show fewer' : `Show all ${all.length}`;
@@ -72,9 +78,9 @@ function fill(tr, r) {
   mark.lastChild.textContent = r.state === 'finished' ? r.finish_reason : r.state;
   age.textContent = Math.max(0, (r.finish_ts || snap.ts) - r.arrival_ts).toFixed(1) + ' s';
   prompt.textContent = int(r.prompt_tokens);
-  const known = r.state !== 'waiting' || r.generation_tokens > 0, hit = r.prompt_tokens ? r.cached_tokens / r.prompt_tokens : 0;
-  cached.firstChild.firstChild.style.width = known ? 100 * hit + '%' : 0;
-  cached.lastChild.textContent = known ? pct(hit) : '–';
+  const hit = missing(r.cached_tokens) ? null : r.prompt_tokens ? r.cached_tokens / r.prompt_tokens : 0;
+  cached.firstChild.firstChild.style.width = 100 * (hit || 0) + '%';
+  cached.lastChild.textContent = pct(hit);
   out.textContent = int(r.generation_tokens);
   engine.textContent = r.engine;
   const end = snap.ts, start = end - TABLE_S, share = t => 100 * (t - start) / TABLE_S;
@@ -88,22 +94,21 @@ export function toggle(id) {
   openId = openId === id ? null : id;
   held = false;
   updateRequests();
-  if (openId) $('tr.detail')?.scrollIntoView({ block: 'nearest' });
 }
 export const openRequest = () => openId;
 export function forgetOpen() { openId = null; }
 
 function detail(id) {
   const tr = el('tr', { class: 'detail', 'data-id': id }, el('td', { colspan: numColumns() }));
-  drawDetail(tr, id, false);
+  drawDetail(tr, id).then(() => { if (openId === id) tr.scrollIntoView({ block: 'nearest' }); });
   return tr;
 }
 
-async function drawDetail(tr, id, final) {
-  const record = await explain(id);
-  if (!record) { if (!tr.firstChild.firstChild) tr.firstChild.append(el('p', { class: 'empty' }, 'The server does not remember this request.')); return; }
-  tr.firstChild.replaceChildren(gantt(record));
-  if (final && record.finish_reason) tr.dataset.final = 'yes'; // nothing about it changes any more
+async function drawDetail(tr, id) {
+  const record = await explain(id), cell = tr.firstChild;
+  if (record) cell.replaceChildren(gantt(record));
+  else if (!cell.firstChild) cell.append(el('p', { class: 'empty' }, 'The server does not remember this request.'));
+  if (record?.finish_reason) tr.dataset.final = 'yes'; // nothing about it changes any more
 }
 
 function gantt(x) {
@@ -114,18 +119,21 @@ function gantt(x) {
       'Finish', el('b', {}, x.finish_reason || 'still running')),
     x.queue_reason ? el('p', { class: 'why queued' }, el('strong', {}, 'It waited'), `${x.queue_reason}.`) : null,
     prefixView(x));
-  return el('div', { class: 'gantt' }, x.spans.length ? lanes(x) : el('p', { class: 'empty' }, 'No timeline: the engine sent none.'), side);
+  const none = el('p', { class: 'empty' }, 'No timeline: the engine sent none.');
+  return el('div', { class: 'gantt' }, x.spans.length ? lanes(x) : none, side);
 }
 
 function lanes(x) {
   const end = Math.max(...x.spans.map(s => s.end_s), 1e-6), byLane = new Map(), first = x.time_to_first_token_s;
+  const several = live.hello.engines.length > 1;
   for (const s of x.spans) {
-    const key = `${spanName(s)}|${s.kind === 'load' ? SOURCE_NAME[s.tier] : live.hello.engines.length > 1 ? s.engine || '' : ''}`;
+    const key = `${spanName(s)}|${s.kind === 'load' ? SOURCE_NAME[s.tier] : several && s.engine || ''}`;
     byLane.set(key, [...byLane.get(key) || [], s]);
   }
   // Decode dwarfs all else: the first 40 % of the axis is the time to the first token, the rest is decode, each linear.
   const split = first && first / end < .3 ? .4 : null;
-  const at = t => 100 * (!split ? t / end : t <= first ? t / first * split : split + (t - first) / (end - first) * (1 - split));
+  const share = t => t <= first ? t / first * split : split + (t - first) / (end - first) * (1 - split);
+  const at = t => 100 * (split ? share(t) : t / end), from = x => `left:${x}%`;
   const box = el('div', { class: 'lanes' });
   for (const [key, list] of byLane) {
     const [name, sub] = key.split('|'), tokens = list.reduce((sum, s) => sum + (s.num_tokens || 0), 0);
@@ -135,14 +143,14 @@ function lanes(x) {
       el('div', { class: 'lane-n' }, name, sub ? el('small', {}, sub) : null),
       el('div', { class: 'lane' },
         list.map(s => el('i', {
-          style: `left:${at(s.start_s)}%;width:calc(${at(s.end_s) - at(s.start_s)}% - 1px);background:var(${spanVar(s)})`,
+          style: `${from(at(s.start_s))};width:calc(${at(s.end_s) - at(s.start_s)}% - 1px);background:var(${spanVar(s)})`,
           title: `${name}: ${ms(s.end_s - s.start_s)}${s.num_tokens ? `, ${int(s.num_tokens)} tokens` : ''}`,
         })),
         first ? el('b', { class: 'ft', style: `left:${at(first)}%;opacity:.5` }) : null,
-        last < 72 ? el('span', { style: `left:${last}%` }, text) : el('span', { style: `right:${100 - at(list[0].start_s)}%` }, text)));
+        el('span', { style: last < 72 ? from(last) : `right:${100 - at(list[0].start_s)}%` }, text)));
   }
-  const marks = split ? [[0, '0'], [split, `first token ${ms(first)}`], [1, ms(end)]] : [[0, '0'], [.5, ms(end / 2)], [1, ms(end)]];
-  box.append(el('div'), el('div', { class: 'axis' }, marks.map(([p, text]) => el('span', { style: `left:${100 * p}%` }, text))));
+  const marks = [[0, '0'], split ? [100 * split, `first token ${ms(first)}`] : [50, ms(end / 2)], [100, ms(end)]];
+  box.append(el('div'), el('div', { class: 'axis' }, marks.map(([p, text]) => el('span', { style: from(p) }, text))));
   if (split) box.append(el('div'), el('div', { class: 'axis end' }, 'two scales: before and after the first token'));
   return box;
 }
@@ -151,8 +159,10 @@ export function prefixView(x) {
   const { prefix } = x, head = el('h3', {}, 'Prompt ', el('span', {}, `${int(x.prompt_tokens)} tokens`));
   if (!prefix) return el('div', {}, head, el('p', { class: 'empty' }, 'Not looked up in the cache yet.'));
   const { runs, miss } = prefix;
+  const spoken = runs.map(r => `${SOURCE_NAME[r.source]} ${r.end - r.start}`).join(', ');
+  const why = miss && `${MISS[miss.reason] || miss.reason} at token ${int(miss.at_token)}`;
   return el('div', {}, head,
-    el('div', { class: 'prefix', role: 'img', 'aria-label': runs.map(r => `${SOURCE_NAME[r.source]} ${r.end - r.start}`).join(', ') },
+    el('div', { class: 'prefix', role: 'img', 'aria-label': spoken },
       runs.map(r => el('i', {
         style: `flex:${r.end - r.start} 1 0;background:var(--${r.source})`,
         title: `${SOURCE_NAME[r.source]}: tokens ${int(r.start)} to ${int(r.end)}`,
@@ -160,7 +170,7 @@ export function prefixView(x) {
     el('div', { class: 'rows' }, runs.flatMap(r => [
       el('i', { style: `background:var(--${r.source})` }), SOURCE_NAME[r.source],
       el('span', {}, `${int(r.start)} to ${int(r.end)}`), el('b', {}, int(r.end - r.start))])),
-    miss ? el('p', { class: 'why' }, el('strong', {}, `${MISS[miss.reason] || miss.reason} at token ${int(miss.at_token)}`), sentence(miss.detail)) : null);
+    miss ? el('p', { class: 'why' }, el('strong', {}, why), sentence(miss.detail)) : null);
 }
 
 const sentence = text => text ? text[0].toUpperCase() + text.slice(1) + (/[.!?]$/.test(text) ? '' : '.') : '';

@@ -4,14 +4,14 @@
 import { $, $$, bytes, calm, css, el, int, missing, pct, short, svg, tip } from './dom.js';
 import { LETTER, REASON, STATES, STATE_NAME, STATE_TIP, live } from './state.js';
 
-const MAX_CELLS = 1640;
+const MAX_CELLS = 1640, BLADE = 'M20 15.5c4-1 6.5-4.5 6.2-9.5';
 const pools = new Map(); // engine id -> {canvas, gauge, shown counts, cells}
 let spin = null, order = 'level', colour = {}, lastDraw = 0;
 
 const turbine = () => svg('svg', { viewBox: '0 0 40 40', class: 'turbine', 'aria-hidden': 'true' },
   svg('circle', { cx: 20, cy: 20, r: 18.5 }),
   svg('g', { class: 'runner' },
-    ...[...Array(8)].map((_, i) => svg('path', { d: 'M20 15.5c4-1 6.5-4.5 6.2-9.5', transform: `rotate(${i * 45} 20 20)` })),
+    ...[...Array(8)].map((_, i) => svg('path', { d: BLADE, transform: `rotate(${i * 45} 20 20)` })),
     svg('circle', { cx: 20, cy: 20, r: 3, class: 'hub' })));
 
 function pool(engine, wide) {
@@ -48,18 +48,21 @@ export function buildScene() {
   } else {
     scene.className = 'scene pd';
     const card = engine => el('div', { class: 'eng', 'data-id': engine.id },
-      el('div', { class: 'eh' }, el('strong', {}, engine.id), el('span', {}, `${engine.role} · ${engine.device}`), el('em')),
+      el('div', { class: 'eh' },
+        el('strong', {}, engine.id), el('span', {}, `${engine.role} · ${engine.device}`), el('em')),
       pool(engine, false), el('div', { class: 'ef' }, el('span'), el('span')));
     const of = role => engines.filter(engine => engine.role === role);
     const column = role => el('div', { class: 'col' }, of(role).map(card));
-    scene.append(intake, column('prefill'), el('div', { class: 'links', id: 'links' }, svg('svg')), column('decode'), out);
+    const links = el('div', { class: 'links', id: 'links' }, svg('svg'));
+    scene.append(intake, column('prefill'), links, column('decode'), out);
     $('#scene-sub').textContent = `${of('prefill').length} prefill, ${of('decode').length} decode`;
   }
   spin = calm.matches ? null : $('.runner', scene).animate(
     [{ transform: 'rotate(0)' }, { transform: 'rotate(360deg)' }], { duration: 6000, iterations: Infinity });
   $('#legend').replaceChildren(
     ...STATES.map(state => el('li', { title: STATE_TIP[state] },
-      el('i', { class: 'sw ' + state, style: `background:var(--${state})` }), STATE_NAME[state], el('b', { 'data-s': state }))),
+      el('i', { class: 'sw ' + state, style: `background:var(--${state})` }),
+      STATE_NAME[state], el('b', { 'data-s': state }))),
     el('li', { class: 'note', id: 'legend-note' }));
 }
 
@@ -70,22 +73,24 @@ export function updateScene() {
   while (drops.children.length > n) drops.lastChild.remove();
   while (drops.children.length < n) drops.append(el('i'));
   const reasons = Object.entries(totals.num_requests_waiting_by_reason).filter(([, number]) => number);
-  $('#s-why').replaceChildren(...reasons.map(([reason, number]) => el('div', {}, `${REASON[reason] || reason}: ${number}`)));
+  const why = reasons.map(([reason, number]) => el('div', {}, `${REASON[reason] || reason}: ${number}`));
+  $('#s-why').replaceChildren(...why);
   $('#s-run').textContent = int(totals.num_requests_running);
   $('#s-out').replaceChildren(
     el('div', {}, `${short(speed)} tok/s out`), el('div', {}, `${int(totals.num_preemptions_total)} preempted`));
   const idle = !totals.num_requests_running && !speed;
   $('#scene').classList.toggle('idle', idle);
   // From a word at a time to thousands of tokens a second: the runner's speed goes with the logarithm.
-  if (spin) { if (idle) spin.pause(); else { spin.play(); spin.updatePlaybackRate(.25 + .7 * Math.log10(1 + (speed || 0))); } }
+  if (idle) spin?.pause();
+  else { spin?.play(); spin?.updatePlaybackRate(.25 + .7 * Math.log10(1 + (speed || 0))); }
   for (const engine of snap.engines) updatePool(engine);
   for (const state of STATES) {
     const counts = snap.engines.map(engine => engine.kv[state]);
     $(`#legend b[data-s=${state}]`).textContent = counts.some(missing) ? '–' : int(counts.reduce((a, b) => a + b, 0));
   }
   const sizes = [...new Set(snap.engines.map(cellSize))].sort((a, b) => a - b);
-  const text = sizes.length > 1 ? `${sizes[0]} to ${sizes.at(-1)} blocks` : sizes[0] > 1 ? `${sizes[0]} blocks` : 'one block';
-  $('#legend-note').textContent = `a cell is ${text}`;
+  const range = sizes.length > 1 ? `${sizes[0]} to ${sizes.at(-1)}` : sizes[0];
+  $('#legend-note').textContent = `a cell is ${range === 1 ? 'one block' : `${range} blocks`}`;
   drawLinks();
 }
 
@@ -98,8 +103,9 @@ function updatePool(engine) {
   const usage = engine.kv_cache_usage_perc;
   if (!missing(kv.used)) { p.from = p.to || kv; p.to = kv; p.t0 = performance.now(); }
   if (kv.map) p.cells = unpack(kv.map);
-  p.canvas.setAttribute('aria-label', `KV cache of ${engine.id}: ${pct(usage)} in use, `
-    + (missing(kv.used) ? 'no counts yet' : `${pct(kv.cached / kv.num_blocks)} cached, ${pct(kv.free / kv.num_blocks)} free`));
+  const share = state => missing(kv[state]) ? '–' : pct(kv[state] / kv.num_blocks);
+  const spoken = `KV cache of ${engine.id}: ${pct(usage)} in use, ${share('cached')} cached, ${share('free')} free`;
+  p.canvas.setAttribute('aria-label', spoken);
   if (p.gauge) {
     p.gauge.textContent = `${pct(usage, usage > 0 && usage < .1 ? 1 : 0)} in use`;
     p.gauge.style.top = (1 - (usage || 0)) * 84 + 8 + '%';
@@ -109,8 +115,10 @@ function updatePool(engine) {
   if (!card) return;
   $('.eh em', card).textContent = pct(usage) + ' in use';
   const [load, rate] = $$('.ef span', card), prefill = engine.role === 'prefill';
-  load.textContent = `${engine.num_requests_running} running` + (prefill ? `, ${engine.num_requests_waiting} waiting` : '');
-  rate.textContent = prefill ? `${short(engine.prompt_tokens_per_s)} tok/s in` : `${short(engine.generation_tokens_per_s)} tok/s out`;
+  const waiting = prefill ? `, ${int(engine.num_requests_waiting)} waiting` : '';
+  load.textContent = `${int(engine.num_requests_running)} running${waiting}`;
+  rate.textContent = prefill ? `${short(engine.prompt_tokens_per_s)} tok/s in`
+    : `${short(engine.generation_tokens_per_s)} tok/s out`;
 }
 
 // ---- drawing ----
@@ -145,7 +153,8 @@ function drawPool(engine, p, now) {
   const g = p.canvas.getContext('2d');
   g.setTransform(dpr, 0, 0, dpr, 0, 0);
   g.clearRect(0, 0, w, h);
-  const cells = numCells(engine), cols = Math.max(1, Math.round(w / Math.sqrt(w * h / cells))), rows = Math.ceil(cells / cols);
+  const cells = numCells(engine), cols = Math.max(1, Math.round(w / Math.sqrt(w * h / cells)));
+  const rows = Math.ceil(cells / cols);
   const px = w / cols, py = h / rows, gap = px > 6.5 ? 1.4 : 1;
   if (order === 'level') drawLevel(g, p, { w, h, cols, rows, px, py, gap }, now);
   else {
@@ -196,6 +205,7 @@ export function setOrder(name) {
   $$('input[name=order]').forEach(input => { input.checked = input.value === name; });
   if (live.snap) updateScene();
 }
+export const stopScene = () => spin?.pause();
 export const flipOrder = () => setOrder(order === 'level' ? 'address' : 'level');
 export const startScene = () => requestAnimationFrame(frame);
 
@@ -215,7 +225,8 @@ export function drawLinks() {
     picture.textContent = '';
     for (const link of live.snap.links) {
       const a = at(link.src), z = at(link.dst), w = b.width + 4, h = b.height;
-      const d = tall ? `M${a} 0C${a} ${h * .5} ${z} ${h * .5} ${z} ${h}` : `M-6 ${a}C${w * .5} ${a} ${w * .5} ${z} ${w} ${z}`;
+      const d = tall ? `M${a} 0C${a} ${h * .5} ${z} ${h * .5} ${z} ${h}`
+        : `M-6 ${a}C${w * .5} ${a} ${w * .5} ${z} ${w} ${z}`;
       const flow = svg('path', { d, class: 'flow', 'data-l': link.src + link.dst });
       flow.append(svg('title'));
       picture.append(svg('path', { d, class: 'bed' }), flow);
@@ -226,6 +237,7 @@ export function drawLinks() {
     if (!flow) continue;
     flow.style.strokeWidth = link.bytes_per_s ? 1.5 + Math.min(6, link.bytes_per_s / 2 ** 30 * 1.5) : 0;
     flow.style.opacity = link.bytes_per_s ? .9 : 0;
-    flow.firstChild.textContent = `${link.src} to ${link.dst}: ${bytes(link.bytes_per_s)}/s, ${link.num_in_flight} in flight`;
+    const load = `${bytes(link.bytes_per_s)}/s, ${link.num_in_flight} in flight`;
+    flow.firstChild.textContent = `${link.src} to ${link.dst}: ${load}`;
   }
 }

@@ -16,16 +16,26 @@ export function setKey(text) {
   unlock?.();
 }
 
+export const hasKey = () => key !== '';
+
 export class ServerError extends Error {
   constructor(status, message) { super(message); this.status = status; }
 }
 
 async function ask(path, options = {}) {
   const headers = { ...options.headers, ...(key ? { authorization: `Bearer ${key}` } : {}) };
-  const response = await fetch(new URL(path, ROOT), { cache: 'no-store', ...options, headers });
+  let response;
+  try {
+    response = await fetch(new URL(path, ROOT), { cache: 'no-store', ...options, headers });
+  } catch (error) {
+    if (error.name === 'AbortError') throw error;
+    throw new ServerError(0, 'the server does not answer');
+  }
   if (response.ok) return response;
   let message = `${response.status} ${response.statusText}`;
-  try { message = (await response.json()).error.message || message; } catch { /* not in our shape: the status says it */ }
+  try {
+    message = (await response.json()).error.message || message;
+  } catch { /* not in our shape: the status says it */ }
   throw new ServerError(response.status, message);
 }
 
@@ -87,9 +97,9 @@ export async function listen(onHello, onSnapshot, onState) {
         else if (event === 'bye') { state = 'stopped'; why = 'the server has stopped'; break; }
       }
     } catch (error) {
-      why = error instanceof ServerError ? error.message : 'the server does not answer';
-      if (error instanceof ServerError && error.status === 401) state = 'locked';
-      if (error instanceof ServerError && error.status === 503) why = await stage() || why;
+      if (error instanceof ServerError) why = error.message;
+      if (error.status === 401) { state = 'locked'; why = 'the server wants an API key'; }
+      if (error.status === 503) why = await stage() || why;
     }
     clearTimeout(watchdog);
     document.removeEventListener('visibilitychange', hide);
