@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib.util
+import io
 import json
 import os
 import shlex
@@ -23,6 +24,7 @@ from tests.shared.tiny_tokenizers import byte_level, save
 
 from penstock import __version__, cli
 from penstock.commands import families
+from penstock.commands.doctor import findings
 from penstock.commands.packages import required, satisfies
 from penstock.commands.serve import ready_text
 from penstock.config.load import resolve
@@ -214,33 +216,53 @@ def test_plan_as_table_and_as_json(model: Path) -> None:
     assert "not enough memory" in short.stderr
 
 
-def test_doctor_has_a_verdict_a_line(model: Path, tmp_path: Path) -> None:
-    good = run("doctor", str(model), "--port", "0")
-    lines = good.stdout.splitlines()
-    assert {line.split()[0] for line in lines[:-1]} <= {"ok", "note", "bad"}
-    topics = {line.split()[1] for line in lines[:-1]}
-    assert topics >= {"python", "packages", "cpu", "memory", "disk", "compiler", "port", "model", "torch"}
-    assert [line.split()[1] for line in lines if line.startswith("bad")] == ["model"]  # it has no weights
-    assert "lacks *.safetensors" in good.stdout
-    assert good.returncode == 1
-    assert "one thing to fix" in lines[-1]
-    assert "does not exist" in run("doctor", str(tmp_path)).stdout
+def test_doctor_has_a_verdict_a_line(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code = cli.main(["doctor", str(model), "--port", "0"])
+    lines = capsys.readouterr().out.splitlines()
+    verdicts = {line.split()[1]: line.split()[0] for line in lines[:-1]}
+    assert verdicts.keys() >= {"python", "packages", "cpu", "memory", "disk", "compiler", "port", "model", "torch"}
+    assert set(verdicts.values()) <= {"ok", "note", "bad"}
+    assert [topic for topic, verdict in verdicts.items() if verdict == "bad"] == ["model"]  # it has no weights
+    assert any("lacks *.safetensors" in line for line in lines)
+    assert (code, lines[-1]) == (1, "one thing to fix")
 
 
-def test_generate_offline(model: Path, tmp_path: Path) -> None:
+def test_doctor_tells_why_a_model_or_a_port_cannot_be_used(tmp_path: Path) -> None:
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", 0))
+        held.listen()
+        port = held.getsockname()[1]
+        found = {}
+        for finding in findings(str(tmp_path), port):
+            found[finding.topic] = finding
+            if finding.topic == "model":
+                break  # before torch is looked at
+    assert "config.json does not exist" in found["model"].text
+    assert found["port"].verdict == "note"
+    assert f"penstock serve --port {port + 1}" in found["port"].text
+
+
+def test_generate_offline(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text('{"prompt": "Once"}\n{"prompt": "The quick"}\n')
-    options = ["--load-format", "dummy", "--max-tokens", "5", "--ignore-eos", "--temperature", "0"]
-    done = run("generate", str(model), *options, "--json", "--file", str(prompts), "-n", "2")
-    assert done.returncode == 0, done.stderr
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    options = ["generate", str(model), "--load-format", "dummy", "--max-tokens", "5", "--ignore-eos"]
+    options += ["--temperature", "0"]
+    assert cli.main([*options, "--json", "--file", str(prompts), "-n", "2"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert [row["prompt"] for row in rows] == ["Once", "The quick"]
     assert all(row["output_tokens"] == 10 and len(row["outputs"]) == 2 for row in rows)
     assert rows[0]["outputs"][0]["text"] == rows[0]["outputs"][1]["text"]  # greedy
-    plain = run("generate", str(model), *options, stdin="Once\n\n")
-    assert plain.stdout.rstrip("\n") == "Once" + rows[0]["outputs"][0]["text"].rstrip("\n")
-    chat = run("generate", str(model), *options, "--chat", "-p", "Once")
-    assert chat.stdout.startswith("> Once\n")
+
+    monkeypatch.setattr("sys.stdin", io.StringIO("Once\n\n"))
+    assert cli.main(options) == 0
+    assert capsys.readouterr().out == "Once" + rows[0]["outputs"][0]["text"] + "\n"
+
+    assert cli.main([*options, "--chat", "-p", "Once"]) == 0
+    assert capsys.readouterr().out.startswith("> Once\n")
+    assert cli.main([*options, "-p", "Once", "--top-p", "2"]) == 1
+    assert "top_p" in capsys.readouterr().err
 
 
 def test_demo_is_a_whole_round_trip(model: Path) -> None:

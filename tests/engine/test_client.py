@@ -10,8 +10,8 @@ import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.server.harness import VOCAB_SIZE, tiny_tokenizer
 from tests.server.scripted_engine import ScriptedEngine, token_at
+from tests.server.tiny_model import VOCAB_SIZE, tiny_tokenizer
 
 from penstock.core.request import ParamsError, SamplingParams, child_seed
 from penstock.engine.client import MAX_RECORDS, FrontEnd, Output, RequestError

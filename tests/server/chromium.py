@@ -71,6 +71,7 @@ class Chromium:
         self._rest = b""
         self._last_id = 0
         self.complaints: list[str] = []  # console errors, uncaught exceptions, policy violations, failed loads
+        self.tolerated: list[str] = []  # pieces of complaints that a test expects
         (page,) = [t for t in self.call("Target.getTargets")["targetInfos"] if t["type"] == "page"]
         attached = self.call("Target.attachToTarget", targetId=page["targetId"], flatten=True)
         self._session: str | None = attached["sessionId"]
@@ -120,6 +121,13 @@ class Chromium:
             self.complaints.append(" ".join(str(a.get("value", a.get("description"))) for a in params["args"]))
         elif method == "Log.entryAdded" and params["entry"]["level"] in ("error", "warning"):
             self.complaints.append(f"{params['entry']['text']} {params['entry'].get('url', '')}".strip())
+
+    def judge(self) -> list[str]:
+        """The complaints since the last call that nobody expected; leaves the page."""
+        self.open("about:blank")
+        found = [c for c in self.complaints if not any(piece in c for piece in self.tolerated)]
+        self.complaints, self.tolerated = [], []
+        return found
 
     # ---- the page ----
 

@@ -7,7 +7,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypeVar
 
@@ -15,39 +14,16 @@ import httpx
 import openai
 import uvicorn
 from tests.server.scripted_engine import ScriptedEngine, drive
-from tests.shared.tiny_tokenizers import byte_level
+from tests.server.tiny_model import MODEL, tiny_served
 
 from penstock.config.schema import Config, ServerOptions
-from penstock.engine.tokenizer import Tokenizer
 from penstock.engine.wire import LoopWire, listen
 from penstock.server.app import create_app
-from penstock.server.chat import ChatRenderer
 from penstock.server.live import Live
 from penstock.server.metrics import Metrics
-from penstock.server.state import Served, ServerState
-
-MODEL = "tiny"
-VOCAB_SIZE = 400
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if tools %}{{ tools | length }} tools\n{% endif %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
+from penstock.server.state import ServerState
 
 Result = TypeVar("Result")
-
-
-def tiny_tokenizer() -> Tokenizer:
-    """Byte-level BPE of about 400 tokens, made here; id 0 is <|endoftext|>."""
-    special_tokens = {"eos_token": "<|endoftext|>"}
-    return Tokenizer(byte_level(), special_tokens=special_tokens, chat_templates={"default": TEMPLATE})
-
-
-def tiny_served(**changes: Any) -> Served:
-    """A model to serve, with its template worker."""
-    tokenizer = tiny_tokenizer()
-    chat = ChatRenderer(tokenizer.chat_templates, tokenizer.special_tokens, trust_request_chat_template=True)
-    return replace(Served((MODEL, "alias"), "/models/tiny", tokenizer, chat, VOCAB_SIZE), **changes)
 
 
 class RunningServer:

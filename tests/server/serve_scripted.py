@@ -12,7 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.server.harness import MODEL, tiny_served
+from tests.server.tiny_model import MODEL, tiny_served
 
 from penstock.config.schema import Config, ModelOptions, ServerOptions
 from penstock.config.values import ConfigError

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import socket
 import threading
@@ -15,9 +16,10 @@ import openai
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from tests.server.harness import MODEL, RunningServer, assert_error, tiny_tokenizer
+from tests.server.harness import RunningServer, assert_error
 from tests.server.scripted_engine import ScriptedEngine
 from tests.server.test_requests import BODIES
+from tests.server.tiny_model import MODEL, tiny_tokenizer
 
 from penstock import __version__
 from penstock.config.schema import ServerOptions
@@ -209,6 +211,8 @@ def test_cors() -> None:
 def test_a_declared_large_body_is_refused_before_it_is_sent(server: RunningServer) -> None:
     with closing(raw_post(server, "/v1/completions", b"{", "content-length: 100000000\r\n")) as connection:
         answer = connection.recv(65536)
+        while b"}}" not in answer:
+            answer += connection.recv(65536)
     assert answer.startswith(b"HTTP/1.1 413 ")
     assert b'"code":"body_too_large"' in answer
 
@@ -262,10 +266,10 @@ def test_a_full_queue_is_429_with_retry_after(server: RunningServer) -> None:
     assert int(refused.headers["retry-after"]) >= 1
     assert refused.json()["error"]["type"] == "rate_limit_error"
     assert server.http.get("/load").json() == {"server_load": 8}
-    assert (
-        'vllm:admission_rejections_total{engine="0",model_name="tiny",reason="queue_full"} 1.0'
-        in server.http.get("/metrics").text
-    )
+    rejections = [
+        line for line in server.http.get("/metrics").text.splitlines() if "admission_rejections_total{" in line
+    ]
+    assert any('reason="queue_full"' in line for line in rejections)
     server.engine.holds = False
     for thread in threads:
         thread.join(20)
@@ -318,27 +322,30 @@ def test_leaving_clients_harm_nobody(server: RunningServer) -> None:
     assert len(texts) == 4
     assert len(set(texts)) == 1
     server.until(lambda: not server.engine.requests)
-    assert server.state._streams == {}
-    assert server.state.front.num_in_flight == 0
+    server.until(lambda: server.state._streams == {} and server.state.front.num_in_flight == 0)
 
 
 def test_a_silent_stream_is_kept_alive(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(state_module, "KEEP_ALIVE_S", 0.01)
+    """The head comes with the first comment: until then a failure could still have a status of its own."""
+    monkeypatch.setattr(state_module, "KEEP_ALIVE_S", 0.0)
     server.engine.holds = True
-    body = {**PROMPT, "stream": True}
-    with server.http.stream("POST", "/v1/completions", json=body) as response:
-        # The head comes with the first comment: until then a failure could still have had its own status.
+    body = json.dumps({**PROMPT, "stream": True}).encode()
+    with closing(raw_post(server, "/v1/completions", body, f"content-length: {len(body)}\r\n")) as connection:
         server.until(lambda: bool(server.engine.requests))
-        raise_after = time.monotonic() + 10
         got = b""
-        pieces = response.iter_raw()
-        while got.count(KEEP_ALIVE) < 2 and time.monotonic() < raise_after:
+        connection.settimeout(0.1)
+        deadline_s = time.monotonic() + 20
+        while got.count(KEEP_ALIVE) < 2:
+            assert time.monotonic() < deadline_s
             server.on_loop(server.state.keep_alive)
-            got += next(pieces)
+            with contextlib.suppress(TimeoutError):
+                got += connection.recv(65536)
+        connection.settimeout(20)
+        assert got.startswith(b"HTTP/1.1 200 OK")
         server.engine.holds = False
-        rest = got + b"".join(pieces)
-    assert rest.count(KEEP_ALIVE) >= 2
-    assert rest.endswith(b"data: [DONE]\n\n")
+        while b"data: [DONE]\n\n" not in got:
+            got += connection.recv(65536)
+    assert got.count(b'"finish_reason":"length"') == 1
 
 
 # ---- small endpoints ----
@@ -410,14 +417,17 @@ def test_loading_and_draining_answer_503() -> None:
         assert_error(server.http.get("/v1/models"), 503)
         server.on_loop(lambda: setattr(front, "state", "ready"))
         server.engine.holds = True
-        with server.http.stream("POST", "/v1/completions", json={**PROMPT, "stream": True}) as response:
+        body = json.dumps({**PROMPT, "stream": True}).encode()
+        with closing(raw_post(server, "/v1/completions", body, f"content-length: {len(body)}\r\n")) as connection:
             server.until(lambda: bool(server.engine.requests))
             server.on_loop(lambda: server.state.drain(time.monotonic() + 30))
-            assert httpx.get(f"{server.url}/health").json() == {"status": "draining"}
-            assert_error(httpx.post(f"{server.url}/v1/completions", json=PROMPT), 503, code="draining")
-            assert httpx.get(f"{server.url}/v1/models").status_code == 200
+            assert server.http.get("/health").json() == {"status": "draining"}
+            assert_error(server.http.post("/v1/completions", json=PROMPT), 503, code="draining")
+            assert server.http.get("/v1/models").status_code == 200
             server.engine.holds = False
-            assert response.read().endswith(b"data: [DONE]\n\n")
+            got = b""
+            while b"data: [DONE]\n\n" not in got:
+                got += connection.recv(65536)
         server.until(lambda: server.state.phase == "stopped")
 
 

@@ -40,7 +40,7 @@ from penstock.engine.messages import (
 from penstock.server import live as live_module
 from penstock.server.live import PAGES, Live
 from penstock.server.live_series import COLUMNS, NUM_ROWS, Recent, Series, Totals, quantiles
-from penstock.server.live_shapes import MAX_SPANS, config_rows, merged
+from penstock.server.live_shapes import MAX_SPANS, Track, config_rows, merged, request_row
 
 READY = Ready("tiny", 1024, 32, 100, 8, "2-core CPU", [], [])
 KV = KVReport(32, 100, used=20, shared=5, filling=5, cached=30, free=40)
@@ -186,6 +186,20 @@ def test_neighbours_of_one_kind_are_one_span_and_the_last_ones_are_kept() -> Non
     assert merged([Span("decode", 4.0, None)], 10.0, 5.0)[0].end_ts == 15.0
     many = [Span(("prefill", "preempted")[k % 2], k, k + 0.9) for k in range(40)]
     assert [s.start_ts for s in merged(many, 0.0, None)] == list(range(40 - MAX_SPANS, 40))
+
+
+def test_tokens_that_came_after_the_engines_last_word_count_in_a_row() -> None:
+    old = record("a", state="waiting", admitted_s=None, first_token_s=None, spans=[Span("queue", 100.0, None)])
+    track = Track("a", 40, 100.0, record=old)
+    row = request_row(track, 10.0)
+    assert (row.state, row.cached_tokens, row.generation_tokens) == ("waiting", None, 0)
+    track.first_s, track.last_s, track.num_tokens = 101.0, 101.2, 3
+    row = request_row(track, 10.0)
+    assert (row.state, row.cached_tokens, row.generation_tokens) == ("decode", None, 3)
+    assert [(s.kind, s.start_ts, s.end_ts) for s in row.spans] == [("queue", 110.0, 111.0), ("decode", 111.0, None)]
+    track.record = record("a")
+    row = request_row(track, 10.0)
+    assert (row.state, row.cached_tokens, len(row.spans)) == ("decode", 32, 3)
 
 
 # ---- observer ----

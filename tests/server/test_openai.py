@@ -9,8 +9,9 @@ from typing import Any
 
 import openai
 import pytest
-from tests.server.harness import MODEL, RunningServer, assert_error, tiny_tokenizer
+from tests.server.harness import RunningServer, assert_error
 from tests.server.scripted_engine import token_at
+from tests.server.tiny_model import MODEL, tiny_tokenizer
 
 from penstock.core.request import SamplingParams, child_seed
 from penstock.engine.messages import AddRequest, CancelRequest, Failed
@@ -346,8 +347,9 @@ def test_vllms_extras_of_completions(server: RunningServer) -> None:
 def test_parameters_reach_the_engine(server: RunningServer) -> None:
     body = {
         "prompt": "Once", "max_tokens": 1, "priority": -3, "cache_salt": "pepper", "seed": 2**63, "top_k": 5,
-        "min_p": 0.1,        "stop_token_ids": [7], "logit_bias": {"5": -2}, "allowed_token_ids": [5, 6], "bad_words": ["upon"],
-        "repetition_penalty": 1.5, "ignore_eos": True, "vllm_xargs": {"a": 1}, "request_id": "mine",
+        "min_p": 0.1, "stop_token_ids": [7], "logit_bias": {"5": -2}, "allowed_token_ids": [5, 6],
+        "bad_words": ["upon"], "repetition_penalty": 1.5, "ignore_eos": True, "vllm_xargs": {"a": 1},
+        "request_id": "mine",
     }  # fmt: skip
     response = server.http.post("/v1/completions", json=body)
     assert response.status_code == 200, response.text

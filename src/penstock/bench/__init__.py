@@ -1,1 +1,1 @@
-"""`penstock bench`: measures servers over HTTP (`serve`) and the engine in this process, with vLLM's names for figures."""
+"""`penstock bench`: measures servers over HTTP and the engine in this process, under vLLM's names for figures."""

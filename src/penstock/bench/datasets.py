@@ -128,9 +128,7 @@ def prefix_repetition_requests(
     requests = []
     for _ in range(num_prefixes):
         prefix = vocabulary.draw(rng, prefix_len)
-        requests += [
-            vocabulary.request(prefix + vocabulary.draw(rng, suffix_len), output_len) for _ in range(each)
-        ]
+        requests += [vocabulary.request(prefix + vocabulary.draw(rng, suffix_len), output_len) for _ in range(each)]
     return [requests[i] for i in rng.permutation(len(requests))]
 
 
@@ -216,8 +214,9 @@ def timed_trace_requests(
     Without hash ids a prompt shares nothing. `length_scale` shrinks prompts, outputs and blocks alike; `speed` 2 plays
     twice as fast. Source: Qin et al. 2024, "Mooncake"; github.com/kvcache-ai/Mooncake.
     """
-    if length_scale <= 0 or speed <= 0:
-        raise ConfigError("must be above 0", "--timed-trace-length-scale" if length_scale <= 0 else "--timed-trace-speed")
+    for value, flag in ((length_scale, "--timed-trace-length-scale"), (speed, "--timed-trace-speed")):
+        if value <= 0:
+            raise ConfigError("must be above 0", flag)
     scaled_block = max(1, round(block_size * length_scale))
     blocks: dict[int, list[int]] = {}
 

@@ -49,7 +49,7 @@ def engine_config(parsed: argparse.Namespace, **defaults: Any) -> Config:
 
 
 def open_llm(config: Config) -> Any:
-    """An `LLM` with what the user set in any way. The package's lazy door: torch is imported here, not with the flags."""
+    """An `LLM` with what the user set in any way. Through the package's lazy door, so that `--help` needs no torch."""
     chosen = {
         name: getattr(getattr(config, item.section), name)
         for name, item in settings().items()

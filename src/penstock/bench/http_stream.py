@@ -1,8 +1,8 @@
 """HTTP/1.1 for load generators: kept-alive connections, and answers handed over piece by piece as they arrive.
 
-asyncio's transports and httptools' parser, both of which the server needs anyway: a client library's task switch, wake-up
-and object per chunk would make the generator the bottleneck long before the server is. With one callback per read, a
-streamed token costs a few microseconds here. Knows HTTP; does not know what is asked or answered.
+asyncio's transports and httptools' parser, both of which the server needs anyway: a client library's task switch,
+wake-up and object per chunk would make the generator the bottleneck long before the server is. With one callback per
+read, a streamed token costs a few microseconds here. Knows HTTP; does not know what is asked or answered.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 import urllib.parse
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import cast
 
 import httptools
 
@@ -53,8 +54,7 @@ class _Connection(asyncio.Protocol):
         self.keeps_alive = True
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)  # uvloop's is one in all but name
         self.is_open = True
 
     def begin(self, exchange: Exchange, request: bytes) -> None:

@@ -30,7 +30,7 @@ class Shot:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a load gave: outcomes in the order of the shots, and the time of the whole in seconds."""
+    """What a load gave: outcomes in the order of arrival times, and the time of the whole in seconds."""
 
     outcomes: list[Outcome]
     duration_s: float

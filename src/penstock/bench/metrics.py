@@ -28,7 +28,8 @@ METRICS = {
 }
 SLO_METRICS = ("ttft", "tpot", "e2el")
 DETAIL_KEYS = (
-    "input_lens", "output_lens", "ttfts", "itls", "latencies", "start_times", "queue_times", "generated_texts", "errors",
+    "input_lens", "output_lens", "ttfts", "itls", "latencies", "start_times", "queue_times",
+    "generated_texts", "errors",
 )  # fmt: skip
 WIDTH = 50  # of the printed block
 
@@ -71,7 +72,8 @@ def parse_goodput(pairs: Sequence[str]) -> dict[str, float]:
         except ValueError:
             raise ConfigError(f"{pair!r} is not NAME:MILLISECONDS", "--goodput") from None
         if name not in SLO_METRICS or limit_ms < 0 or math.isnan(limit_ms):
-            raise ConfigError(f"{pair!r}: the name is one of {', '.join(SLO_METRICS)}, the limit not negative", "--goodput")
+            names = ", ".join(SLO_METRICS)
+            raise ConfigError(f"{pair!r}: the name is one of {names}, the limit not negative", "--goodput")
         found[name] = limit_ms
     return found
 

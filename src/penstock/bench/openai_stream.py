@@ -6,6 +6,7 @@ Knows the JSON of completions and chat completions. Does not know connections, a
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from typing import Any
 
 import msgspec
@@ -98,8 +99,7 @@ class Outcome:
     @property
     def itls_s(self) -> list[float]:
         """Gaps between events that carried text."""
-        times = self.token_times_s
-        return [later - earlier for earlier, later in zip(times, times[1:])]
+        return [later - earlier for earlier, later in pairwise(self.token_times_s)]
 
 
 class StreamReader:

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from penstock.config.model import ModelConfig
 from penstock.nn.doors import Batch
+from penstock.nn.layers.linear import Linear
 from penstock.nn.layers.norm import RMSNorm
 from penstock.nn.layers.rotary import rotate
 
@@ -19,8 +20,8 @@ class SelfAttention(nn.Module):
         self.layer = layer
         self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
         width = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        self.qkv = nn.Linear(config.hidden_size, width, bias=config.qkv_bias)
-        self.out = nn.Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.attention_out_bias)
+        self.qkv = Linear(config.hidden_size, width, bias=config.qkv_bias)
+        self.out = Linear(config.num_heads * config.head_dim, config.hidden_size, bias=config.attention_out_bias)
         self.q_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
         self.k_norm = RMSNorm(config.head_dim, config.norm_eps) if config.qk_norm else None
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from penstock.config.model import ModelConfig
+from penstock.nn.layers.linear import Linear
 
 
 class GatedMlp(nn.Module):
@@ -12,8 +13,8 @@ class GatedMlp(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
-        self.down = nn.Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, bias=config.mlp_bias)
+        self.down = Linear(config.intermediate_size, config.hidden_size, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from penstock.config.model import ModelConfig
 from penstock.nn.doors import Batch
 from penstock.nn.layers.attention import SelfAttention
+from penstock.nn.layers.embed import Embedding
+from penstock.nn.layers.linear import Linear
 from penstock.nn.layers.mlp import GatedMlp
 from penstock.nn.layers.norm import RMSNorm
 from penstock.nn.layers.rotary import Rotary
@@ -37,10 +39,10 @@ class LlamaModel(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed = Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config, n) for n in range(config.num_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied_embeddings:
             self.head.weight = self.embed.weight
         self.rotary = Rotary(config.head_dim, config.max_position, config.rope_theta, config.rope_scaling)

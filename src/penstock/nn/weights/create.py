@@ -12,6 +12,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from penstock.nn.layers.embed import Embedding
+
 _FILL_ELEMENTS = 1 << 22  # random numbers drawn at once: bounds the extra memory to 16 MiB
 HEAD_STD = 3.0  # standard deviation of the logits of dummy weights, before tied embeddings add theirs
 INNER_GAIN = 1.5  # of other projections: layers outweigh the embedding, attention has clear maxima
@@ -45,8 +47,8 @@ def init_dummy(model: nn.Module, seed: int) -> None:
     A function of (seed, parameter name, shape) alone, so that every dtype and device gets the same values up to
     rounding. Scale vectors lie around 1, biases around 0; matrices are uniform with variance gain^2 / columns.
     """
-    embeddings = {id(m.weight): m for m in model.modules() if isinstance(m, nn.Embedding)}
-    num_tokens = {m.num_embeddings for m in embeddings.values()}
+    embeddings = {id(m.weight): m for m in model.modules() if isinstance(m, Embedding)}
+    num_tokens = {m.weight.shape[0] for m in embeddings.values()}
     for name, parameter in model.named_parameters():
         digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little"))

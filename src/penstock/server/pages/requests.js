@@ -134,6 +134,7 @@ function lanes(x) {
   const split = first && first / end < .3 ? .4 : null;
   const share = t => t <= first ? t / first * split : split + (t - first) / (end - first) * (1 - split);
   const at = t => 100 * (split ? share(t) : t / end), from = x => `left:${x}%`;
+  const width = s => at(s.end_s) - at(s.start_s);
   const box = el('div', { class: 'lanes' });
   for (const [key, list] of byLane) {
     const [name, sub] = key.split('|'), tokens = list.reduce((sum, s) => sum + (s.num_tokens || 0), 0);
@@ -143,7 +144,7 @@ function lanes(x) {
       el('div', { class: 'lane-n' }, name, sub ? el('small', {}, sub) : null),
       el('div', { class: 'lane' },
         list.map(s => el('i', {
-          style: `${from(at(s.start_s))};width:calc(${at(s.end_s) - at(s.start_s)}% - 1px);background:var(${spanVar(s)})`,
+          style: `${from(at(s.start_s))};width:calc(${width(s)}% - 1px);background:var(${spanVar(s)})`,
           title: `${name}: ${ms(s.end_s - s.start_s)}${s.num_tokens ? `, ${int(s.num_tokens)} tokens` : ''}`,
         })),
         first ? el('b', { class: 'ft', style: `left:${at(first)}%;opacity:.5` }) : null,
