@@ -45,9 +45,9 @@ def test_a_machine_without_limits(tmp_path: Path) -> None:
 
 def test_version_2_cgroups_limit_memory_and_cores(tmp_path: Path) -> None:
     files = {
-        "proc/self/cgroup": "0::/user/session\n",
-        "sys/fs/cgroup/user/session/memory.max": "max\n",
-        "sys/fs/cgroup/user/session/memory.current": "1000\n",
+        "proc/self/cgroup": "0::/user/inner\n",
+        "sys/fs/cgroup/user/inner/memory.max": "max\n",
+        "sys/fs/cgroup/user/inner/memory.current": "1000\n",
         "sys/fs/cgroup/user/memory.max": str(4 << 30),
         "sys/fs/cgroup/user/memory.current": str(3 << 30),
         "sys/fs/cgroup/user/memory.stat": f"anon 5\ninactive_file {1 << 30}\n",

@@ -1,4 +1,4 @@
-"""The live page's server side: series and percentiles, JSON against its schema, the event stream over a socket."""
+"""The live page's server side: what the observer sees, JSON against its schema, the event stream over a socket."""
 
 from __future__ import annotations
 
@@ -13,25 +13,21 @@ from typing import Any
 
 import httpx
 import msgspec
-import numpy as np
 import pytest
 import uvicorn
 from starlette.applications import Starlette
 from tests.server import page_schema
 from tests.server.page_schema import problems
+from tests.server.synthetic_messages import READY, record, report
 
-from penstock.config.schema import Config, ServerOptions
+from penstock.config.schema import Config
 from penstock.core.request import SamplingParams
 from penstock.engine.messages import (
     Explain,
     Failed,
     Fatal,
     FromEngine,
-    KVReport,
-    Miss,
-    Ready,
     Record,
-    Report,
     RequestRecord,
     Span,
     ToEngine,
@@ -39,12 +35,6 @@ from penstock.engine.messages import (
 )
 from penstock.server import live as live_module
 from penstock.server.live import PAGES, Live
-from penstock.server.live_series import COLUMNS, NUM_ROWS, Recent, Series, Totals, quantiles
-from penstock.server.live_shapes import MAX_SPANS, Track, config_rows, merged, request_row
-
-READY = Ready("tiny", 1024, 32, 100, 8, "2-core CPU", [], [])
-KV = KVReport(32, 100, used=20, shared=5, filling=5, cached=30, free=40)
-MAPPED = msgspec.structs.replace(KV, num_cells=100, blocks_per_cell=1, cells="u20s5f5c30.40")
 
 
 class Clock:
@@ -60,146 +50,10 @@ class Clock:
         return self.now + self.offset
 
 
-def report(now: float, prompt: int = 100, cached: int = 64, requests: tuple[RequestRecord, ...] = ()) -> Report:
-    kv = MAPPED if requests else KV
-    return Report(now, 1, 1, {"budget": 1}, kv, 9, 0.5, prompt, cached, 7, 0, prompt, cached, [3], list(requests))
-
-
-def record(request_id: str, **changes: Any) -> RequestRecord:
-    values: dict[str, Any] = {
-        "request_id": request_id,
-        "state": "decode",
-        "prompt_tokens": 40,
-        "cached_tokens": 32,
-        "generation_tokens": 3,
-        "arrival_s": 100.0,
-        "admitted_s": 100.5,
-        "first_token_s": 101.0,
-        "finish_s": None,
-        "finish_reason": None,
-        "num_preemptions": 0,
-        "queue_reason": "slots",
-        "spans": [
-            Span("queue", 100.0, 100.5),
-            Span("prefill", 100.5, 100.7, 4),
-            Span("prefill", 100.7, 101.0, 4),
-            Span("decode", 101.0, None),
-        ],
-        "miss": Miss("diverged", 32, "the nearest cached prompt is equal for 32 tokens"),
-        "block_size": 32,
-    }
-    return RequestRecord(**{**values, **changes})
-
-
 def make(clock: Clock, config: Config | None = None) -> tuple[Live, list[ToEngine]]:
     sent: list[ToEngine] = []
     live = Live(config or Config(), "tiny", sent.append, clock.mono, clock.wall)
     return live, sent
-
-
-# ---- series ----
-
-
-def test_quantiles_are_exact_nearest_ranks() -> None:
-    rng = np.random.default_rng(1)
-    for size in (1, 2, 3, 19, 20, 100, 1001):
-        values = rng.random(size).astype(np.float32)
-        ordered = np.sort(values)
-        found = quantiles(values.copy())
-        for share, value in zip((0.5, 0.95, 0.99), found, strict=True):
-            # The smallest value that at least this share of the samples does not exceed.
-            rank = next(k for k in range(size) if (k + 1) / size >= share)
-            assert value == pytest.approx(float(ordered[rank]), abs=1e-6)
-    assert quantiles(np.empty(0, np.float32)) == [None, None, None]
-
-
-def test_samples_leave_the_window() -> None:
-    recent = Recent(1.0)  # two ticks
-    recent.new.append(5.0)
-    assert recent.tick() == [5.0, 5.0, 5.0]
-    assert recent.tick() == [5.0, 5.0, 5.0]
-    assert recent.tick() == [None, None, None]
-
-
-def test_rates_over_a_window_and_after_a_restart() -> None:
-    totals = Totals(9.0)
-    assert totals.rate(2.0, 0) is None
-    for k in range(10):
-        totals.tick(0.5 * k, (100 * k, k))
-    assert totals.rate(2.0, 0) == 200.0
-    assert totals.rate(9.0, 0) == 100.0  # nothing was there before the first tick
-    assert totals.difference(1.0) == (1.0, (200, 2))
-    totals.tick(5.0, (7, 0))  # the engine was started anew
-    assert totals.rate(2.0, 0) is None
-    totals.tick(5.5, (57, 0))
-    assert totals.rate(2.0, 0) == 25.0
-
-
-def test_series_keeps_four_minutes_of_every_column() -> None:
-    series = Series(-0.5)
-    for k in range(NUM_ROWS + 5):
-        series.tick(0.5 * k, 1000 + 0.5 * k, None)
-    columns = series.columns()
-    assert tuple(columns) == COLUMNS == page_schema.SERIES_COLUMNS
-    assert {len(column) for column in columns.values()} == {NUM_ROWS}
-    assert columns["ts"][-1] == 1000 + 0.5 * (NUM_ROWS + 4)
-    assert set(columns["num_requests_running"]) == {None}
-    assert columns["generation_tokens_per_s"][-1] == 0  # counted, and there were none
-
-
-def test_first_prompt_counts_although_no_report_came_before_it() -> None:
-    series = Series(-0.5)
-    series.tick(0.0, 0.0, None)
-    series.tick(0.5, 0.5, report(0.5, prompt=90, cached=30))
-    assert series.row is not None and series.row["prompt_tokens_per_s"] == 10
-    sources = series.by_source()
-    assert (sources["device"], sources["compute"], sources["host"]) == (30, 60, None)
-
-
-# ---- shapes ----
-
-
-def test_config_rows_say_who_set_what_and_keep_secrets() -> None:
-    config = Config(server=ServerOptions(api_key=("sk-hush",)), origins={"api_key": ("env", "PENSTOCK_API_KEY")})
-    rows = {row["name"]: row for row in config_rows(config)}
-    assert rows["api_key"] == {
-        "name": "api_key",
-        "value": "set, not shown",
-        "origin": "env",
-        "note": "PENSTOCK_API_KEY",
-    }
-    assert rows["port"] == {"name": "port", "value": 8000, "origin": "default", "note": ""}
-    assert rows["max_model_len"]["value"] == "none"
-    assert "sk-hush" not in json.dumps(list(rows.values()))
-    assert {row["name"]: row for row in config_rows(Config())}["api_key"]["value"] == "not set"
-
-
-def test_neighbours_of_one_kind_are_one_span_and_the_last_ones_are_kept() -> None:
-    spans = [Span("queue", 0.0, 1.0), Span("prefill", 1.0, 1.5), Span("prefill", 1.52, 2.0), Span("prefill", 3.0, 4.0)]
-    found = [(s.kind, s.start_ts, s.end_ts) for s in merged([*spans, Span("decode", 4.0, None)], 10.0, None)]
-    assert found == [
-        ("queue", 10.0, 11.0),
-        ("prefill", 11.0, 12.0),
-        ("prefill", 13.0, 14.0),
-        ("decode", 14.0, None),
-    ]
-    assert merged([Span("decode", 4.0, None)], 10.0, 5.0)[0].end_ts == 15.0
-    many = [Span(("prefill", "preempted")[k % 2], k, k + 0.9) for k in range(40)]
-    assert [s.start_ts for s in merged(many, 0.0, None)] == list(range(40 - MAX_SPANS, 40))
-
-
-def test_tokens_that_came_after_the_engines_last_word_count_in_a_row() -> None:
-    old = record("a", state="waiting", admitted_s=None, first_token_s=None, spans=[Span("queue", 100.0, None)])
-    track = Track("a", 40, 100.0, record=old)
-    row = request_row(track, 10.0)
-    assert (row.state, row.cached_tokens, row.generation_tokens) == ("waiting", None, 0)
-    track.first_s, track.last_s, track.num_tokens = 101.0, 101.2, 3
-    row = request_row(track, 10.0)
-    assert (row.state, row.cached_tokens, row.generation_tokens) == ("decode", None, 3)
-    assert [(s.kind, s.start_ts, s.end_ts) for s in row.spans] == [("queue", 110.0, 111.0), ("decode", 111.0, None)]
-    track.record = record("a")
-    row = request_row(track, 10.0)
-    assert (row.state, row.cached_tokens, len(row.spans)) == ("decode", 32, 3)
 
 
 # ---- observer ----
@@ -631,6 +485,7 @@ def test_nothing_in_the_page_is_inline_or_from_elsewhere() -> None:
     """What the content security policy would block; uPlot's two files are its authors' and checked in the browser."""
     html = (PAGES / "index.html").read_text()
     assert "<style" not in html and " style=" not in html and " onclick" not in html
+    assert 'src="/' not in html and 'href="/' not in html  # a proxy may serve it under a prefix
     for script in html.split("<script")[1:]:
         assert " src=" in script.split(">")[0] and script.split(">", 1)[1].startswith("</script>")
     sources = [path for path in Path(PAGES).glob("*") if path.suffix in (".js", ".css", ".html")]

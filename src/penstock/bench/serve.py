@@ -11,6 +11,7 @@ import argparse
 import asyncio
 import json
 import math
+import sys
 import time
 import uuid
 from collections.abc import Sequence
@@ -227,7 +228,8 @@ async def _run(options: argparse.Namespace, server: HttpServer, shots: list[Shot
                 raise BenchError(f"a warm-up request failed: {outcome.error}")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     more = (TimeRemainingColumn(), TextColumn("{task.fields[rate]}"))
-    with Progress(*columns, *more, disable=options.disable_tqdm, transient=True) as bar:
+    shows = not options.disable_tqdm and sys.stdout.isatty()
+    with Progress(*columns, *more, disable=not shows, transient=True) as bar:
         task = bar.add_task("Requests", total=len(shots), rate="")
         begin_s, num_tokens = time.perf_counter(), 0
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import heapq
 from collections import OrderedDict, deque
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 
@@ -84,6 +85,11 @@ class BlockPool:
             self.num_shared += 1
         block.num_refs += 1
         block.heat += 1
+
+    def count_cached(self, block_ids: Iterable[int]) -> int:
+        """How many of these could be given away now: holding them takes them from `num_available`."""
+        blocks = self.blocks
+        return sum(1 for id_ in block_ids if id_ and not blocks[id_].num_refs and blocks[id_].fence < 0)
 
     def publish(self, block_id: int, hash_: bytes, parent_hash: bytes | None) -> None:
         """Make a held, computed block findable. A second block with the same content stays private."""

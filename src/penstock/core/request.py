@@ -148,6 +148,7 @@ class Request:
     is_running: bool = False
     epoch: int = 0  # rises at each preemption: results of older rows count as tokens, not as computed KV
     num_in_flight: int = 0  # rows in steps submitted and not committed
+    num_shared: int = 0  # leading blocks that other requests hold too, when last counted
     num_cached: int = 0  # prompt tokens served by the prefix cache at first admission
     num_preemptions: int = 0
     num_drafts_rejected: int = 0

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 from penstock.config.model import KVLayout
-from penstock.core.admission import PeakPredictor
+from penstock.core.admission import PeakPredictor, Sharing
 from penstock.core.blocks import BlockPool
 from penstock.core.doors import DraftAllocator, SchedulePolicy
 from penstock.core.plan import Admitted, Logprobs, Row, StepPlan, StepResult
@@ -21,6 +21,7 @@ from penstock.core.request import FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, Requ
 
 LOOK_AHEAD = 64  # waiting requests that are passed over before a plan gives up admitting
 MIN_CHUNK = 16  # a prompt is not started for fewer tokens, unless it ends with them
+NOT_SHARED = Sharing()
 WAITS = frozenset(("capacity", "shared_block", "preempted"))  # reasons of waiting that are not gates
 
 
@@ -97,6 +98,8 @@ class Scheduler:
         ]
         self.prefix = PrefixCache(layout, self.pools)
         self._windows = [(g, group.window) for g, group in enumerate(layout.groups) if group.window is not None]
+        self._full = next((g for g, group in enumerate(layout.groups) if group.window is None), None)
+        self._no_blocks: tuple[tuple[int, ...], ...] = ((),) * len(layout.groups)
         bounds = [None if g.window is None else self._window_blocks(g.window) for g in layout.groups]
         self.peak = PeakPredictor(self.block_size, [n - 1 for n in num_blocks], bounds)
         self.requests: dict[str, Request] = {}
@@ -178,21 +181,25 @@ class Scheduler:
 
     def plan(self, now: float) -> StepPlan | None:
         """Choose the next step's tokens, and count it as submitted. None when nothing can be computed now."""
-        step = self.step
         budget = self.limits.max_num_batched_tokens
-        submitted = _Submitted(StepPlan(step, []), [])
+        submitted = _Submitted(StepPlan(self.step, []), [])
+        decodes: list[Request] = []
         chunks: list[Request] = []
-        for request in self.running[:]:
-            if not request.is_running:
-                continue  # an earlier row of this plan took its blocks
+        for request in self.running:
             pending = len(request.token_ids) + request.num_unsampled - request.num_computed - request.num_planned
-            if pending > 1:
-                chunks.append(request)  # decodes never wait behind a long prompt
-            elif pending and budget:
-                budget -= self._plan_running(request, pending, budget, submitted, now)
+            if pending == 1:
+                decodes.append(request)
+            elif pending:
+                chunks.append(request)
+        num_left = len(decodes)  # each gets a token before drafts or a long prompt get any
+        for request in decodes:
+            if budget and request.is_running:  # an earlier row of this plan may have taken its blocks
+                budget -= self._plan_running(request, 1, budget - num_left, submitted, now)
+            num_left -= 1
         for request in chunks:
             if budget and request.is_running:
-                budget -= self._plan_running(request, request.num_pending, budget, submitted, now)
+                num_tokens = min(request.num_pending, budget)
+                budget -= self._plan_running(request, num_tokens, budget - num_tokens, submitted, now)
         admitted: list[Admitted] = []
         if self.waiting and budget:
             self._admit(budget, submitted, admitted, now)
@@ -205,30 +212,27 @@ class Scheduler:
         self.step += 1
         return plan
 
-    def _plan_running(
-        self, request: Request, pending: int, budget: int, submitted: _Submitted, now: float
-    ) -> int:
-        """Give a running request a row if it can have one; the number of tokens taken from the budget."""
-        if request.num_unsampled:
-            if not self.feeds_back or len(request.token_ids) + request.num_unsampled >= request.max_total:
-                return 0  # its last token is being sampled already
-        num_tokens = min(pending, budget)
+    def _plan_running(self, request: Request, num_tokens: int, spare: int, submitted: _Submitted, now: float) -> int:
+        """Give a running request a row of up to `num_tokens` and `spare` drafts, if it can have one; tokens taken."""
+        num_known = len(request.token_ids) + request.num_unsampled
+        if request.num_unsampled and (not self.feeds_back or num_known >= request.max_total):
+            return 0  # its last token is being sampled already
+        start = request.num_computed + request.num_planned
         if request.waiting_for:
-            num_tokens = min(num_tokens, self._gate(request) - request.num_computed - request.num_planned)
+            num_tokens = min(num_tokens, self._gate(request) - start)
             if num_tokens <= 0:
                 return 0
         num_draft = 0
-        if self.drafts is not None and num_tokens == pending:
-            room = min(request.max_total - request.num_known - 1, budget - num_tokens)
-            num_draft = max(0, min(self.drafts.num_draft(request), room))
-        request.plan_marker = self.step
-        new_blocks = self._reserve(request, num_tokens + num_draft, now)
-        if new_blocks is None and num_draft:
-            num_draft = 0
-            new_blocks = self._reserve(request, num_tokens, now)
-        if new_blocks is None:
-            request.plan_marker = -1
-            return 0
+        if self.drafts is not None and spare > 0 and start + num_tokens == num_known:
+            num_draft = max(0, min(self.drafts.num_draft(request), request.max_total - num_known - 1, spare))
+        new_blocks: tuple[tuple[int, ...], ...] | None = self._no_blocks
+        missing = start + num_tokens + num_draft - len(request.block_tables[0]) * self.block_size
+        if missing > 0:
+            if num_draft and any(-(-missing // self.block_size) > pool.num_available for pool in self.pools):
+                num_draft = 0  # guesses take nobody's blocks
+            new_blocks = self._reserve(request, start + num_tokens + num_draft, now)
+            if new_blocks is None:
+                return 0
         self._add_row(request, num_tokens, num_draft, new_blocks, submitted)
         return num_tokens + num_draft
 
@@ -240,24 +244,25 @@ class Scheduler:
         new_blocks: tuple[tuple[int, ...], ...],
         submitted: _Submitted,
     ) -> None:
-        start = request.num_computed + request.num_planned
-        samples = num_tokens == request.num_pending
-        total = num_tokens + num_draft
+        start, total = request.num_computed + request.num_planned, num_tokens + num_draft
+        end = start + num_tokens
+        samples = end == len(request.token_ids) + request.num_unsampled
         num_logits = 1 + num_draft if samples else 0
         if request.params.prompt_logprobs is not None and start < request.prompt_len - 1:
-            if start + num_tokens > request.num_logprobs_done:
+            if end > request.num_logprobs_done:
                 num_logits = total
         row = Row(request.id, start, total, num_draft, num_logits, samples, new_blocks)
         submitted.plan.rows.append(row)
         submitted.rows.append((request, request.epoch))
         if start < request.prompt_len or num_tokens > 1:
             submitted.chunks.append((request, row))
+        request.plan_marker = self.step
         request.num_planned += total
         request.num_in_flight += 1
         if samples:
             request.num_unsampled += 1 + num_draft
-        if self.prefix_caching and (start + num_tokens) // self.block_size > start // self.block_size:
-            self._mark_computing(request, start, start + num_tokens, submitted)
+        if self.prefix_caching and end // self.block_size > start // self.block_size:
+            self._mark_computing(request, start, end, submitted)
 
     def _mark_computing(self, request: Request, start: int, end: int, submitted: _Submitted) -> None:
         """Blocks that this row fills with known tokens: whoever wants them waits for this step."""
@@ -267,23 +272,24 @@ class Scheduler:
             self._computing[hash_] = self._computing.get(hash_, 0) + 1
             submitted.computing.append(hash_)
 
-    def _reserve(self, request: Request, num_tokens: int, now: float) -> tuple[tuple[int, ...], ...] | None:
-        """Blocks so that `num_tokens` more fit; preempts others if it must. None: not this step."""
-        blocks = -(-(request.num_computed + request.num_planned + num_tokens) // self.block_size)
-        needs = [blocks - len(table) for table in request.block_tables]
-        if max(needs) <= 0:
-            return ((),) * len(needs)
+    def _reserve(self, request: Request, end: int, now: float) -> tuple[tuple[int, ...], ...] | None:
+        """Blocks for tokens up to `end`; preempts others if it must. None: not this step."""
+        num_blocks = -(-end // self.block_size)
+        needs = [num_blocks - len(table) for table in request.block_tables]
         while any(need > pool.num_available for need, pool in zip(needs, self.pools, strict=True)):
             if all(need <= p.num_available + p.num_limbo for need, p in zip(needs, self.pools, strict=True)):
                 return None  # enough comes back when the steps in flight end
-            candidates = [
-                r
-                for r in self.running
-                if r.plan_marker != self.step and len(r.token_ids) + r.num_unsampled < r.max_total
-            ]
-            if not candidates:
-                return None
-            self._preempt(self.policy.victim(candidates, now), now)
+            victim = self.policy.victim(
+                [
+                    r
+                    for r in self.running
+                    if r.plan_marker != self.step and len(r.token_ids) + r.num_unsampled < r.max_total
+                ],
+                now,
+            )
+            if victim is request:
+                return None  # it would give way itself: it waits with what it has
+            self._preempt(victim, now)
         return self._allocate(request, needs, now)
 
     def _allocate(self, request: Request, needs: Iterable[int], now: float) -> tuple[tuple[int, ...], ...]:
@@ -306,7 +312,10 @@ class Scheduler:
             for request in self.waiting[:LOOK_AHEAD]:
                 request.queue_reason = request.queue_reason or "slots"
             return
-        self.peak.begin(self.running)
+        self.peak.begin(
+            [(request, self._count_shared(request)) for request in self.running],
+            0 if self._full is None else self.pools[self._full].num_shared,
+        )
         started: set[str] = set()
         num_passed = 0
         for request in self.waiting:
@@ -353,16 +362,15 @@ class Scheduler:
         num_tokens = min(limit - start, budget)
         if num_tokens < min(limit - start, MIN_CHUNK, self.limits.max_num_batched_tokens):
             return "budget"
-        num_shared = sum(1 for id_ in hit.block_ids[0] if id_ and self.pools[0].blocks[id_].num_refs)
-        if not self.peak.fits(request, num_shared):
+        sharing = self._sharing(hit)
+        if not self.peak.fits(request, sharing):
             return "capacity"
-        needs = [-(-(start + num_tokens) // size) - hit.num_blocks] * len(self.pools)
-        for need, pool, ids in zip(needs, self.pools, hit.block_ids, strict=True):
-            idle = sum(1 for i in ids if i and not pool.blocks[i].num_refs and pool.blocks[i].fence < 0)
-            if need > pool.num_available - idle:
+        need = -(-(start + num_tokens) // size) - hit.num_blocks
+        for pool, ids in zip(self.pools, hit.block_ids, strict=True):
+            if need > pool.num_available - pool.count_cached(ids):
                 return "capacity"
+        self.peak.add(request, sharing)
         self._start(request, hit, now)
-        self.peak.add(request, num_shared)
         admitted.append(
             Admitted(
                 request.id,
@@ -375,8 +383,7 @@ class Scheduler:
                 request.media,
             )
         )
-        request.plan_marker = self.step
-        self._allocate(request, needs, now)
+        self._allocate(request, [need] * len(self.pools), now)
         self._add_row(request, num_tokens, 0, tuple(map(tuple, request.block_tables)), submitted)
         return None
 
@@ -400,6 +407,40 @@ class Scheduler:
         self.running.append(request)
         request.is_running = True
         self.trace("admitted", request, now)
+
+    def _sharing(self, hit: Hit) -> Sharing:
+        """Which of a hit's blocks running requests hold. Whoever holds a block holds all before it."""
+        if self._full is None or not hit.num_blocks:
+            return NOT_SHARED
+        ids, blocks = hit.block_ids[self._full], self.pools[self._full].blocks
+        num_held = num_sole = 0
+        for id_ in ids:
+            num_refs = blocks[id_].num_refs
+            if not num_refs:
+                break
+            num_held += 1
+            num_sole += num_refs == 1
+        if not num_sole:
+            return Sharing(num_held)
+        last = num_held - 1
+        for request in self.running:
+            table = request.block_tables[self._full]
+            if last < len(table) and table[last] == ids[last]:
+                return Sharing(num_held, num_sole, request)
+        return NOT_SHARED
+
+    def _count_shared(self, request: Request) -> int:
+        """How many of a running request's blocks others hold too: only the end of that prefix moves."""
+        if self._full is None or not self.pools[self._full].num_shared:
+            return 0
+        table, blocks = request.block_tables[self._full], self.pools[self._full].blocks
+        n = min(request.num_shared, len(table))
+        while n and blocks[table[n - 1]].num_refs < 2:
+            n -= 1
+        while n < len(table) and blocks[table[n]].num_refs > 1:
+            n += 1
+        request.num_shared = n
+        return n
 
     def _match(self, request: Request) -> Hit:
         if not self.prefix_caching:

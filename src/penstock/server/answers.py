@@ -103,7 +103,6 @@ class _Frame:
         self.choices: list[_Choice] = []
         self.prompt_logprobs: dict[str, list[Logprobs | None]] = {}  # by request id
         self.is_plain = wishes.num_logprobs is None and not wishes.token_ids and not wishes.running_usage
-        self.explained: Json | None = None
         self._first_of: dict[str, int] = {}
         self._opening = b"data: " + _encode(head)[:-1] + b',"choices":[{"index":%d,' + opening
         self._closing = closing + (b',"usage":null' if wishes.usage else b"") + b"}\n\n"
@@ -136,9 +135,9 @@ class _Frame:
             data.setdefault("usage", None)
         return event(data)
 
-    def last_extra(self, output: Output) -> Json:
-        """Fields of the chunk with the last finish_reason."""
-        return {"explain": self.explained} if self.explained is not None and output.is_last else {}
+    def ended(self, choice: Json, output: Output, explained: Json | None) -> bytes:
+        """The chunk with a finish_reason; the last one also explains, if asked to."""
+        return self.chunk([choice], **({"explain": explained} if explained is not None and output.is_last else {}))
 
 
 class ChatAnswer:
@@ -165,9 +164,8 @@ class ChatAnswer:
             events = opening + self._rich(choice, output)
         if output.finish_reason is None:
             return events
-        frame.explained = self.explained
         ended = {**_delta(choice.index, {}), "finish_reason": output.finish_reason, "stop_reason": output.stop_reason}
-        return events + frame.chunk([ended], **frame.last_extra(output))
+        return events + frame.ended(ended, output, self.explained)
 
     def _open(self, choice: _Choice) -> bytes:
         frame = self._frame
@@ -262,10 +260,9 @@ class CompletionAnswer:
             events += frame.plain(choice, output.text) if frame.is_plain else self._rich(choice, output)
         if output.finish_reason is None:
             return events
-        frame.explained = self.explained
         ended = _piece(choice.index, "")
         ended["finish_reason"], ended["stop_reason"] = self._ending(output.finish_reason, output.stop_reason)
-        return events + frame.chunk([ended], **frame.last_extra(output))
+        return events + frame.ended(ended, output, self.explained)
 
     def _open(self, choice: _Choice) -> bytes:
         frame, wishes = self._frame, self._wishes

@@ -220,6 +220,7 @@ def _top_k_top_p_floors(scores: Tensor, rows: Ids, best: Floats, best_ids: Ids, 
     num_rows, size = len(rows), scores.shape[1]
     has_k, has_p = (params.top_k > 0) & (params.top_k < size), params.top_p < 1
     num_blocks = size // BLOCK if size > SORTABLE else size
+    num_opened = min(NUM_CANDIDATES, num_blocks // 4)  # for top_p alone
     wide = np.flatnonzero(has_k & (params.top_k > num_blocks))
     if len(wide):
         floor = np.empty(num_rows, np.float32)
@@ -229,7 +230,7 @@ def _top_k_top_p_floors(scores: Tensor, rows: Ids, best: Floats, best_ids: Ids, 
             floor[part] = _top_k_top_p_floors(scores, rows[part], best[part], best_ids[part], params.take(part))
         return floor
 
-    values, row = _candidates(scores, rows, np.where(has_k, params.top_k, min(NUM_CANDIDATES, num_blocks)))
+    values, row = _candidates(scores, rows, np.where(has_k, params.top_k, num_opened))
     counts = np.bincount(row, minlength=num_rows)
     crowded = counts > CROWDED
     if num_rows > 1 and crowded.any():  # of equal scores: in one matrix, a row's would cost every row the memory

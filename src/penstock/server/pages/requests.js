@@ -117,7 +117,7 @@ function gantt(x) {
       'Time to first token', el('b', {}, ms(x.time_to_first_token_s)),
       'Output', el('b', {}, x.tokens_per_s ? `${x.tokens_per_s.toFixed(1)} tok/s` : '–'),
       'Finish', el('b', {}, x.finish_reason || 'still running')),
-    x.queue_reason ? el('p', { class: 'why queued' }, el('strong', {}, 'It waited'), `${x.queue_reason}.`) : null,
+    x.queue_reason ? el('p', { class: 'why queued' }, el('strong', {}, 'It waited'), sentence(x.queue_reason)) : null,
     prefixView(x));
   const none = el('p', { class: 'empty' }, 'No timeline: the engine sent none.');
   return el('div', { class: 'gantt' }, x.spans.length ? lanes(x) : none, side);
