@@ -1,6 +1,6 @@
 """Offline use: `LLM(model=...).generate(prompts, params)` and `.chat(messages, params)`, as in vLLM.
 
-The engine runs in this process; prompts go through the very front end and scheduler that the server uses. Knows no HTTP.
+The engine runs in this process; prompts go through the very front end and scheduler that the server uses. No HTTP.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ class LLM:
         use_tqdm: bool = True,
         **template: Any,
     ) -> list[RequestOutput]:
-        """Answer one conversation or several. `template`: fields of Conversation (tools, add_generation_prompt, ...)."""
+        """Answer one conversation or several. `template`: fields of Conversation, as tools or add_generation_prompt."""
         conversations: Sequence[Any] = messages if messages and not isinstance(messages[0], Mapping) else [messages]
         if self._renderer is None:
             self._renderer = ChatRenderer(self.tokenizer.chat_templates, self.tokenizer.special_tokens)

@@ -1,7 +1,7 @@
 """Every family, end to end: greedy tokens equal transformers', whatever the chunking, mixing, caching or preemption.
 
-Exactness E1 (plain torch: a matrix product depends on the shape of its batch): tokens are equal up to the first position
-where the two best scores lie within 1e-3; such positions must be rare, and so must not hide a failure.
+Exactness E1 (plain torch: a matrix product depends on the shape of its batch): tokens are equal up to the first
+position where the two best scores lie within 1e-3; such positions must be rare, or they would hide a failure.
 """
 
 from __future__ import annotations

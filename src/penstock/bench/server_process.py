@@ -6,6 +6,7 @@ Knows the command, its ready line and signals. Does not know what the server is 
 from __future__ import annotations
 
 import contextlib
+import os
 import re
 import signal
 import socket
@@ -56,7 +57,12 @@ def running_server(serve_arguments: Sequence[str], timeout_s: float = 300.0) -> 
     command = [sys.executable, "-m", "penstock.cli", "serve", *serve_arguments, "--port", str(port)]
     started_s = time.monotonic()
     process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that the engine goes with a server that has to be killed
     )
     server = ServerProcess(f"http://127.0.0.1:{port}", port, process, started_s)
     reader = threading.Thread(target=_read, args=(server,), daemon=True)
@@ -71,6 +77,8 @@ def running_server(serve_arguments: Sequence[str], timeout_s: float = 300.0) -> 
     finally:
         _stop(process)
         reader.join(STOP_TIMEOUT_S)
+        assert process.stdout is not None
+        process.stdout.close()
 
 
 def free_port() -> int:
@@ -91,11 +99,11 @@ def _read(server: ServerProcess) -> None:
 
 
 def _stop(process: subprocess.Popen[str]) -> None:
-    """SIGTERM, and SIGKILL for one that does not listen."""
+    """SIGTERM, and SIGKILL (to all it started, too) for one that does not listen."""
     if process.poll() is None:
         process.send_signal(signal.SIGTERM)
         try:
             process.wait(STOP_TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            process.kill()
+            os.killpg(process.pid, signal.SIGKILL)
             process.wait(STOP_TIMEOUT_S)

@@ -1,7 +1,7 @@
 """From a complete configuration to a running engine: model, weights, KV pools, runner, scheduler, executor.
 
-`python -m penstock.build.engine ADDRESS` is an engine process: it reads its configuration from standard input, dials the
-front end's wire and serves until it is drained.
+`python -m penstock.build.engine ADDRESS START` is an engine process: it reads its configuration from standard input,
+dials the front end's wire and serves until it is drained. START: when it was launched, monotonic seconds.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ import torch
 
 from penstock.build.handover import decode_resolved
 from penstock.config.complete import Resolved
-from penstock.core.policy import POLICIES
 from penstock.core.scheduler import Scheduler, SchedulerLimits
 from penstock.engine.engine import Engine, EngineLimits
 from penstock.engine.loop import run_engine
@@ -137,9 +136,7 @@ def main(address: str, encoded: bytes, start_s: float) -> int:
     wire = dial(address)
     resolved = decode_resolved(encoded)
     try:
-        built = build_engine(
-            resolved, lambda stage, done, total: wire.send(Progress(stage, done, total)), stages
-        )
+        built = build_engine(resolved, lambda stage, done, total: wire.send(Progress(stage, done, total)), stages)
         wire.send(built.ready)
         run_engine(built.engine, built.executor, wire, time.monotonic)
         built.executor.close()

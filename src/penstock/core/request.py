@@ -52,14 +52,11 @@ class SamplingParams:
     extra_args: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        set_ = object.__setattr__  # a str or list is welcome where a tuple is kept
-        if isinstance(self.stop, str):
-            set_(self, "stop", (self.stop,))
-        for name in ("stop", "stop_token_ids", "bad_words"):
-            value = getattr(self, name)
-            set_(self, name, tuple(value) if value is not None else ())
-        if self.allowed_token_ids is not None:
-            set_(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+        for name in ("stop", "stop_token_ids", "bad_words", "allowed_token_ids"):  # a str or a list is welcome too
+            value: Any = getattr(self, name)
+            if value is None and name == "allowed_token_ids":
+                continue
+            object.__setattr__(self, name, (value,) if isinstance(value, str) else tuple(value or ()))
         self.check()
 
     def check(self) -> None:

@@ -1,7 +1,7 @@
 """One engine: scheduler, executor, and what it tells its front end. A state machine over messages and steps.
 
-`handle(message, now)`, `launch(now)` and `complete(result, now)` give messages back. No asyncio, no socket, no clock: the
-live loop and the simulators drive the same object.
+`handle(message, now)`, `launch(now)` and `complete(result, now)` give messages back. No asyncio, no socket, no clock:
+the live loop and the simulators drive the same object.
 """
 
 from __future__ import annotations
@@ -217,7 +217,9 @@ class Engine:
         request.stop_reason = stop_reason
         record = self.timeline.record(request)
         self._forget(request.id)
-        delta = TokenDelta(request.id, [], request.finish_reason, stop_reason, num_cached=request.num_cached, record=record)
+        delta = TokenDelta(
+            request.id, [], request.finish_reason, stop_reason, num_cached=request.num_cached, record=record
+        )
         return Tokens([delta], now)
 
     def _forget(self, request_id: str) -> None:

@@ -1,4 +1,4 @@
-"""The live loop of an engine process: messages in, steps, messages out. Knows a wire and a clock by their doors only."""
+"""The live loop of an engine process: messages in, steps, messages out. Knows wire and clock only by their doors."""
 
 from __future__ import annotations
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections import Counter
 
+import msgspec
+
 from penstock.core.blocks import BlockPool
 from penstock.core.plan import Row
 from penstock.core.request import Request
@@ -31,7 +33,8 @@ class Reporter:
         self._last_s = float("-inf")
         self._changed = True
         self._watch: Watch | None = None
-        sizes = [group.block_bytes * pool.num_blocks for group, pool in zip(scheduler.layout.groups, scheduler.pools, strict=True)]
+        groups = zip(scheduler.layout.groups, scheduler.pools, strict=True)
+        sizes = [group.block_bytes * pool.num_blocks for group, pool in groups]
         self._group = sizes.index(max(sizes))
 
     def watch(self, message: Watch) -> None:
@@ -84,7 +87,9 @@ class Reporter:
 
     def _records(self) -> list[RequestRecord]:
         scheduler = self._scheduler
-        live = sorted(scheduler.running, key=lambda r: r.arrival_s) + sorted(scheduler.waiting, key=lambda r: r.arrival_s)
+        live: list[Request] = []
+        for requests in (scheduler.running, scheduler.waiting):
+            live += sorted(requests, key=lambda request: request.arrival_s)
         return [self._timeline.record(request) for request in live[:MAX_RECORDS]]
 
     def _kv(self, detailed: bool) -> KVReport:
@@ -100,7 +105,7 @@ class Reporter:
         if not detailed:
             return report
         num_cells, each, cells = _cells(pool, filling)
-        return KVReport(*(getattr(report, f) for f in report.__struct_fields__[:7]), num_cells, each, cells)
+        return msgspec.structs.replace(report, num_cells=num_cells, blocks_per_cell=each, cells=cells)
 
 
 def _cells(pool: BlockPool, filling: set[int]) -> tuple[int, int, str]:

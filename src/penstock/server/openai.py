@@ -81,16 +81,10 @@ def endpoint(state: ServerState, prepare: Prepare) -> Callable[[HttpRequest], Aw
         )
         call.answer.begin(requests)
         if state.options.enable_log_requests:
-            log.info(
-                "request %s: %d prompts of %s tokens, %s",
-                call.request_id, len(requests), [len(r.token_ids) for r in requests], requests[0].params,
-            )  # fmt: skip
-        wanted = call.params.max_tokens
-        if wanted is not None and requests[0].params.max_tokens != wanted and call.body.max_tokens is not None:
-            _warn(
-                call.headers,
-                f"max_tokens lowered to {requests[0].params.max_tokens}: the model's length allows no more",
-            )
+            _log_request(call, requests)
+        room = requests[0].params.max_tokens
+        if room != call.params.max_tokens and _asked_tokens(call.body) is not None:
+            _warn(call.headers, f"max_tokens lowered to {room}: the model's length allows no more")
         if call.body.stream:
             return EventStream(state, call, requests, stream)
         return await _collect(state, call, requests, stream, request.receive)
@@ -184,6 +178,28 @@ def check_model(state: ServerState, name: str | None) -> str:
     if name not in names:
         raise model_not_found(name)
     return name
+
+
+def _asked_tokens(body: Sampling) -> int | None:
+    """The limit that the client itself set."""
+    asked = body.max_completion_tokens if isinstance(body, ChatRequest) else None
+    return body.max_tokens if asked is None else asked
+
+
+def _log_request(call: Call, requests: Sequence[LiveRequest]) -> None:
+    """Sizes and numbers, no text."""
+    params = requests[0].params
+    log.info(
+        "request %s: prompts of %s tokens, n %d, max_tokens %s, temperature %g, top_p %g, top_k %d, %s",
+        call.request_id,
+        [len(request.token_ids) for request in requests],
+        params.n,
+        params.max_tokens,
+        params.temperature,
+        params.top_p,
+        params.top_k,
+        "stream" if call.body.stream else "whole",
+    )
 
 
 def _clock_s() -> int:

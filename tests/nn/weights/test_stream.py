@@ -81,6 +81,29 @@ def test_every_way_of_cutting(chunk_bytes: int, threads: int, dtype: torch.dtype
     assert model.head.weight is model.embed.weight
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_reads_that_return_less(dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernel may read less than it was asked for (signals, network file systems, 2 GiB): the rest is asked again.
+
+    The real call with at most 777 bytes, so that reads end inside tensors and between them.
+    """
+    source = dummy_model(tiny_config())
+    save(tmp_path, tensors_of(source))
+    real = os.preadv
+
+    def reluctant(file: int, buffers: list[memoryview], offset: int) -> int:
+        taken, room = [], 777
+        for buffer in buffers:
+            taken.append(buffer[:room])
+            room -= len(taken[-1])
+        return real(file, [part for part in taken if part], offset)
+
+    monkeypatch.setattr(os, "preadv", reluctant)
+    model = create_model(source.config, dtype)
+    load(tmp_path, model)
+    assert_equal(model, source)
+
+
 def test_a_mixed_checkpoint(tmp_path: Path) -> None:
     """Norms in float32 among bfloat16 matrices: one read fills parameters and slots at once."""
     source = dummy_model(tiny_config())

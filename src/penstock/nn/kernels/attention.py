@@ -83,9 +83,7 @@ class _GroupStep:
         num = np.diff(spans.query_start).astype(np.int64)
         start = spans.start.astype(np.int64)
         self.write_rows = self._write_rows(table, num, start)
-        self.calls = [
-            self._call(table, rows, first, num, start, fresh) for rows, fresh in self._together(num, start)
-        ]
+        self.calls = [self._call(table, rows, first, num, start, fresh) for rows, fresh in self._together(num, start)]
 
     def _write_rows(self, table: np.ndarray, num: np.ndarray, start: np.ndarray) -> Tensor:
         """Rows of the pool seen as [num_blocks * 2 * Hkv * block_size, D] that take K, [T * Hkv]."""

@@ -8,18 +8,20 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from penstock.nn.layers.embed import Embedding
 
+M = TypeVar("M", bound=nn.Module)
 _FILL_ELEMENTS = 1 << 22  # random numbers drawn at once: bounds the extra memory to 16 MiB
 HEAD_STD = 3.0  # standard deviation of the logits of dummy weights, before tied embeddings add theirs
 INNER_GAIN = 1.5  # of other projections: layers outweigh the embedding, attention has clear maxima
 
 
-def allocate_model(build: Callable[[], nn.Module], dtype: torch.dtype, device: torch.device | str) -> nn.Module:
+def allocate_model(build: Callable[[], M], dtype: torch.dtype, device: torch.device | str) -> M:
     """What `build` returns, with uninitialised parameters of `dtype` on `device`, for inference (no gradients).
 
     Tied parameters stay tied. Buffers are computed on the CPU by `build` (rotary tables: their code names the device)
