@@ -27,9 +27,8 @@ from penstock.engine.recorder import RecordingScheduler, Setup
 from penstock.engine.wire import dial
 from penstock.nn.allocator import keep_freed_memory
 from penstock.nn.kernels.attention import PagedAttention
-from penstock.nn.models import build_model
-from penstock.nn.models.llama import routes
-from penstock.nn.weights.create import allocate_model, init_dummy
+from penstock.nn.models import create_model, model_routes
+from penstock.nn.weights.create import init_dummy
 from penstock.nn.weights.stream import load_weights
 from penstock.runner.inputs import RequestTable
 from penstock.runner.kv_store import KVStore
@@ -70,7 +69,7 @@ def build_engine(resolved: Resolved, progress: ProgressCallback, stages: Stages)
     torch.set_num_threads(config.runtime.num_threads)
     device, dtype = torch.device("cpu"), getattr(torch, config.model.dtype)
     progress("allocating", 0, 0)
-    model = allocate_model(lambda: build_model(shape), dtype, device)
+    model = create_model(shape, dtype, device)
     stages.done("allocate model")
     if config.model.load_format == "dummy":
         init_dummy(model, config.model.seed)
@@ -78,7 +77,7 @@ def build_engine(resolved: Resolved, progress: ProgressCallback, stages: Stages)
         load_weights(
             resolved.directory,
             model,
-            routes(shape),
+            model_routes(shape),
             threads=config.runtime.num_threads,
             progress=lambda done, total: progress("loading weights", done, total),
         )

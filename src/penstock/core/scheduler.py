@@ -225,14 +225,15 @@ class Scheduler:
         num_draft = 0
         if self.drafts is not None and spare > 0 and start + num_tokens == num_known:
             num_draft = max(0, min(self.drafts.num_draft(request), request.max_total - num_known - 1, spare))
-        new_blocks: tuple[tuple[int, ...], ...] | None = self._no_blocks
+        new_blocks = self._no_blocks
         missing = start + num_tokens + num_draft - len(request.block_tables[0]) * self.block_size
         if missing > 0:
             if num_draft and any(-(-missing // self.block_size) > pool.num_available for pool in self.pools):
                 num_draft = 0  # guesses take nobody's blocks
-            new_blocks = self._reserve(request, start + num_tokens + num_draft, now)
-            if new_blocks is None:
+            reserved = self._reserve(request, start + num_tokens + num_draft, now)
+            if reserved is None:
                 return 0
+            new_blocks = reserved
         self._add_row(request, num_tokens, num_draft, new_blocks, submitted)
         return num_tokens + num_draft
 
@@ -248,7 +249,7 @@ class Scheduler:
         end = start + num_tokens
         samples = end == len(request.token_ids) + request.num_unsampled
         num_logits = 1 + num_draft if samples else 0
-        if request.params.prompt_logprobs is not None and start < request.prompt_len - 1:
+        if start < request.prompt_len - 1 and request.params.prompt_logprobs is not None:
             if end > request.num_logprobs_done:
                 num_logits = total
         row = Row(request.id, start, total, num_draft, num_logits, samples, new_blocks)
@@ -474,11 +475,13 @@ class Scheduler:
         for gate in result.arrived:
             self.arrive(gate)
         out: list[Progress] = []
+        size = self.block_size
         for i, (row, (request, epoch), tokens) in enumerate(
             zip(plan.rows, submitted.rows, result.tokens, strict=True)
         ):
             request.num_in_flight -= 1
-            if request.finish_reason is not None:
+            reason = request.finish_reason
+            if reason is not None:
                 continue
             if result.failed and row.request_id in result.failed:
                 self._finish(request, FINISH_ERROR, now)
@@ -486,11 +489,15 @@ class Scheduler:
                 continue
             if row.samples:
                 request.num_unsampled -= 1 + row.num_draft
+            before = after = request.num_computed
             if epoch == request.epoch:
-                num_rejected = row.num_draft - len(tokens) + 1 if row.num_draft else 0
+                after += row.num_tokens
+                if row.num_draft:
+                    num_rejected = row.num_draft - len(tokens) + 1
+                    request.num_drafts_rejected += num_rejected
+                    after -= num_rejected
                 request.num_planned -= row.num_tokens
-                request.num_computed += row.num_tokens - num_rejected
-                request.num_drafts_rejected += num_rejected
+                request.num_computed = after
             prompt_logprobs = result.prompt_logprobs.get(i) if result.prompt_logprobs else None
             if prompt_logprobs is not None:
                 prompt_logprobs = prompt_logprobs[max(0, request.num_logprobs_done - row.start) :]
@@ -501,13 +508,13 @@ class Scheduler:
                 out.append(Progress(request, tokens, logprobs and logprobs[: len(tokens)], prompt_logprobs))
             elif prompt_logprobs:
                 out.append(Progress(request, [], None, prompt_logprobs))
-            if epoch == request.epoch:
-                if self.prefix_caching and request.num_computed // self.block_size > request.num_published[0]:
-                    self._publish(request)
-                if self._windows:
-                    self._trim_windows(request)
-            if request.finish_reason is not None:
-                self._finish(request, request.finish_reason, now)
+            if before // size < after // size and self.prefix_caching:
+                self._publish(request)
+            if self._windows and before < after:
+                self._trim_windows(request)
+            reason = request.finish_reason
+            if reason is not None:
+                self._finish(request, reason, now)
         for hash_ in submitted.computing:
             left = self._computing[hash_] - 1
             if left:
@@ -522,12 +529,12 @@ class Scheduler:
         """Add sampled tokens up to the first that ends the request; marks it finished, does not release it yet."""
         if request.first_token_s is None:
             request.first_token_s = now
-        ids, params = request.token_ids, request.params
+        ids = request.token_ids
         for n, token in enumerate(tokens):
             ids.append(token)
-            if token in request.stop_ids and len(ids) - request.prompt_len > params.min_tokens:
+            if token in request.stop_ids and len(ids) - request.prompt_len > request.params.min_tokens:
                 request.finish_reason = FINISH_STOP
-                request.stop_reason = token if token in params.stop_token_ids else None
+                request.stop_reason = token if token in request.params.stop_token_ids else None
             elif len(ids) >= request.max_total:
                 request.finish_reason = FINISH_LENGTH
             else:

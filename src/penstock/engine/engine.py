@@ -175,8 +175,7 @@ class Engine:
         """One request's share of a step, as it goes to the front end."""
         request = item.request
         if item.error is not None:
-            self._deadlines.pop(request.id, None)
-            self.timeline.drop(request.id)
+            self._forget(request.id)
             out.append(Failed(request.id, 500, item.error))
             return
         prompt_logprobs = None
