@@ -51,6 +51,7 @@ class Setting:
     most_drafts: int = 0
     guess_percent: int = 60
     max_queue_wait_s: float = 6.0
+    stops: bool = True  # requests may end before max_tokens
     hopeful: bool = False  # expects outputs of one token, so that running requests must be preempted
 
 
@@ -165,7 +166,7 @@ class World:
                 params=SamplingParams(max_tokens=ask.max_tokens, prompt_logprobs=1 if ask.prompt_logprobs else None),
                 seed=1000 * number + index,
                 max_total=min(limit, len(prompt) + ask.max_tokens),
-                stop_ids=EOS_IDS,
+                stop_ids=EOS_IDS if self.setting.stops else frozenset(),
                 arrival_s=self.now,
                 priority=ask.priority,
                 salt=ask.salt,
@@ -291,7 +292,7 @@ class World:
             assert got == request.token_ids[request.prompt_len :]
             if request.finish_reason in (FINISH_STOP, FINISH_LENGTH):
                 assert got == expected
-                assert (request.finish_reason == FINISH_STOP) == (expected[-1] in EOS_IDS)
+                assert (request.finish_reason == FINISH_STOP) == (expected[-1] in request.stop_ids)
                 if request.params.prompt_logprobs is not None:
                     assert self.prompt_logprobs[id_] == self.model.solo_prompt_logprobs(request)
             else:

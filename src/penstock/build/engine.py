@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -150,7 +151,16 @@ def main(address: str, encoded: bytes, start_s: float) -> int:
         wire.close()
 
 
+def _leave_with_parent() -> None:
+    """Exit when the front end's end of standard input closes: it was killed and could not say anything."""
+    sys.stdin.buffer.read(1)
+    os._exit(1)
+
+
 if __name__ == "__main__":
     # The front end decides when to stop; a Ctrl-C in the terminal reaches the whole process group.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    sys.exit(main(sys.argv[1], sys.stdin.buffer.read(), float(sys.argv[2])))
+    size = int.from_bytes(sys.stdin.buffer.read(8), "little")
+    configuration = sys.stdin.buffer.read(size)
+    threading.Thread(target=_leave_with_parent, name="penstock-parent", daemon=True).start()
+    sys.exit(main(sys.argv[1], configuration, float(sys.argv[2])))

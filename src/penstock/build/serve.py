@@ -47,8 +47,9 @@ def launch(resolved: Resolved, address: str) -> subprocess.Popen[bytes]:
     command = [sys.executable, "-m", "penstock.build.engine", address, repr(time.monotonic())]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, env=_environment(resolved))
     assert process.stdin is not None
-    process.stdin.write(encode_resolved(resolved))
-    process.stdin.close()
+    encoded = encode_resolved(resolved)
+    process.stdin.write(len(encoded).to_bytes(8, "little") + encoded)
+    process.stdin.flush()  # and stays open: its end tells the engine that this process is gone
     return process
 
 

@@ -68,6 +68,14 @@ class ModelOptions:
     chat_template: str | None = setting(
         None, "file or text of a chat template; default: the model's", metavar="FILE", headline=True
     )
+    trust_request_chat_template: bool = setting(
+        False, "let requests bring their own chat template (rendered in a worker with limits)"
+    )
+    generation_config: str = setting(
+        "auto",
+        "where sampling defaults come from; auto: the checkpoint's generation_config.json, vllm: none of it",
+        choices=("auto", "vllm"),
+    )
     load_format: str = setting("auto", "how weights are read; dummy: random", choices=("auto", "stream", "dummy"))
     seed: int = setting(
         0,

@@ -40,6 +40,7 @@ class RequestTable:
         self.num_computed = np.zeros(max_num_seqs, np.int64)
         self.tables = [np.zeros((max_num_seqs, max_blocks), np.int32) for _ in range(num_groups)]
         self._num_blocks = [[0] * max_num_seqs for _ in range(num_groups)]
+        self._nothing_new: tuple[tuple[int, ...], ...] = ((),) * num_groups
         self._free = list(range(max_num_seqs - 1, -1, -1))
 
     def release(self, request_id: str) -> int:
@@ -66,21 +67,19 @@ class RequestTable:
         """Add the rows' new blocks and gather the step's arrays."""
         rows, of = plan.rows, self.slots
         slot_list = [of[row.request_id] for row in rows]
-        for row, slot in zip(rows, slot_list, strict=True):
-            for g, new in enumerate(row.new_block_ids):
-                if new:
-                    count = self._num_blocks[g][slot]
-                    self.tables[g][slot, count : count + len(new)] = new
-                    self._num_blocks[g][slot] = count + len(new)
+        # Most rows of most steps add no block: one comparison each finds those that do.
+        for i in [i for i, row in enumerate(rows) if row.new_block_ids != self._nothing_new]:
+            self._extend(slot_list[i], rows[i].new_block_ids)
         slots = np.array(slot_list)
-        nums = np.array([row.num_tokens for row in rows])
+        num_list = [row.num_tokens for row in rows]
+        total = sum(num_list)
         starts = self.num_computed[slots]
-        query_start = np.zeros(len(rows) + 1, np.int64)
-        np.cumsum(nums, out=query_start[1:])
-        total = int(query_start[-1])
-        if total == len(rows):
+        if total == len(rows):  # decodes only
+            nums, query_start = np.ones(total, np.int64), np.arange(total + 1)
             positions, row_slots = starts, slots
         else:
+            nums, query_start = np.array(num_list), np.zeros(len(rows) + 1, np.int64)
+            np.cumsum(nums, out=query_start[1:])
             positions = np.arange(total) + np.repeat(starts - query_start[:-1], nums)
             row_slots = np.repeat(slots, nums)
         width = -(-int((starts + nums).max()) // self.block_size)
@@ -93,3 +92,10 @@ class RequestTable:
             positions,
             tuple(table[slots, :width] for table in self.tables),
         )
+
+    def _extend(self, slot: int, new_block_ids: tuple[tuple[int, ...], ...]) -> None:
+        """Append a row's new blocks to its slot's tables."""
+        for table, counts, new in zip(self.tables, self._num_blocks, new_block_ids, strict=True):
+            count = counts[slot]
+            table[slot, count : count + len(new)] = new
+            counts[slot] = count + len(new)

@@ -68,13 +68,14 @@ def served_model(config: Config, directory: Path, tokenizer: Tokenizer, vocab_si
     if config.model.chat_template is not None:
         templates["default"] = read_chat_template(config.model.chat_template)
         templates.pop("tool_use", None)
-    chat = ChatRenderer(templates, tokenizer.special_tokens, trust_request_chat_template=True)
+    chat = ChatRenderer(templates, tokenizer.special_tokens, trust_request_chat_template=config.model.trust_request_chat_template)
     try:
         chat.check()
     except BaseException:
         chat.close()
         raise
-    return Served(model_names(config), config.model.model, tokenizer, chat, vocab_size, sampling_defaults(directory))
+    defaults = sampling_defaults(directory) if config.model.generation_config == "auto" else {}
+    return Served(model_names(config), config.model.model, tokenizer, chat, vocab_size, defaults)
 
 
 def model_names(config: Config) -> tuple[str, ...]:
