@@ -52,7 +52,8 @@ OUTPUT_TOKENS = 1200
 CASES = [("decode 64 x 64", 64, 64, 300.0), ("decode 256 x 8k", 256, 8192, 1000.0)]
 SAMPLING = {
     "greedy": {"temperature": 0.0},
-    "sampled": {"temperature": 0.8, "top_k": 40, "top_p": 0.95},
+    "temperature": {"temperature": 0.8},
+    "top_k, top_p": {"temperature": 0.8, "top_k": 40, "top_p": 0.95},
 }
 
 

@@ -76,7 +76,7 @@ def check_scheduler(scheduler: Scheduler) -> None:
     in_flight: Counter[str] = Counter()
     computing: Counter[bytes] = Counter()
     for submitted in scheduler._submitted:
-        computing.update(submitted.computing)
+        computing.update(submitted.filling)
         for row, (request, epoch) in zip(submitted.plan.rows, submitted.rows, strict=True):
             assert row.request_id == request.id
             if scheduler.requests.get(request.id) is not request:
@@ -86,7 +86,7 @@ def check_scheduler(scheduler: Scheduler) -> None:
                 unsampled[request.id] += 1 + row.num_draft
             if epoch == request.epoch:
                 planned[request.id] += row.num_tokens
-    assert scheduler._computing == dict(computing)
+    assert scheduler.kv._computing == dict(computing)
     for request in scheduler.requests.values():
         assert request.finish_reason is None
         assert request.num_in_flight == in_flight[request.id]
@@ -123,7 +123,7 @@ def check_idle(scheduler: Scheduler) -> None:
     check_scheduler(scheduler)
     assert not scheduler.requests
     assert not scheduler._submitted
-    assert not scheduler._computing
+    assert not scheduler.kv._computing
     for pool in scheduler.pools:
         assert pool.num_held == pool.num_limbo == pool.num_shared == 0
         assert pool.num_free + pool.num_cached == pool.num_blocks - 1

@@ -152,7 +152,7 @@ class World:
 
     def add(self, ask: Ask) -> list[Request]:
         """Queue a request and its siblings."""
-        limit = self.scheduler.max_request_tokens()
+        limit = self.scheduler.kv.max_request_tokens()
         added = []
         number = len(self.requests)
         own = [100 + number * 10 + i for i in range(ask.own)]
@@ -240,7 +240,7 @@ class World:
         elif kind == 24 and live:
             self.end(live[arg % len(live)])
         elif kind == 25:
-            owners = [r for s in self.scheduler._submitted for r, _ in s.rows if s.computing and r.id in self.scheduler.requests]
+            owners = [r for s in self.scheduler._submitted for r, _ in s.rows if s.filling and r.id in self.scheduler.requests]
             if owners:
                 self.end(owners[arg % len(owners)], FINISH_ERROR)
         elif kind == 26 and live:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -90,7 +88,7 @@ def requests(draw) -> Admitted:
         "frequency_penalty": st.sampled_from([-1.0, 0.3, 2.0]),
         "presence_penalty": st.sampled_from([-1.5, 1.0]),
         "logit_bias": st.dictionaries(ids, st.sampled_from([-100.0, -3.0, 2.0, 40.0]), min_size=1, max_size=4),
-        "allowed_token_ids": st.lists(ids, min_size=20, max_size=60).map(tuple),
+        "allowed_token_ids": st.lists(ids, min_size=20, max_size=60, unique=True).map(tuple),  # more than all bans
         "min_tokens": st.integers(1, 6),
         "logprobs": st.integers(0, 4),
     }

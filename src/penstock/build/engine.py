@@ -153,7 +153,7 @@ def main(address: str, encoded: bytes, start_s: float) -> int:
 
 def _leave_with_parent() -> None:
     """Exit when the front end's end of standard input closes: it was killed and could not say anything."""
-    sys.stdin.buffer.read(1)
+    os.read(sys.stdin.fileno(), 1)  # not through the buffer: its lock would make Python's own shutdown fatal
     os._exit(1)
 
 

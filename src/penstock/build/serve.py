@@ -26,20 +26,24 @@ def serve(
     on_ready: Callable[[Ready, str], None] | None = None,
     on_resolved: Callable[[Resolved], None] | None = None,
 ) -> int:
-    """Serve until a signal; the exit code. `on_resolved` sees the completed configuration before anything loads.
+    """Serve until a signal; the exit code. `on_resolved` sees the completed configuration once the port is ours and
+    before anything loads.
 
     Raises ConfigError for what is wrong with the configuration, the model's shape, the memory or the port.
     """
     resolved = complete(config, probe())
-    if on_resolved is not None:
-        on_resolved(resolved)
+
+    def start(address: str) -> subprocess.Popen[bytes]:
+        if on_resolved is not None:
+            on_resolved(resolved)
+        return launch(resolved, address)
 
     def load() -> Served:
         assert resolved.config.model.tokenizer is not None
         tokenizer = load_tokenizer(model_directory(resolved.config.model.tokenizer))
         return served_model(resolved.config, resolved.directory, tokenizer, resolved.model.vocab_size)
 
-    return run_server(resolved.config, lambda address: launch(resolved, address), load, on_ready=on_ready)
+    return run_server(resolved.config, start, load, on_ready=on_ready)
 
 
 def launch(resolved: Resolved, address: str) -> subprocess.Popen[bytes]:

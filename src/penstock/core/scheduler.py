@@ -8,20 +8,19 @@ plan never needs token values.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from penstock.config.model import KVLayout
-from penstock.core.admission import PeakPredictor, Sharing
-from penstock.core.blocks import BlockPool
+from penstock.core.admission import PeakPredictor
 from penstock.core.doors import DraftAllocator, SchedulePolicy
+from penstock.core.kv_cache import BlockIds, KVCache
 from penstock.core.plan import Admitted, Logprobs, Row, StepPlan, StepResult
-from penstock.core.prefix import Hit, PrefixCache, chain_root, extend_chain
+from penstock.core.prefix import Hit
 from penstock.core.request import FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, Request
 
 LOOK_AHEAD = 64  # waiting requests that are passed over before a plan gives up admitting
 MIN_CHUNK = 16  # a prompt is not started for fewer tokens, unless it ends with them
-NOT_SHARED = Sharing()
 WAITS = frozenset(("capacity", "shared_block", "preempted"))  # reasons of waiting that are not gates
 
 
@@ -61,7 +60,7 @@ class Counters:
 class _Submitted:
     plan: StepPlan
     rows: list[tuple[Request, int]]  # the row's request and its epoch when planned
-    computing: list[bytes] = field(default_factory=list)  # hashes of blocks that this step fills
+    filling: list[bytes] = field(default_factory=list)  # hashes of the blocks that this step fills
     chunks: list[tuple[Request, Row]] = field(default_factory=list)  # rows that compute more than the newest token
 
 
@@ -87,50 +86,29 @@ class Scheduler:
         self.layout = layout
         self.limits = limits
         self.policy = policy
-        self.model_id = model_id
-        self.prefix_caching = prefix_caching
         self.feeds_back = feeds_back
         self.drafts = drafts
         self.trace = trace or (lambda kind, request, now: None)
         self.block_size = layout.block_size
-        self.pools = [
-            BlockPool(n, leaf_first=group.window is None) for n, group in zip(num_blocks, layout.groups, strict=True)
-        ]
-        self.prefix = PrefixCache(layout, self.pools)
-        self._windows = [(g, group.window) for g, group in enumerate(layout.groups) if group.window is not None]
-        self._full = next((g for g, group in enumerate(layout.groups) if group.window is None), None)
-        self._no_blocks: tuple[tuple[int, ...], ...] = ((),) * len(layout.groups)
-        bounds = [None if g.window is None else self._window_blocks(g.window) for g in layout.groups]
-        self.peak = PeakPredictor(self.block_size, [n - 1 for n in num_blocks], bounds)
+        self.kv = KVCache(layout, num_blocks, model_id, prefix_caching, limits.max_num_batched_tokens)
+        self.pools = self.kv.pools
+        self.peak = PeakPredictor(self.block_size, [n - 1 for n in num_blocks], self.kv.max_held)
         self.requests: dict[str, Request] = {}
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.counters = Counters()
         self.step = 0
         self._submitted: deque[_Submitted] = deque()
-        self._computing: dict[bytes, int] = {}  # block hash -> submitted rows that fill it
         self._released: list[str] = []
-        self._roots: dict[tuple[str, str], bytes] = {}
         self._waiting_sorted = True
 
     # ---- what there is to do ----
 
-    def max_request_tokens(self) -> int:
-        """Longest prompt + output that the pools can hold for one request running alone."""
-        sizes = []
-        for group, pool in zip(self.layout.groups, self.pools, strict=True):
-            usable = pool.num_blocks - 1
-            if group.window is None or usable < self._window_blocks(group.window):
-                sizes.append(usable * self.block_size)
-        return min(sizes, default=2**31)
-
     def add(self, request: Request) -> None:
-        """Queue a request. Its id must be new; `request.max_total` must be within `max_request_tokens`."""
+        """Queue a request. Its id must be new; `request.max_total` must be within `kv.max_request_tokens`."""
         assert request.id not in self.requests and len(request.token_ids) < request.max_total
-        assert request.max_total <= self.max_request_tokens()
-        groups = len(self.layout.groups)
-        request.block_tables = [[] for _ in range(groups)]
-        request.num_published = [0] * groups
+        assert request.max_total <= self.kv.max_request_tokens()
+        self.kv.reset(request)
         self.requests[request.id] = request
         self.waiting.append(request)
         self._waiting_sorted = False
@@ -160,8 +138,7 @@ class Scheduler:
 
     def forget_cache(self) -> None:
         """Drop every cached block; blocks of live requests stay, unpublished."""
-        for pool in self.pools:
-            pool.forget()
+        self.kv.forget()
 
     @property
     def has_work(self) -> bool:
@@ -225,7 +202,7 @@ class Scheduler:
         num_draft = 0
         if self.drafts is not None and spare > 0 and start + num_tokens == num_known:
             num_draft = max(0, min(self.drafts.num_draft(request), request.max_total - num_known - 1, spare))
-        new_blocks = self._no_blocks
+        new_blocks = self.kv.nothing
         missing = start + num_tokens + num_draft - len(request.block_tables[0]) * self.block_size
         if missing > 0:
             if num_draft and any(-(-missing // self.block_size) > pool.num_available for pool in self.pools):
@@ -242,7 +219,7 @@ class Scheduler:
         request: Request,
         num_tokens: int,
         num_draft: int,
-        new_blocks: tuple[tuple[int, ...], ...],
+        new_blocks: BlockIds,
         submitted: _Submitted,
     ) -> None:
         start, total = request.num_computed + request.num_planned, num_tokens + num_draft
@@ -262,18 +239,10 @@ class Scheduler:
         request.num_in_flight += 1
         if samples:
             request.num_unsampled += 1 + num_draft
-        if self.prefix_caching and end // self.block_size > start // self.block_size:
-            self._mark_computing(request, start, end, submitted)
+        if end // self.block_size > start // self.block_size:
+            submitted.filling += self.kv.begin_filling(request, start, end)
 
-    def _mark_computing(self, request: Request, start: int, end: int, submitted: _Submitted) -> None:
-        """Blocks that this row fills with known tokens: whoever wants them waits for this step."""
-        self._extend_hashes(request)
-        full = min(end, len(request.token_ids)) // self.block_size
-        for hash_ in request.block_hashes[start // self.block_size : full]:
-            self._computing[hash_] = self._computing.get(hash_, 0) + 1
-            submitted.computing.append(hash_)
-
-    def _reserve(self, request: Request, end: int, now: float) -> tuple[tuple[int, ...], ...] | None:
+    def _reserve(self, request: Request, end: int, now: float) -> BlockIds | None:
         """Blocks for tokens up to `end`; preempts others if it must. None: not this step."""
         num_blocks = -(-end // self.block_size)
         needs = [num_blocks - len(table) for table in request.block_tables]
@@ -291,15 +260,7 @@ class Scheduler:
             if victim is request:
                 return None  # it would give way itself: it waits with what it has
             self._preempt(victim, now)
-        return self._allocate(request, needs, now)
-
-    def _allocate(self, request: Request, needs: Iterable[int], now: float) -> tuple[tuple[int, ...], ...]:
-        added = []
-        for need, pool, table in zip(needs, self.pools, request.block_tables, strict=True):
-            new = tuple(pool.allocate(now) for _ in range(need))
-            table.extend(new)
-            added.append(new)
-        return tuple(added)
+        return self.kv.allocate(request, needs, now)
 
     # ---- admission ----
 
@@ -314,8 +275,8 @@ class Scheduler:
                 request.queue_reason = request.queue_reason or "slots"
             return
         self.peak.begin(
-            [(request, self._count_shared(request)) for request in self.running],
-            0 if self._full is None else self.pools[self._full].num_shared,
+            [(request, self.kv.count_shared(request)) for request in self.running],
+            self.kv.num_shared,
         )
         started: set[str] = set()
         num_passed = 0
@@ -349,13 +310,11 @@ class Scheduler:
         if request.num_in_flight:
             return "preempted"  # its last rows must come home first
         size = self.block_size
-        num_known = len(request.token_ids)
-        hit = self._match(request)
+        hit = self.kv.match(request)
         start = hit.num_blocks * size
-        if self._computing and hit.num_blocks < len(request.block_hashes):
-            if hit.num_blocks < self._hit_limit(request) and request.block_hashes[hit.num_blocks] in self._computing:
-                return "shared_block"
-        limit = num_known
+        if self.kv.is_being_computed(request, hit):
+            return "shared_block"
+        limit = len(request.token_ids)
         if request.waiting_for:
             limit = min(limit, self._gate(request))
             if limit <= start:
@@ -363,13 +322,12 @@ class Scheduler:
         num_tokens = min(limit - start, budget)
         if num_tokens < min(limit - start, MIN_CHUNK, self.limits.max_num_batched_tokens):
             return "budget"
-        sharing = self._sharing(hit)
+        sharing = self.kv.sharing(hit, self.running)
         if not self.peak.fits(request, sharing):
             return "capacity"
         need = -(-(start + num_tokens) // size) - hit.num_blocks
-        for pool, ids in zip(self.pools, hit.block_ids, strict=True):
-            if need > pool.num_available - pool.count_cached(ids):
-                return "capacity"
+        if not self.kv.has_room(need, hit):
+            return "capacity"
         self.peak.add(request, sharing)
         self._start(request, hit, now)
         admitted.append(
@@ -384,86 +342,24 @@ class Scheduler:
                 request.media,
             )
         )
-        self._allocate(request, [need] * len(self.pools), now)
+        self.kv.allocate(request, [need] * len(self.pools), now)
         self._add_row(request, num_tokens, 0, tuple(map(tuple, request.block_tables)), submitted)
         return None
 
     def _start(self, request: Request, hit: Hit, now: float) -> None:
-        for pool, ids, table in zip(self.pools, hit.block_ids, request.block_tables, strict=True):
-            for id_ in ids:
-                if id_:
-                    pool.hold(pool.blocks[id_])
-            table.extend(ids)
-        request.num_computed = hit.num_blocks * self.block_size
-        request.num_published = [hit.num_blocks] * len(self.pools)
+        self.kv.hold(request, hit)
         request.passed_over_s = None
         if request.admitted_s is None:
             request.admitted_s = now
             request.num_cached = request.num_computed
             self.counters.prompt_tokens += request.prompt_len
             self.counters.prompt_tokens_cached += request.num_computed
-            if self.prefix_caching:
+            if self.kv.enabled:
                 self.counters.prefix_queries += request.prompt_len
                 self.counters.prefix_hits += request.num_computed
         self.running.append(request)
         request.is_running = True
         self.trace("admitted", request, now)
-
-    def _sharing(self, hit: Hit) -> Sharing:
-        """Which of a hit's blocks running requests hold. Whoever holds a block holds all before it."""
-        if self._full is None or not hit.num_blocks:
-            return NOT_SHARED
-        ids, blocks = hit.block_ids[self._full], self.pools[self._full].blocks
-        num_held = num_sole = 0
-        for id_ in ids:
-            num_refs = blocks[id_].num_refs
-            if not num_refs:
-                break
-            num_held += 1
-            num_sole += num_refs == 1
-        if not num_sole:
-            return Sharing(num_held)
-        last = num_held - 1
-        for request in self.running:
-            table = request.block_tables[self._full]
-            if last < len(table) and table[last] == ids[last]:
-                return Sharing(num_held, num_sole, request)
-        return NOT_SHARED
-
-    def _count_shared(self, request: Request) -> int:
-        """How many of a running request's blocks others hold too: only the end of that prefix moves."""
-        if self._full is None or not self.pools[self._full].num_shared:
-            return 0
-        table, blocks = request.block_tables[self._full], self.pools[self._full].blocks
-        n = min(request.num_shared, len(table))
-        while n and blocks[table[n - 1]].num_refs < 2:
-            n -= 1
-        while n < len(table) and blocks[table[n]].num_refs > 1:
-            n += 1
-        request.num_shared = n
-        return n
-
-    def _match(self, request: Request) -> Hit:
-        if not self.prefix_caching:
-            return Hit(0, tuple([] for _ in self.pools))
-        self._extend_hashes(request)
-        return self.prefix.match(request.block_hashes, self._hit_limit(request))
-
-    def _hit_limit(self, request: Request) -> int:
-        """Blocks that may come from the cache: at least one token is computed, and every position whose logprobs
-        are still owed."""
-        if request.params.prompt_logprobs is not None and request.num_logprobs_done < request.prompt_len - 1:
-            return 0
-        return (len(request.token_ids) - 1) // self.block_size
-
-    def _extend_hashes(self, request: Request) -> None:
-        key = (request.adapter, request.salt)
-        root = self._roots.get(key)
-        if root is None:
-            if len(self._roots) > 10_000:
-                self._roots.clear()
-            root = self._roots[key] = chain_root(self.model_id, self.layout, request.adapter, request.salt)
-        extend_chain(request.block_hashes, root, request.token_ids, self.block_size, request.media)
 
     # ---- commit ----
 
@@ -476,9 +372,7 @@ class Scheduler:
             self.arrive(gate)
         out: list[Progress] = []
         size = self.block_size
-        for i, (row, (request, epoch), tokens) in enumerate(
-            zip(plan.rows, submitted.rows, result.tokens, strict=True)
-        ):
+        for i, (row, (request, epoch), tokens) in enumerate(zip(plan.rows, submitted.rows, result.tokens, strict=True)):
             request.num_in_flight -= 1
             reason = request.finish_reason
             if reason is not None:
@@ -508,21 +402,15 @@ class Scheduler:
                 out.append(Progress(request, tokens, logprobs and logprobs[: len(tokens)], prompt_logprobs))
             elif prompt_logprobs:
                 out.append(Progress(request, [], None, prompt_logprobs))
-            if before // size < after // size and self.prefix_caching:
-                self._publish(request)
-            if self._windows and before < after:
-                self._trim_windows(request)
+            if before // size < after // size and self.kv.enabled:
+                self.kv.publish(request)
+            if self.kv.windows and before < after:
+                self.kv.trim_windows(request, self._fence())
             reason = request.finish_reason
             if reason is not None:
                 self._finish(request, reason, now)
-        for hash_ in submitted.computing:
-            left = self._computing[hash_] - 1
-            if left:
-                self._computing[hash_] = left
-            else:
-                del self._computing[hash_]
-        for pool in self.pools:
-            pool.settle(plan.step)
+        self.kv.end_filling(submitted.filling)
+        self.kv.settle(plan.step)
         return out
 
     def _append(self, request: Request, tokens: list[int], now: float) -> list[int]:
@@ -544,28 +432,6 @@ class Scheduler:
         self.counters.generation_tokens += len(tokens)
         return tokens
 
-    def _publish(self, request: Request) -> None:
-        """Hand blocks that are full and committed to the prefix cache."""
-        self._extend_hashes(request)
-        hashes = request.block_hashes
-        end = min(request.num_computed // self.block_size, len(hashes))
-        for g, (pool, table) in enumerate(zip(self.pools, request.block_tables, strict=True)):
-            for n in range(request.num_published[g], end):
-                if table[n]:
-                    pool.publish(table[n], hashes[n], hashes[n - 1] if n else None)
-            request.num_published[g] = end
-
-    def _trim_windows(self, request: Request) -> None:
-        """Give back blocks that have left the window of every position still to be computed."""
-        fence = self._fence()
-        for g, window in self._windows:
-            table, pool = request.block_tables[g], self.pools[g]
-            for n in range(self.prefix.first_visible(window, request.num_computed) - 1, -1, -1):
-                if not table[n]:
-                    break
-                pool.release(table[n], fence)
-                table[n] = 0
-
     # ---- endings ----
 
     def _finish(self, request: Request, reason: str, now: float) -> None:
@@ -583,8 +449,7 @@ class Scheduler:
         request.num_preemptions += 1
         self.counters.num_preemptions += 1
         self._leave(request)
-        request.num_computed = request.num_planned = 0
-        request.num_published = [0] * len(self.pools)
+        self.kv.reset(request)
         request.queue_reason = "preempted"
         self.waiting.append(request)
         self._waiting_sorted = False
@@ -598,12 +463,7 @@ class Scheduler:
             self._released.append(request.id)
         else:
             self.waiting.remove(request)
-        fence = self._fence()
-        for pool, table in zip(self.pools, request.block_tables, strict=True):
-            for id_ in reversed(table):
-                if id_:
-                    pool.release(id_, fence)
-            table.clear()
+        self.kv.release(request, self._fence())
 
     def _fence(self) -> int:
         """Newest step in flight; -1 when none is."""
@@ -612,7 +472,3 @@ class Scheduler:
     @staticmethod
     def _gate(request: Request) -> int:
         return min(request.waiting_for.values())
-
-    def _window_blocks(self, window: int) -> int:
-        """Blocks of a window group that one request can hold at once: window, a whole step, two open ends."""
-        return -(-(window + self.limits.max_num_batched_tokens) // self.block_size) + 2

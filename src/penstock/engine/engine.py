@@ -83,7 +83,7 @@ class Engine:
         if error is not None:
             return [Failed(message.request_id, *error)]
         params, prompt_len = message.params, len(message.token_ids)
-        limit = min(self.limits.max_model_len, self.scheduler.max_request_tokens())
+        limit = min(self.limits.max_model_len, self.scheduler.kv.max_request_tokens())
         eos: frozenset[int] = frozenset() if params.ignore_eos else self.limits.eos_token_ids.union(message.end_ids)
         request = Request(
             id=message.request_id,
@@ -108,7 +108,7 @@ class Engine:
     def _refusal(self, message: AddRequest) -> tuple[int, str] | None:
         """(HTTP-like code, why) if the request cannot be taken."""
         prompt_len = len(message.token_ids)
-        limit = min(self.limits.max_model_len, self.scheduler.max_request_tokens())
+        limit = min(self.limits.max_model_len, self.scheduler.kv.max_request_tokens())
         if self._drain_until is not None:
             return 503, "the server is shutting down"
         if message.request_id in self.scheduler.requests:

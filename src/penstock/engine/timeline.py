@@ -111,7 +111,7 @@ class Timeline:
     def _miss(self, request: Request, now: float) -> Miss | None:
         """Why the token after the cached prefix was not in the cache; called at first admission."""
         scheduler, at = self._scheduler, request.num_cached
-        if not scheduler.prefix_caching:
+        if not scheduler.kv.enabled:
             return Miss("disabled", 0, "prefix caching is off")
         size = scheduler.block_size
         num_blocks = at // size

@@ -136,10 +136,10 @@ class Tokenizer:
         return batch
 
     def encode_bad_words(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
-        """Token sequences that `bad_words` forbids, by vLLM's rule.
+        """Token sequences that `bad_words` forbids: each word at the beginning of a text, and after a space.
 
-        Each word as it stands at the beginning of a text and, if that gives another first token and the same number
-        of tokens, as it stands after a space. Raises ParamsError for a word without tokens.
+        vLLM leaves the second one out where it has another number of tokens; in a small vocabulary most words have,
+        and they would go on appearing. Raises ParamsError for a word without tokens.
         """
         sequences: list[tuple[int, ...]] = []
         for word in words:
@@ -147,7 +147,7 @@ class Tokenizer:
             if not bare or not word.strip():
                 raise ParamsError("bad_words", f"bad_words must not hold an empty word, got {word!r}")
             sequences.append(tuple(bare))
-            if spaced[0] != bare[0] and len(spaced) == len(bare):
+            if spaced[-len(bare) :] != bare:  # else forbidding the first forbids it too
                 sequences.append(tuple(spaced))
         return tuple(sequences)
 

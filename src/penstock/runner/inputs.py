@@ -70,7 +70,7 @@ class RequestTable:
         # Most rows of most steps add no block: one comparison each finds those that do.
         for i in [i for i, row in enumerate(rows) if row.new_block_ids != self._nothing_new]:
             self._extend(slot_list[i], rows[i].new_block_ids)
-        slots = np.array(slot_list)
+        slots = np.fromiter(slot_list, np.int64, len(rows))
         num_list = [row.num_tokens for row in rows]
         total = sum(num_list)
         starts = self.num_computed[slots]

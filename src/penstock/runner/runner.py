@@ -75,11 +75,12 @@ class Runner:
 
     def _sample(self, plan: StepPlan, inputs: StepInputs, hidden: Tensor, result: StepResult) -> None:
         """Choose the next token of every row that reaches the end of its known tokens."""
-        sampling = [i for i, row in enumerate(plan.rows) if row.samples]
+        samples = [row.samples for row in plan.rows]
+        every = all(samples)
+        sampling = range(len(samples)) if every else [i for i, does in enumerate(samples) if does]
         if not sampling:
             result.tokens = [[] for _ in plan.rows]
             return
-        every = len(sampling) == len(plan.rows)
         last = inputs.query_start[1:] - 1
         ends = inputs.starts + inputs.nums
         slots = inputs.slots

@@ -68,7 +68,8 @@ def served_model(config: Config, directory: Path, tokenizer: Tokenizer, vocab_si
     if config.model.chat_template is not None:
         templates["default"] = read_chat_template(config.model.chat_template)
         templates.pop("tool_use", None)
-    chat = ChatRenderer(templates, tokenizer.special_tokens, trust_request_chat_template=config.model.trust_request_chat_template)
+    trusted = config.model.trust_request_chat_template
+    chat = ChatRenderer(templates, tokenizer.special_tokens, trust_request_chat_template=trusted)
     try:
         chat.check()
     except BaseException:

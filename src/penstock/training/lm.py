@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from tokenizers import Tokenizer
+from torch import nn
 
 from penstock.config.model import parse_model_config
 from penstock.nn.allocator import keep_freed_memory
@@ -97,11 +98,13 @@ def seq_len_at(recipe: LmRecipe, progress: float) -> int:
 
 
 def initialise(model: LlamaModel, recipe: LmRecipe) -> None:
-    """Normal weights of `initializer_range`; what adds to the residual is smaller by sqrt(2 * num_layers) (GPT-2)."""
+    """Normal weights of `initializer_range`, no bias; what adds to the residual is smaller by sqrt(2 * num_layers) (GPT-2)."""
     generator = torch.Generator().manual_seed(recipe.seed)
     std = float(recipe.model.get("initializer_range", 0.02))
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 2:
+        if name.endswith(".bias"):
+            nn.init.zeros_(parameter)
+        elif parameter.ndim == 2:
             residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
             scale = std / math.sqrt(2 * model.config.num_layers) if residual else std
             with torch.no_grad():

@@ -188,6 +188,40 @@ def test_draws_follow_the_filtered_distribution(size, filters):
     assert -4.5 < deviations < 4
 
 
+def test_far_away_tokens_win_together():
+    """One token leads by 6.5 nats, but the 4,095 others weigh six times as much: drawn as by the reference."""
+    scores = torch.full((150, 4096), -6.5)
+    scores[:, 5] = 0.0
+    drawn = choose(scores, params_of(150))
+    assert (drawn == choose_reference(scores, params_of(150)).numpy()).all()
+    assert 6 < (drawn == 5).sum() < 42  # 21 are expected
+
+
+def test_equal_perturbed_scores_give_the_lowest_id(monkeypatch):
+    """With noise rounded to halves, ties for the best are common: the lowest id, like argmax of the reference."""
+
+    def coarse(times):
+        if isinstance(times, Tensor):
+            return (torch.floor(-2 * torch.log(times)) / 2).float()
+        return (np.floor(-2 * np.log(times)) / 2).astype(np.float32)
+
+    monkeypatch.setattr(philox, "gumbel_of", coarse)
+    scores = torch.zeros(200, 600)
+    params = params_of(200, top_k=np.tile([0, 9], 100))
+    assert (choose(scores, params) == choose_reference(scores, params).numpy()).all()
+
+
+def test_min_p_cuts_where_float64_does():
+    """Tokens one float below, at and above the cut `log(min_p)`: kept as the float64 comparison says."""
+    min_p = np.random.default_rng(2).uniform(0.001, 0.5, 200)
+    cut = np.log(min_p).astype(np.float32)
+    around = (np.nextafter(cut, np.float32(-np.inf)), cut, np.nextafter(cut, np.float32(np.inf)))
+    scores = torch.from_numpy(np.stack((np.zeros(200, np.float32), *around), 1))
+    kept = kept_by_floors(scores, params_of(200, min_p=min_p))
+    assert (kept == (scores.numpy() >= np.log(min_p)[:, None])).all()
+    assert 50 < kept[:, 2].sum() < 150
+
+
 def test_greedy_takes_the_lowest_of_equals_and_no_filter():
     """Temperature 0: the first of the best tokens, also across groups, whatever top_k, top_p and min_p say."""
     scores = torch.zeros(3, 600)
