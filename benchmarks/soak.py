@@ -116,7 +116,7 @@ def soak(
     }
     report["record_mb"] = round(record_mb, 1)
     report["server_exit_code"] = exit_code
-    report["failures"] = _failures(report, clients, max_growth_mb, judge_growth=seconds >= 60)
+    report["failures"] = failures(report, clients, max_growth_mb, judge_growth=seconds >= 60)
     return report
 
 
@@ -387,7 +387,7 @@ def _percentiles(values: list[float]) -> dict[str, float]:
     return {**found, "max": round(max(values), 3), "mean": round(statistics.fmean(values), 3)}
 
 
-def _failures(report: dict[str, Any], clients: Clients, max_growth_mb: float, *, judge_growth: bool) -> list[str]:
+def failures(report: dict[str, Any], clients: Clients, max_growth_mb: float, *, judge_growth: bool) -> list[str]:
     """Every breach, in words."""
     found = []
     if report["num_errors"]:

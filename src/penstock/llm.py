@@ -129,6 +129,7 @@ class LLM:
         conversations: Sequence[Any] = messages if messages and not isinstance(messages[0], Mapping) else [messages]
         if self._renderer is None:
             self._renderer = ChatRenderer(self.tokenizer.chat_templates, self.tokenizer.special_tokens)
+            self._renderer.check()
         prompts: list[Prompt] = []
         for conversation in conversations:
             text = self._renderer.render_sync(Conversation(messages=list(conversation), **template))

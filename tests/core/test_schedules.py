@@ -5,20 +5,18 @@ A schedule is a setting, a few requests and a tape of numbers that say what happ
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import pytest
 from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
+from tests.core.checks import check_idle, check_scheduler
+from tests.fakes.executor import EOS_IDS, FakeExecutor, HashModel, fake_layout
 
 from penstock.core.plan import StepPlan
 from penstock.core.policy import POLICIES
 from penstock.core.request import FINISH_ABORT, FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, Request, SamplingParams
 from penstock.core.scheduler import Scheduler, SchedulerLimits
-from tests.core.checks import check_idle, check_scheduler
-from tests.fakes.executor import EOS_IDS, FakeExecutor, HashModel, fake_layout
 
 BLOCK_SIZE = 4
 PREFIXES = [[(7 * p + 3 * i) % 91 for i in range(48)] for p in range(3)]
@@ -240,7 +238,9 @@ class World:
         elif kind == 24 and live:
             self.end(live[arg % len(live)])
         elif kind == 25:
-            owners = [r for s in self.scheduler._submitted for r, _ in s.rows if s.filling and r.id in self.scheduler.requests]
+            owners = [
+                r for s in self.scheduler._submitted for r, _ in s.rows if s.filling and r.id in self.scheduler.requests
+            ]
             if owners:
                 self.end(owners[arg % len(owners)], FINISH_ERROR)
         elif kind == 26 and live:

@@ -1,7 +1,6 @@
 """One real server for all tests that do not end it, with the official client.
 
-It lives as long as the session: whatever one test leaves behind in it, another one finds. `idle_server` checks that a
-test left nothing.
+It lives as long as the session: whatever one test leaves behind in it, another one finds.
 """
 
 from __future__ import annotations
@@ -14,18 +13,19 @@ from tests.e2e.serving import PLAIN, RealServer
 
 
 @pytest.fixture(scope="session")
-def _server() -> Iterator[RealServer]:
-    with RealServer(*PLAIN) as running:
-        yield running.until_ready()
-        errors = running.errors()
+def running() -> Iterator[RealServer]:
+    """The server, for tests that send nothing which could run."""
+    with RealServer(*PLAIN) as started:
+        yield started.until_ready()
+        errors = started.errors()
         assert "Traceback" not in errors and "ERROR" not in errors, errors
 
 
 @pytest.fixture
-def server(_server: RealServer) -> Iterator[RealServer]:
-    """The running server; afterwards no request and no block is left in it."""
-    yield _server
-    _server.until_idle()
+def server(running: RealServer) -> Iterator[RealServer]:
+    """The server; the test fails if a request or a block is left in it."""
+    yield running
+    running.until_idle()
 
 
 @pytest.fixture

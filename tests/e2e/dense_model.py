@@ -8,12 +8,12 @@ from __future__ import annotations
 from functools import cache
 
 import torch
+from tests.e2e.serving import ASSETS
 from torch import Tensor
 
 from penstock.nn.doors import Batch
 from penstock.training.card import load_exported
 from penstock.training.dense import attention_for
-from tests.e2e.serving import ASSETS
 
 
 @cache

@@ -184,6 +184,11 @@ def test_bad_words_need_their_whole_beginning_in_the_output():
         ((4, 5), (), 6),
     ]:
         assert sample_one(admitted(params, prompt, output), scores).token_ids[0] == expected
+        sampler = sampler_of(admitted(params, prompt), vocab=9)
+        for token_id in output:
+            sampler.accept(0, token_id)
+        at = np.array([len(prompt) + len(output)])
+        assert sampler.sample(torch.tensor([scores]), np.array([0]), at).token_ids[0] == expected
 
 
 def test_ids_outside_the_vocabulary_are_ignored():

@@ -144,8 +144,8 @@ def main(address: str, encoded: bytes, start_s: float) -> int:
     except (ValueError, OSError, MemoryError, RuntimeError) as error:
         if os.environ.get("PENSTOCK_DEBUG"):
             raise
-        wire.send(Fatal(f"{type(error).__name__}: {error}"))
-        print(f"penstock engine: {error}", file=sys.stderr)
+        ours = type(error).__module__.startswith("penstock.") and str(error)  # says it all, for people
+        wire.send(Fatal(str(error) if ours else f"{type(error).__name__}: {error}"))
         return 1
     finally:
         wire.close()

@@ -97,7 +97,7 @@ class PeakPredictor:
         if sharing.holder is not None:
             gone = self._requests.index(sharing.holder)
             extra = sharing.num_sole * self.block_size  # this request's alone once the holder has left
-        most = held + (extra if gone > at else 0) + (at + 1) * (left + self.block_size - 1)  # when it leaves itself
+        most = held + (extra if gone >= at else 0) + (at + 1) * (left + self.block_size - 1)  # when it leaves itself
         if at:
             most = max(most + int(self._sums[at - 1]), int(self._peaks[:at].max()))
         if gone > at:

@@ -93,8 +93,8 @@ class PrefixCache:
         """Largest n <= limit such that blocks [first_visible(n), n) are all there."""
         index, num = pool.index, limit
         for n in range(limit - 1, -1, -1):
+            if n < self.first_visible(window, num * self.block_size):
+                break
             if hashes[n] not in index:
                 num = n
-            elif n <= self.first_visible(window, num * self.block_size):
-                break
         return num

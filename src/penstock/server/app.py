@@ -202,6 +202,11 @@ class SmallEndpoints:
         self._check_loaded()
         asked, unknown = await self.state.run(len(body), lambda: read_request(body, DetokenizeRequest))
         check_model(self.state, asked.model)
+        limit = self.state.served.vocab_size
+        wrong = next((token_id for token_id in asked.tokens if token_id >= limit), None)
+        if wrong is not None:
+            message = f"token id {wrong} is not in the vocabulary of {limit}"
+            raise bad_request(message, "tokens", "invalid_token_id")
         try:
             decode = self.state.served.tokenizer.decode
             text = await self.state.run(len(body), lambda: decode(asked.tokens, skip_special_tokens=False))

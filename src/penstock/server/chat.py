@@ -310,13 +310,14 @@ class ChatRenderer:
         forbidden, died. One that refuses the trial message is fine: it may want others.
         """
         trial = {"messages": [{"role": "user", "content": "Hello"}], "tools": None, "documents": None}
+        variables = {**self._special_tokens, **trial, "add_generation_prompt": True}
         for text in [template] if template is not None else self._templates.values():
-            self._answer(self._own_lane, text, None)
-            try:
-                self._answer(self._own_lane, text, {**self._special_tokens, **trial, "add_generation_prompt": True})
-            except TemplateError as error:
-                if error.kind not in ("raised", "undefined", "failed"):
-                    raise
+            for given, harmless in ((None, ()), (variables, ("raised", "undefined", "failed"))):
+                try:
+                    self._answer(self._own_lane, text, given)
+                except TemplateError as error:
+                    if error.kind not in harmless:
+                        raise TemplateError(error.kind, f"the chat template cannot be rendered: {error}") from None
 
     def render_sync(self, conversation: Conversation) -> str:
         """The prompt's text, special tokens included: encode it with add_special_tokens=False.

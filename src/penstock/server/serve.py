@@ -296,7 +296,8 @@ class _Server:
             if code is not None and self.state.phase != "dead":
                 how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
                 self.state.engine_lost(f"its process ended with {how}")
-            log.error("the engine died: %s", self.state.dead_reason)
+            what = "died" if is_told else "could not start"
+            log.error("the engine %s: %s", what, self.state.dead_reason)
             return 1
         if self.deadline_s is not None and now > self.deadline_s + ENGINE_EXIT_S:
             log.error("the engine did not drain in time; it is killed")

@@ -98,7 +98,10 @@ def seq_len_at(recipe: LmRecipe, progress: float) -> int:
 
 
 def initialise(model: LlamaModel, recipe: LmRecipe) -> None:
-    """Normal weights of `initializer_range`, no bias; what adds to the residual is smaller by sqrt(2 * num_layers) (GPT-2)."""
+    """Normal weights of `initializer_range`, biases zero, norms as they are.
+
+    What adds to the residual is smaller by sqrt(2 * num_layers), as in GPT-2.
+    """
     generator = torch.Generator().manual_seed(recipe.seed)
     std = float(recipe.model.get("initializer_range", 0.02))
     for name, parameter in model.named_parameters():
