@@ -24,7 +24,7 @@ from penstock.engine.loop import turn
 from penstock.engine.messages import RequestRecord, ResetPrefixCache
 from penstock.engine.tokenizer import load_tokenizer
 from penstock.engine.wire import local_pair
-from penstock.server.chat import ChatRenderer, Conversation
+from penstock.server.chat import ChatRenderer, Conversation, chosen_templates
 
 Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, {"prompt": ...} or {"prompt_token_ids": ...}
 
@@ -128,7 +128,8 @@ class LLM:
         """Answer one conversation or several. `template`: fields of Conversation, as tools or add_generation_prompt."""
         conversations: Sequence[Any] = messages if messages and not isinstance(messages[0], Mapping) else [messages]
         if self._renderer is None:
-            self._renderer = ChatRenderer(self.tokenizer.chat_templates, self.tokenizer.special_tokens)
+            templates = chosen_templates(self.tokenizer.chat_templates, self.config.model.chat_template)
+            self._renderer = ChatRenderer(templates, self.tokenizer.special_tokens)
             self._renderer.check()
         prompts: list[Prompt] = []
         for conversation in conversations:

@@ -8,7 +8,7 @@ from penstock.core.blocks import BlockPool
 from penstock.core.scheduler import Scheduler
 
 
-def check_pool(pool: BlockPool, refs: Counter[int], newest_in_flight: int | None = None) -> None:
+def check_pool(pool: BlockPool, refs: dict[int, int], newest_in_flight: int | None = None) -> None:
     """Each block is in exactly one state, and every count says so. `refs`: references that holders know of."""
     null = pool.blocks[0]
     assert null.num_refs == 0
@@ -16,43 +16,42 @@ def check_pool(pool: BlockPool, refs: Counter[int], newest_in_flight: int | None
     assert 0 not in refs
     free = set(pool._free)
     assert len(free) == len(pool._free), "a block is free twice"
-    num_cached = num_limbo = num_shared = num_held = 0
-    children: Counter[bytes] = Counter()
+    cached, num_limbo, num_shared, num_held = [], 0, 0, 0
+    published: dict[bytes, object] = {}
+    children: dict[bytes, int] = {}
     for block in pool.blocks[1:]:
-        assert block.num_refs == refs.get(block.id, 0), f"block {block.id}"
-        if block.hash is not None:
-            assert pool.index.get(block.hash) is block
+        id_, num_refs, hash_ = block.id, block.num_refs, block.hash
+        assert num_refs == refs.get(id_, 0), f"block {id_}"
+        if hash_ is not None:
+            assert hash_ not in published, "two blocks with one hash"
+            published[hash_] = block
             if pool.leaf_first and block.parent_hash is not None:
-                children[block.parent_hash] += 1
-        if block.num_refs:
+                children[block.parent_hash] = children.get(block.parent_hash, 0) + 1
+        if num_refs:
             num_held += 1
-            num_shared += block.num_refs > 1
+            num_shared += num_refs > 1
             assert block.fence < 0
-            assert block.id not in free
         elif block.fence >= 0:
             num_limbo += 1
-            assert block.id not in free
             assert newest_in_flight is None or block.fence <= newest_in_flight
-        elif block.hash is not None:
-            num_cached += 1
-            assert block.id not in free
+        elif hash_ is not None:
+            cached.append(block)
         else:
-            assert block.id in free, f"block {block.id} is lost"
-    assert pool.num_cached == num_cached
+            free.remove(id_)  # fails when the block is lost
+    assert not free, "a block that is free is something else too"
+    assert pool.num_cached == len(cached)
     assert pool.num_limbo == num_limbo
     assert pool.num_shared == num_shared
     assert pool.num_held == num_held
-    assert pool.num_free == len(free)
-    assert pool.num_available == num_cached + len(free)
-    assert num_held + num_limbo + num_cached + len(free) == pool.num_blocks - 1
-    assert len(pool.index) == sum(block.hash is not None for block in pool.blocks)
-    assert pool._num_children == dict(children)
+    assert pool.num_available == len(cached) + pool.num_free
+    assert num_held + num_limbo + len(cached) + pool.num_free == pool.num_blocks - 1
+    assert pool.index == published
+    assert pool._num_children == children
     assert len(pool.ghosts) <= pool.num_blocks
     assert pool.ghosts.keys().isdisjoint(pool.index)
     in_heap = set(pool._heap)
-    for block in pool.blocks[1:]:
-        if BlockPool._cached(block) and block.hash not in children:
-            assert (block.last_use, block.id) in in_heap, "a cached leaf that eviction would not find"
+    for block in cached:
+        assert block.hash in children or (block.last_use, block.id) in in_heap, "a cached leaf eviction would not find"
 
 
 def check_scheduler(scheduler: Scheduler) -> None:
@@ -64,11 +63,12 @@ def check_scheduler(scheduler: Scheduler) -> None:
     newest = scheduler._submitted[-1].plan.step if scheduler._submitted else -1
 
     for g, pool in enumerate(scheduler.pools):
-        refs: Counter[int] = Counter()
+        refs: dict[int, int] = {}
         for request in running:
             ids = [id_ for id_ in request.block_tables[g] if id_]
             assert len(set(ids)) == len(ids)
-            refs.update(ids)
+            for id_ in ids:
+                refs[id_] = refs.get(id_, 0) + 1
         check_pool(pool, refs, newest)
 
     planned: Counter[str] = Counter()

@@ -332,7 +332,7 @@ QUICK = settings(deadline=None, suppress_health_check=list(HealthCheck), print_b
 def test_any_schedule_gives_the_solo_tokens_and_loses_no_block(
     setting: Setting, asks: list[Ask], tape: list[int]
 ) -> None:
-    """Arrivals, cancels, gates, failures, tiny pools, drafts, depth 2: all counts exact after each, answers as alone."""
+    """Arrivals, cancels, gates, failures, tiny pools, drafts, depth 2: counts exact after each, answers as alone."""
     note(f"{setting}\n{asks}\n{tape}")
     world = World(setting, asks)
     for number in tape:

@@ -91,7 +91,7 @@ def test_a_request_gets_its_solo_tokens_and_one_record(depth: int) -> None:
         record = last.record
         assert record is not None
         assert (record.state, record.prompt_tokens, record.generation_tokens) == ("finished", len(prompt), 8)
-        assert [span.kind for span in record.spans][0] == "queue"
+        assert record.spans[0].kind == "queue"
         assert record.spans[-1].kind == "decode"
         assert record.finish_s is not None
         assert all(span.end_s is not None and span.start_s <= span.end_s <= record.finish_s for span in record.spans)

@@ -25,6 +25,7 @@ START_TIMEOUT_S = 180.0
 STOP_TIMEOUT_S = 60.0
 QUESTION = "Hello! Who are you?"
 STORY = "Tell me a short story about a cat and a red ball."
+MORE = "Tell me more."
 
 
 class DemoFailed(RuntimeError):
@@ -68,9 +69,11 @@ def _show(process: subprocess.Popen[bytes], server: OpenAIServer) -> None:
     print(answer["choices"][0]["message"]["content"].strip() + "\n")
 
     print(f"> {STORY}   (streamed)")
-    usage = _stream(server, {**body, "max_tokens": 120, "messages": [{"role": "user", "content": STORY}]})
-    print("again (its prompt is cached now):")
-    usage = _stream(server, {**body, "max_tokens": 20, "messages": [{"role": "user", "content": STORY}]}) or usage
+    messages = [{"role": "user", "content": STORY}]
+    text, usage = _stream(server, {**body, "max_tokens": 100, "messages": messages})
+    print(f"> {MORE}   (what came before is in the prefix cache)")
+    messages += [{"role": "assistant", "content": text}, {"role": "user", "content": MORE}]
+    _, usage = _stream(server, {**body, "max_tokens": 40, "messages": messages})
     if not usage.get("completion_tokens"):
         raise DemoFailed("the stream ended without tokens or without usage")
 
@@ -84,9 +87,10 @@ def _show(process: subprocess.Popen[bytes], server: OpenAIServer) -> None:
     print("stopped. Next: make serve, then penstock chat, or open the page the server names.")
 
 
-def _stream(server: OpenAIServer, body: dict[str, Any]) -> dict[str, Any]:
-    """Print a streamed answer and its facts; returns its usage."""
+def _stream(server: OpenAIServer, body: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Print a streamed answer and its facts; returns its text and usage."""
     usage: dict[str, Any] = {}
+    pieces: list[str] = []
     started = time.perf_counter()
     first_s = 0.0
     body = {**body, "stream_options": {"include_usage": True}}
@@ -96,9 +100,10 @@ def _stream(server: OpenAIServer, body: dict[str, Any]) -> dict[str, Any]:
             piece = choice.get("delta", {}).get("content") or ""
             if piece and not first_s:
                 first_s = time.perf_counter() - started
+            pieces.append(piece)
             print(piece, end="", flush=True)
     print(f"\n  {facts(usage, first_s, time.perf_counter() - started)}\n")
-    return usage
+    return "".join(pieces), usage
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], server: OpenAIServer) -> None:

@@ -175,6 +175,11 @@ def read_chat_template(value: str) -> str:
     return value
 
 
+def chosen_templates(own: Mapping[str, str], setting: str | None) -> dict[str, str]:
+    """A model's templates by name, unless the setting `chat_template` takes their place. Raises ChatError."""
+    return dict(own) if setting is None else {"default": read_chat_template(setting)}
+
+
 # ---- rendering ----
 
 

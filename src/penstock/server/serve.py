@@ -32,7 +32,7 @@ from penstock.engine.tokenizer import Tokenizer
 from penstock.engine.wire import LoopWire, listen
 from penstock.server import live
 from penstock.server.app import create_app
-from penstock.server.chat import ChatRenderer, read_chat_template
+from penstock.server.chat import ChatRenderer, chosen_templates
 from penstock.server.live import Live
 from penstock.server.metrics import Metrics
 from penstock.server.state import Served, ServerState
@@ -64,10 +64,7 @@ def served_model(config: Config, directory: Path, tokenizer: Tokenizer, vocab_si
 
     Compiles the chat templates, in their worker. Raises ChatError for a template that cannot work.
     """
-    templates = dict(tokenizer.chat_templates)
-    if config.model.chat_template is not None:
-        templates["default"] = read_chat_template(config.model.chat_template)
-        templates.pop("tool_use", None)
+    templates = chosen_templates(tokenizer.chat_templates, config.model.chat_template)
     trusted = config.model.trust_request_chat_template
     chat = ChatRenderer(templates, tokenizer.special_tokens, trust_request_chat_template=trusted)
     try:
