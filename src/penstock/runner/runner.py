@@ -5,6 +5,7 @@ Knows nothing of queues, of other requests' reasons or of time; it is told what 
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Protocol
 
@@ -126,8 +127,10 @@ class Runner:
             if count <= 0:
                 continue
             following = self.table.tokens[inputs.slots[i], start + 1 : start + 1 + count].astype(np.int64)
-            found: list[Logprobs | None] = []
+            found: list[Logprobs] = []
             for at in range(0, count, LOGITS_PIECE):
                 piece = hidden[begin + at : begin + min(at + LOGITS_PIECE, count)]
                 found += self.sampler.prompt_logprobs(self.model.logits(piece), following[at : at + len(piece)], num)
-            result.prompt_logprobs[i] = found
+            if any(math.isnan(entry.logprobs[0]) for entry in found):
+                self._fail(row, "the model's scores for the prompt are not numbers (NaN)", result)
+            result.prompt_logprobs[i] = [*found]
