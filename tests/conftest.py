@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before transformers, a test oracle, is imported anywhere
+# Before torch is: on a busy machine its OpenMP threads otherwise spend most of the time spinning for each other.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ The engine runs in this process; prompts go through the very front end and sched
 from __future__ import annotations
 
 import itertools
+import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -62,9 +63,9 @@ class LLM:
     Not safe for several threads. Raises ConfigError, CheckpointError, TokenizerError with one clear line each.
     """
 
-    def __init__(self, model: str = "penstock-tiny", **settings: Any) -> None:
+    def __init__(self, model: str | os.PathLike[str] = "penstock-tiny", **settings: Any) -> None:
         stages = Stages(time.monotonic())
-        resolved = complete(resolve({"model": model, **settings}), probe())
+        resolved = complete(resolve({"model": os.fspath(model), **settings}), probe())
         self.config = resolved.config
         self.model_config = resolved.model
         assert self.config.model.tokenizer is not None
@@ -99,6 +100,8 @@ class LLM:
         """
         several = _prompt_list(prompts)
         params = _params_list(sampling_params, len(several))
+        if priority is not None and len(priority) != len(several):
+            raise ValueError(f"{len(several)} prompts but {len(priority)} priorities")
         outputs: dict[str, RequestOutput] = {}
         try:
             for i, (prompt, own) in enumerate(zip(several, params, strict=True)):
@@ -158,11 +161,14 @@ class LLM:
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
             return prompt, self.tokenizer.encode(prompt)
+        text, ids = None, prompt
         if isinstance(prompt, Mapping):
-            ids = prompt.get("prompt_token_ids")
-            text = prompt.get("prompt")
-            return text, list(ids) if ids is not None else self.tokenizer.encode(text or "")
-        return None, list(prompt)
+            text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+            if ids is None and isinstance(text, str):
+                return text, self.tokenizer.encode(text)
+        if not isinstance(ids, Sequence) or not all(isinstance(token_id, int) for token_id in ids):
+            raise TypeError(f"a prompt is a text, token ids, or a dict with prompt or prompt_token_ids, not {prompt!r}")
+        return text, list(ids)
 
     def _run(self, outputs: dict[str, RequestOutput], show: bool) -> None:
         """Step until every request of `outputs` has ended."""
@@ -218,14 +224,16 @@ class LLM:
 
 def _prompt_list(prompts: Any) -> list[Prompt]:
     """One prompt or several: text, token ids and mappings are one each."""
-    if isinstance(prompts, str | Mapping) or (prompts and all(isinstance(p, int) for p in prompts)):
+    if not isinstance(prompts, Sequence) or isinstance(prompts, str):
         return [prompts]
-    return list(prompts)
+    return [list(prompts)] if prompts and all(isinstance(p, int) for p in prompts) else list(prompts)
 
 
 def _params_list(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:
     if params is None or isinstance(params, SamplingParams):
         return [params or SamplingParams()] * count
+    if isinstance(params, Mapping):
+        raise TypeError("sampling params are SamplingParams(...), one or a list, not a dict")
     if len(params) != count:
         raise ValueError(f"{count} prompts but {len(params)} sampling params")
     return list(params)

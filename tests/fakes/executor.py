@@ -224,9 +224,7 @@ class FakeExecutor:
             assert 0 <= row.num_draft < row.num_tokens
             end = -(-(row.start + row.num_tokens) // size)
             entry = _Lent(outside.mark, set(), set())
-            for g, (table, new, window) in enumerate(
-                zip(outside.tables, row.new_block_ids, self.windows, strict=True)
-            ):
+            for g, (table, new, window) in enumerate(zip(outside.tables, row.new_block_ids, self.windows, strict=True)):
                 table.extend(new)
                 assert len(table) >= end, "the row has no blocks for its tokens"
                 first = 0 if window is None else max(0, start - window + 1) // size

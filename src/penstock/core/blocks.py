@@ -151,6 +151,9 @@ class BlockPool:
         self.num_cached += 1
         if block.hash not in self._num_children:
             heapq.heappush(self._heap, (block.last_use, block.id))
+            if len(self._heap) > 4 * self.num_blocks:  # mostly blocks that were hit again since
+                self._heap = [(b.last_use, b.id) for b in self.blocks if self._cached(b)]
+                heapq.heapify(self._heap)
 
     def _evict(self, now: float) -> Block:
         while self._heap:

@@ -79,6 +79,20 @@ class KVCache:
             for pool, ids in zip(self.pools, hit.block_ids, strict=True)
         )
 
+    def would_have(self, needs: Sequence[int], leaving: Sequence[Request]) -> bool:
+        """Could every group give its `needs` blocks once steps in flight have ended and `leaving` are gone?"""
+        for g, (need, pool) in enumerate(zip(needs, self.pools, strict=True)):
+            room = pool.num_available + pool.num_limbo
+            num_refs: dict[int, int] = {}
+            for request in leaving:
+                for id_ in request.block_tables[g]:
+                    if id_:
+                        num_refs[id_] = left = num_refs.get(id_, pool.blocks[id_].num_refs) - 1
+                        room += not left
+            if need > room:
+                return False
+        return True
+
     def hold(self, request: Request, hit: Hit) -> None:
         """Start the request on the blocks of a hit."""
         for pool, ids, table in zip(self.pools, hit.block_ids, request.block_tables, strict=True):

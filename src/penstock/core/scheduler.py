@@ -20,7 +20,7 @@ from penstock.core.prefix import Hit
 from penstock.core.request import FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, Request
 
 LOOK_AHEAD = 64  # waiting requests that are passed over before a plan gives up admitting
-MIN_CHUNK = 16  # a prompt is not started for fewer tokens, unless it ends with them
+MIN_CHUNK = 16  # a prompt is not started for fewer tokens (a quarter of a small step), unless it ends with them
 WAITS = frozenset(("capacity", "shared_block", "preempted"))  # reasons of waiting that are not gates
 
 
@@ -100,6 +100,7 @@ class Scheduler:
         self.step = 0
         self._submitted: deque[_Submitted] = deque()
         self._released: list[str] = []
+        self._gave_way: set[str] = set()  # preempted by the plan that is being made
         self._waiting_sorted = True
 
     # ---- what there is to do ----
@@ -159,6 +160,7 @@ class Scheduler:
     def plan(self, now: float) -> StepPlan | None:
         """Choose the next step's tokens, and count it as submitted. None when nothing can be computed now."""
         budget = self.limits.max_num_batched_tokens
+        self._gave_way.clear()
         submitted = _Submitted(StepPlan(self.step, []), [])
         decodes: list[Request] = []
         chunks: list[Request] = []
@@ -204,9 +206,10 @@ class Scheduler:
             num_draft = max(0, min(self.drafts.num_draft(request), request.max_total - num_known - 1, spare))
         new_blocks = self.kv.nothing
         missing = start + num_tokens + num_draft - len(request.block_tables[0]) * self.block_size
+        if num_draft and missing > 0 and any(-(-missing // self.block_size) > p.num_available for p in self.pools):
+            dropped = min(num_draft, missing)  # guesses take nobody's blocks
+            num_draft, missing = num_draft - dropped, missing - dropped
         if missing > 0:
-            if num_draft and any(-(-missing // self.block_size) > pool.num_available for pool in self.pools):
-                num_draft = 0  # guesses take nobody's blocks
             reserved = self._reserve(request, start + num_tokens + num_draft, now)
             if reserved is None:
                 return 0
@@ -246,21 +249,29 @@ class Scheduler:
         """Blocks for tokens up to `end`; preempts others if it must. None: not this step."""
         num_blocks = -(-end // self.block_size)
         needs = [num_blocks - len(table) for table in request.block_tables]
-        while any(need > pool.num_available for need, pool in zip(needs, self.pools, strict=True)):
-            if all(need <= p.num_available + p.num_limbo for need, p in zip(needs, self.pools, strict=True)):
-                return None  # enough comes back when the steps in flight end
-            victim = self.policy.victim(
-                [
-                    r
-                    for r in self.running
-                    if r.plan_marker != self.step and len(r.token_ids) + r.num_unsampled < r.max_total
-                ],
-                now,
-            )
-            if victim is request:
-                return None  # it would give way itself: it waits with what it has
-            self._preempt(victim, now)
+        if any(need > pool.num_available for need, pool in zip(needs, self.pools, strict=True)):
+            if not self._make_room(request, needs, now):
+                return None
         return self.kv.allocate(request, needs, now)
+
+    def _make_room(self, request: Request, needs: list[int], now: float) -> bool:
+        """Preempt whoever gives way to `request`, until `needs` blocks are there. False: it waits with what it has.
+
+        Nobody is preempted in vain, nobody whose blocks come back soon anyway, and nobody for a request that would
+        give way first.
+        """
+        leaving = [r for r in self.running if r.num_unsampled and r.num_known >= r.max_total]
+        staying = [r for r in self.running if r.plan_marker != self.step and r not in leaving]
+        victims: list[Request] = []
+        while not self.kv.would_have(needs, leaving + victims):
+            victim = self.policy.victim(staying, now)
+            if victim is request:
+                return False
+            staying.remove(victim)
+            victims.append(victim)
+        for victim in victims:
+            self._preempt(victim, now)
+        return all(need <= pool.num_available for need, pool in zip(needs, self.pools, strict=True))
 
     # ---- admission ----
 
@@ -307,8 +318,8 @@ class Scheduler:
         self, request: Request, budget: int, submitted: _Submitted, admitted: list[Admitted], now: float
     ) -> str | None:
         """Start one waiting request, or say why not."""
-        if request.num_in_flight:
-            return "preempted"  # its last rows must come home first
+        if request.num_in_flight or request.id in self._gave_way:
+            return "preempted"  # its last rows must come home first; and not in the plan that took its blocks
         size = self.block_size
         hit = self.kv.match(request)
         start = hit.num_blocks * size
@@ -320,7 +331,7 @@ class Scheduler:
             if limit <= start:
                 return next(iter(request.waiting_for)).split(":")[0]
         num_tokens = min(limit - start, budget)
-        if num_tokens < min(limit - start, MIN_CHUNK, self.limits.max_num_batched_tokens):
+        if num_tokens < min(limit - start, MIN_CHUNK, 1 + self.limits.max_num_batched_tokens // 4):
             return "budget"
         sharing = self.kv.sharing(hit, self.running)
         if not self.peak.fits(request, sharing):
@@ -450,6 +461,7 @@ class Scheduler:
         self.counters.num_preemptions += 1
         self._leave(request)
         self.kv.reset(request)
+        self._gave_way.add(request.id)
         request.queue_reason = "preempted"
         self.waiting.append(request)
         self._waiting_sorted = False

@@ -115,7 +115,7 @@ def _cells(pool: BlockPool, filling: set[int]) -> tuple[int, int, str]:
     letters = []
     for block in pool.blocks[1:]:
         if block.num_refs == 0:
-            letters.append("." if block.hash is None else "c")
+            letters.append("." if block.hash is None or block.fence >= 0 else "c")
         elif block.id in filling:
             letters.append("f")
         else:

@@ -61,6 +61,8 @@ class Timeline:
             if track is None:
                 continue
             last = track.spans[-1] if track.spans else None
+            if last is not None and last.kind == "preempted" and last.end_s is None:
+                continue  # computed by a step in flight when its blocks were taken: it will be computed again
             if last is not None and last.kind == "prefill" and len(track.spans) >= MAX_SPANS - 3:
                 last.end_s, last.num_tokens = end_s, last.num_tokens + row.num_tokens
             else:
@@ -113,6 +115,8 @@ class Timeline:
         scheduler, at = self._scheduler, request.num_cached
         if not scheduler.kv.enabled:
             return Miss("disabled", 0, "prefix caching is off")
+        if request.params.prompt_logprobs is not None:
+            return Miss("disabled", 0, "log probabilities of the prompt were asked for, so all of it is computed")
         size = scheduler.block_size
         num_blocks = at // size
         if at + size >= request.prompt_len:

@@ -166,7 +166,7 @@ class SmallEndpoints:
         self._check_loaded()
         name = request.path_params["name"]
         if name not in self.state.served.names:
-            raise model_not_found(name)
+            raise model_not_found(name, self.state.served.names)
         return _json(self._card(name))
 
     async def tokenize(self, request: Request) -> Response:

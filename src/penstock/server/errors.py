@@ -5,7 +5,7 @@ Knows HTTP status codes. Does not know requests, engines or text.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import msgspec
 from starlette.responses import Response
@@ -44,8 +44,9 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return ApiError(400, message, param=param, code=code)
 
 
-def model_not_found(model: str) -> ApiError:
-    return ApiError(404, f"the model {clipped(model)!r} does not exist", param="model", code="model_not_found")
+def model_not_found(model: str, served: Sequence[str]) -> ApiError:
+    message = f"the model {clipped(model)!r} does not exist; this server has {', '.join(served)}"
+    return ApiError(404, message, param="model", code="model_not_found")
 
 
 def body_too_large(max_body_bytes: int) -> ApiError:

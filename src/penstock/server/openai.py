@@ -176,7 +176,7 @@ def check_model(state: ServerState, name: str | None) -> str:
     if not name:
         return names[0]
     if name not in names:
-        raise model_not_found(name)
+        raise model_not_found(name, names)
     return name
 
 

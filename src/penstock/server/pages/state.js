@@ -36,6 +36,6 @@ export const spanVar = span => span.kind === 'load' ? `--${span.tier || 'host'}`
 export const spanName = span => (SPAN[span.kind] || [0, span.kind])[1];
 
 export const MISS = {
-  first_seen: 'First seen', diverged: 'Prompt differs', evicted: 'Was evicted', tail: 'Last block is never reused',
+  first_seen: 'First seen', diverged: 'Prompt differs', evicted: 'Was evicted', tail: 'The uncached tail starts',
   cheaper: 'Cheaper to compute', disabled: 'Cache is off',
 };
