@@ -161,7 +161,8 @@ class LLM:
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str):
             return prompt, self.tokenizer.encode(prompt)
-        text, ids = None, prompt
+        text: str | None = None
+        ids: Any = prompt
         if isinstance(prompt, Mapping):
             text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
             if ids is None and isinstance(text, str):
@@ -224,9 +225,10 @@ class LLM:
 
 def _prompt_list(prompts: Any) -> list[Prompt]:
     """One prompt or several: text, token ids and mappings are one each."""
-    if not isinstance(prompts, Sequence) or isinstance(prompts, str):
+    if isinstance(prompts, str | Mapping) or not isinstance(prompts, Iterable):
         return [prompts]
-    return [list(prompts)] if prompts and all(isinstance(p, int) for p in prompts) else list(prompts)
+    several = list(prompts)
+    return [several] if several and all(isinstance(p, int) for p in several) else several
 
 
 def _params_list(params: SamplingParams | Sequence[SamplingParams] | None, count: int) -> list[SamplingParams]:

@@ -68,6 +68,18 @@ def test_forced_preemption_does_preempt() -> None:
         assert world.scheduler.counters.num_preemptions >= 3
 
 
+def test_a_victim_does_not_come_back_in_the_plan_that_took_its_blocks() -> None:
+    """What it left free would do for the start of its prompt, and the next step would take it away again.
+
+    The world checks it of every plan; here are two siblings that must recompute their prompts, in too small a pool.
+    """
+    asks = [Ask(max_tokens=1), Ask(shared=7, max_tokens=16, prompt_logprobs=True, siblings=2)]
+    world = World(Setting(spare_blocks=0, hopeful=True, stops=False), asks)
+    world.drain()
+    world.check_answers()
+    assert world.scheduler.counters.num_preemptions
+
+
 @settings(QUICK, max_examples=300)
 @given(
     st.lists(

@@ -140,7 +140,8 @@ def test_a_prompt_that_is_too_long_is_told_with_both_lengths(server: RealServer)
         assert str(num_tokens) in message and str(MAX_MODEL_LEN) in message
     words = "word " * 5 * MAX_MODEL_LEN
     num_tokens = server.post("/tokenize", {"prompt": words}).json()["count"]
-    assert str(num_tokens) in assert_error(server.post(TEXT, {"prompt": words}), 400, "prompt", "context_length_exceeded")
+    message = assert_error(server.post(TEXT, {"prompt": words}), 400, "prompt", "context_length_exceeded")
+    assert str(num_tokens) in message
     message = assert_error(server.post(CHAT, {"messages": [{"role": "user", "content": words}]}), 400)
     assert str(MAX_MODEL_LEN) in message
     cut = server.complete([7] * 600, truncate_prompt_tokens=20, max_tokens=1)
@@ -180,13 +181,16 @@ def test_a_body_of_100_megabytes_is_refused(server: RealServer) -> None:
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
         head = "".join(f"{name}: {value}\r\n" for name, value in declared.items())
         sock.sendall(f"POST {TEXT} HTTP/1.1\r\nhost: a\r\n{head}\r\n".encode())
-        answer = sock.recv(4096).decode()
+        answer = ""
+        while "body_too_large" not in answer and (piece := sock.recv(4096)):  # head and body may come apart
+            answer += piece.decode()
     assert answer.startswith("HTTP/1.1 413 ") and "body_too_large" in answer  # before a byte of it was sent
     assert time.monotonic() - begin < 30
 
 
 def test_broken_http_is_answered_and_forgotten(server: RealServer) -> None:
-    for sent in (b"GARBAGE\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", b"POST /v1/completions HTTP/1.1\r\ncontent-length: x\r\n\r\n"):
+    length = b"POST /v1/completions HTTP/1.1\r\ncontent-length: x\r\n\r\n"
+    for sent in (b"GARBAGE\r\n\r\n", b"GET / HTTP/9.9\r\n\r\n", length):
         with socket.create_connection(("127.0.0.1", server.port), timeout=20) as sock:
             sock.sendall(sent)
             assert sock.recv(4096).startswith((b"HTTP/1.1 400", b"HTTP/1.1 505", b"HTTP/1.1 404", b"HTTP/1.1 200"))

@@ -39,8 +39,8 @@ def test_chat_from_a_pipe_is_a_conversation(server: RealServer) -> None:
 
 def test_generate_offline_is_what_the_server_says(server: RealServer) -> None:
     prompt = "Once upon a time"
-    arguments = ["-p", prompt, "-p", "The dog", "--max-tokens", "8", "--temperature", "0", "--dtype", "float32", "--json"]
-    done = penstock_command("generate", *arguments, "--kv-cache-memory-bytes", "16M")
+    greedy = ["--max-tokens", "8", "--temperature", "0", "--dtype", "float32", "--kv-cache-memory-bytes", "16M"]
+    done = penstock_command("generate", "-p", prompt, "-p", "The dog", "--json", *greedy)
     assert (done.returncode, done.stderr) == (0, "")
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert [row["prompt"] for row in rows] == [prompt, "The dog"]

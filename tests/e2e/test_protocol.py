@@ -57,14 +57,14 @@ def test_a_request_id_goes_through_and_is_made_when_missing(server: RealServer) 
 
 def test_metrics_have_vllms_names_and_move(server: RealServer) -> None:
     server.complete(**BODY)
-    before = until(lambda: _all_counted(server), what="a count of every request")
+    before = settled(server)
     missing = [name for name in GAUGES if name not in before]
     missing += [name for name in COUNTERS if f"{name}_total" not in before]
     missing += [name for name in HISTOGRAMS if f"{name}_count" not in before or f"{name}_sum" not in before]
     assert not missing
 
     num_prompt = server.complete(**BODY, n=2)["usage"]["prompt_tokens"]
-    after = until(lambda: _moved(server, before["request_success_total"] + 2), what="a count of both samples")
+    after = settled(server, before["request_success_total"] + 2)
     grown = {name: after[name] - before[name] for name in before}
     assert grown["request_success_total"] == 2
     assert grown["generation_tokens_total"] == 8
@@ -82,20 +82,17 @@ def test_metrics_have_vllms_names_and_move(server: RealServer) -> None:
     server.complete(**long)
     hits = server.complete(**long)["usage"]["prompt_tokens_details"]["cached_tokens"]
     assert hits > 64
-    cached = until(lambda: _moved(server, after["request_success_total"] + 2), what="a count of both requests")
+    cached = settled(server, after["request_success_total"] + 2)
     assert cached["prefix_cache_hits_total"] - after["prefix_cache_hits_total"] == hits
     assert cached["prompt_tokens_cached_total"] - after["prompt_tokens_cached_total"] == hits
 
 
-def _all_counted(server: RealServer) -> dict[str, float] | None:
-    """The metrics once nothing runs and the engine's last report is in."""
-    found = metrics(server)
-    return found if found["prompt_tokens_total"] == found["request_prompt_tokens_sum"] else None
-
-
-def _moved(server: RealServer, num_success: float) -> dict[str, float] | None:
-    found = _all_counted(server)
-    return found if found is not None and found["request_success_total"] == num_success else None
+def settled(server: RealServer, num_success: float | None = None) -> dict[str, float]:
+    """The metrics once nothing runs, the engine's last report is in, and so many requests have ended."""
+    if num_success is not None:
+        until(lambda: metrics(server)["request_success_total"] == num_success, what="a count of every request")
+    server.until_idle()
+    return metrics(server)
 
 
 def test_load_counts_requests_in_flight(server: RealServer) -> None:

@@ -1,4 +1,4 @@
-"""A real checkpoint of another project, converted, then offline and over HTTP: what plain PyTorch said about it, again."""
+"""A real checkpoint of another project, converted, then run offline and over HTTP: what plain PyTorch said, again."""
 
 from __future__ import annotations
 

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import io
 import random
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from tests.core.world import Ask, Setting, World, asks_strategy, limits_of, settings_strategy, tape_strategy
 from tests.fakes.executor import FakeExecutor, HashModel, fake_layout
 
+from penstock.config.model import KVLayout
 from penstock.core.request import Request, SamplingParams
-from penstock.core.scheduler import SchedulerLimits
+from penstock.core.scheduler import Scheduler, SchedulerLimits
 from penstock.engine.recorder import RecordingScheduler, ReplayMismatch, Setup, replay
 
 
@@ -88,3 +94,27 @@ def test_a_recording_cut_short_replays_up_to_there(tmp_path: Path) -> None:
     data = path.read_bytes()
     path.write_bytes(data[: len(data) * 2 // 3])
     assert 0 < replay(path) < num_plans
+
+
+@settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+@given(settings_strategy, asks_strategy, tape_strategy)
+def test_any_schedule_replays(setting: Setting, asks: list[Ask], tape: list[int]) -> None:
+    """Whatever happened, in whatever order: cancels, gates, failures, preemption, depth 2, forgotten caches."""
+    file = io.BytesIO()
+
+    def make(setting: Setting, layout: KVLayout, num_blocks: tuple[int, ...]) -> Scheduler:
+        limits = limits_of(setting)
+        setup = Setup(
+            layout, num_blocks, limits, setting.policy, "m", setting.prefix_caching, feeds_back=setting.feeds_back
+        )
+        return RecordingScheduler(setup, file)
+
+    world = World(replace(setting, hopeful=False, most_drafts=0), asks, make)
+    for number in tape:
+        world.turn(number)
+    world.drain()
+    world.check_answers()
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "record"
+        path.write_bytes(file.getvalue())
+        assert replay(path) >= world.scheduler.step

@@ -26,7 +26,7 @@ from penstock.engine.messages import Fatal, Progress, Ready
 from penstock.engine.ranks import InlineExecutor, ThreadExecutor
 from penstock.engine.recorder import RecordingScheduler, Setup
 from penstock.engine.wire import dial
-from penstock.nn.allocator import keep_freed_memory
+from penstock.nn.allocator import bound_kernel_caches, keep_freed_memory
 from penstock.nn.kernels.attention import PagedAttention
 from penstock.nn.models import create_model, model_routes
 from penstock.nn.weights.create import init_dummy
@@ -67,6 +67,7 @@ def build_engine(resolved: Resolved, progress: ProgressCallback, stages: Stages)
     config, shape = resolved.config, resolved.model
     assert config.runtime.num_threads is not None and config.model.max_model_len is not None
     keep_freed_memory()
+    bound_kernel_caches()
     torch.set_num_threads(config.runtime.num_threads)
     device, dtype = torch.device("cpu"), getattr(torch, config.model.dtype)
     progress("allocating", 0, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 
@@ -13,6 +14,14 @@ class ParamsError(ValueError):
     def __init__(self, param: str, message: str) -> None:
         super().__init__(message)
         self.param = param
+
+
+_NUMBERS: dict[str, type] = {
+    **dict.fromkeys(("n", "top_k", "seed", "max_tokens", "min_tokens", "logprobs", "prompt_logprobs"), Integral),
+    **dict.fromkeys(("presence_penalty", "frequency_penalty", "repetition_penalty", "temperature"), Real),
+    **dict.fromkeys(("top_p", "min_p"), Real),
+}
+_OPTIONAL = frozenset({"seed", "max_tokens", "logprobs", "prompt_logprobs"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +75,10 @@ class SamplingParams:
             if not ok:
                 raise ParamsError(param, f"{param} must be {rule}, got {getattr(self, param)!r}")
 
+        for name, kind in _NUMBERS.items():
+            value = getattr(self, name)
+            is_right = type(value) is int or isinstance(value, kind) or (value is None and name in _OPTIONAL)
+            require(is_right, name, "a whole number" if kind is Integral else "a number")
         require(1 <= self.n <= 128, "n", "between 1 and 128")
         require(-2 <= self.presence_penalty <= 2, "presence_penalty", "between -2 and 2")
         require(-2 <= self.frequency_penalty <= 2, "frequency_penalty", "between -2 and 2")

@@ -281,9 +281,8 @@ class Scheduler:
         if not self._waiting_sorted:
             self.waiting = self.policy.order(self.waiting, now)
             self._waiting_sorted = True
-        if self.limits.max_num_seqs <= len(self.running):
-            for request in self.waiting[:LOOK_AHEAD]:
-                request.queue_reason = request.queue_reason or "slots"
+        if len(self.running) >= self.limits.max_num_seqs:
+            self._wait_for_slots()
             return
         self.peak.begin(
             [(request, self.kv.count_shared(request)) for request in self.running],
@@ -313,6 +312,12 @@ class Scheduler:
         if started:
             self.waiting = [r for r in self.waiting if r.id not in started]
             self.running = self.policy.order(self.running, now)
+            if len(self.running) >= self.limits.max_num_seqs:
+                self._wait_for_slots()
+
+    def _wait_for_slots(self) -> None:
+        for request in self.waiting[:LOOK_AHEAD]:
+            request.queue_reason = request.queue_reason or "slots"
 
     def _try_admit(
         self, request: Request, budget: int, submitted: _Submitted, admitted: list[Admitted], now: float

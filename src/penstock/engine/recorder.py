@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 import msgspec
 
@@ -16,6 +16,8 @@ from penstock.core.plan import StepPlan, StepResult
 from penstock.core.policy import POLICIES
 from penstock.core.request import MediaItem, Request, SamplingParams
 from penstock.core.scheduler import Progress, Scheduler, SchedulerLimits
+
+T = TypeVar("T")
 
 _encode = msgspec.msgpack.Encoder(order="deterministic").encode
 
@@ -55,7 +57,7 @@ class _Added(msgspec.Struct, frozen=True):
     params: SamplingParams
     seed: int
     max_total: int
-    stop_ids: list[int]
+    stop_ids: frozenset[int]
     arrival_s: float
     deadline_s: float | None
     priority: int
@@ -70,11 +72,11 @@ class RecordingScheduler(Scheduler):
     def __init__(self, setup: Setup, file: BinaryIO) -> None:
         super().__init__(**setup._arguments())
         self._file = file
-        self._write("setup", msgspec.to_builtins(setup))
+        self._write("setup", _plain(setup))
 
     def add(self, request: Request) -> None:
-        added = _Added(**{name: _plain(getattr(request, name)) for name in _Added.__struct_fields__})
-        self._write("add", msgspec.to_builtins(added))
+        added = _Added(**{name: getattr(request, name) for name in _Added.__struct_fields__})
+        self._write("add", _plain(added))
         super().add(request)
 
     def finish(self, request_id: str, reason: str, now: float) -> Request | None:
@@ -103,7 +105,7 @@ class RecordingScheduler(Scheduler):
         return plan
 
     def commit(self, result: StepResult, now: float) -> list[Progress]:
-        self._write("commit", now, msgspec.to_builtins(result))
+        self._write("commit", now, _plain(result))
         return super().commit(result, now)
 
     def _write(self, *record: Any) -> None:
@@ -113,7 +115,7 @@ class RecordingScheduler(Scheduler):
 
 def encode_plan(plan: StepPlan | None) -> bytes:
     """A plan as bytes: equal plans give equal bytes."""
-    return _encode(msgspec.to_builtins(plan))
+    return _encode(_plain(plan))
 
 
 class ReplayMismatch(Exception):
@@ -125,7 +127,7 @@ def replay(path: str | Path) -> int:
     records = _read(Path(path))
     kind, setup = next(records)
     assert kind == "setup"
-    scheduler = msgspec.convert(setup, Setup).build()
+    scheduler = _typed(setup, Setup).build()
     num_plans = 0
     for kind, *rest in records:
         if kind == "plan":
@@ -135,18 +137,23 @@ def replay(path: str | Path) -> int:
             num_plans += 1
         elif kind == "commit":
             now, result = rest
-            scheduler.commit(msgspec.convert(result, StepResult, strict=False), now)
+            scheduler.commit(_typed(result, StepResult), now)
         elif kind == "add":
-            added = msgspec.convert(rest[0], _Added, strict=False)
-            fields = {name: getattr(added, name) for name in _Added.__struct_fields__}
-            scheduler.add(Request(**{**fields, "stop_ids": frozenset(added.stop_ids)}))
+            added = _typed(rest[0], _Added)
+            scheduler.add(Request(**{name: getattr(added, name) for name in _Added.__struct_fields__}))
         else:
             getattr(scheduler, kind)(*rest)
     return num_plans
 
 
 def _plain(value: Any) -> Any:
-    return sorted(value) if isinstance(value, frozenset) else list(value) if isinstance(value, list) else value
+    """As lists and dictionaries whose order does not depend on how they were built; integer keys become strings."""
+    return msgspec.to_builtins(value, str_keys=True, order="deterministic")
+
+
+def _typed(value: Any, type_: type[T]) -> T:
+    """Back from `_plain`."""
+    return msgspec.convert(value, type_, strict=False, str_keys=True)
 
 
 def _read(path: Path) -> Iterator[Any]:
