@@ -20,7 +20,7 @@ from penstock.config.hardware import probe
 from penstock.config.load import model_directory, resolve
 from penstock.core.plan import Logprobs
 from penstock.core.request import SamplingParams
-from penstock.engine.client import FrontEnd, Output
+from penstock.engine.client import FrontEnd, LiveRequest, Output
 from penstock.engine.loop import turn
 from penstock.engine.messages import RequestRecord, ResetPrefixCache
 from penstock.engine.tokenizer import load_tokenizer
@@ -28,6 +28,15 @@ from penstock.engine.wire import local_pair
 from penstock.server.chat import ChatRenderer, Conversation, chosen_templates
 
 Prompt = str | Sequence[int] | Mapping[str, Any]  # text, token ids, {"prompt": ...} or {"prompt_token_ids": ...}
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """One token's log probability at one position; `rank` is 1-based, `decoded_token` its text alone."""
+
+    logprob: float
+    rank: int
+    decoded_token: str
 
 
 @dataclass(slots=True)
@@ -38,7 +47,7 @@ class CompletionOutput:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     cumulative_logprob: float | None = None
-    logprobs: list[Logprobs] | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
 
@@ -51,7 +60,7 @@ class RequestOutput:
     prompt: str | None
     prompt_token_ids: list[int]
     outputs: list[CompletionOutput]
-    prompt_logprobs: list[Logprobs | None] | None = None
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
     finished: bool = False
     num_cached_tokens: int = 0
     metrics: RequestRecord | None = None
@@ -103,6 +112,7 @@ class LLM:
         if priority is not None and len(priority) != len(several):
             raise ValueError(f"{len(several)} prompts but {len(priority)} priorities")
         outputs: dict[str, RequestOutput] = {}
+        lives: dict[str, LiveRequest] = {}
         try:
             for i, (prompt, own) in enumerate(zip(several, params, strict=True)):
                 text, ids = self._encode(prompt)
@@ -110,9 +120,10 @@ class LLM:
                 live = self._front.submit(
                     request_id, ids, own, time.monotonic(), priority=priority[i] if priority else 0
                 )
+                lives[request_id] = live
                 samples = [CompletionOutput(n) for n in range(own.n)]
                 outputs[request_id] = RequestOutput(request_id, text, live.token_ids, samples)
-            self._run(outputs, use_tqdm)
+            self._run(outputs, lives, use_tqdm)
         except BaseException:
             for request_id in outputs:
                 self._front.cancel(request_id, time.monotonic())
@@ -171,7 +182,7 @@ class LLM:
             raise TypeError(f"a prompt is a text, token ids, or a dict with prompt or prompt_token_ids, not {prompt!r}")
         return text, list(ids)
 
-    def _run(self, outputs: dict[str, RequestOutput], show: bool) -> None:
+    def _run(self, outputs: dict[str, RequestOutput], lives: dict[str, LiveRequest], show: bool) -> None:
         """Step until every request of `outputs` has ended."""
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         with Progress(*columns, TextColumn("{task.fields[rate]}"), disable=not show, transient=False) as bar:
@@ -189,25 +200,32 @@ class LLM:
                     if out.is_last:
                         num_left -= 1
                         request.finished = True
+                        live = lives[out.request_id]
+                        request.num_cached_tokens = live.num_cached
+                        request.metrics = self._front.records.get(live.sample_id(0))
                         rate = f"{num_tokens / max(time.monotonic() - begin, 1e-9):,.0f} output tok/s"
                         bar.update(task, advance=1, rate=rate)
-        for request in outputs.values():
-            live_id = request.request_id if len(request.outputs) == 1 else f"{request.request_id}.0"
-            request.metrics = self._front.records.get(live_id)
-            if request.metrics is not None:
-                request.num_cached_tokens = request.metrics.cached_tokens
 
-    @staticmethod
-    def _collect(request: RequestOutput, out: Output) -> None:
+    def _collect(self, request: RequestOutput, out: Output) -> None:
         sample = request.outputs[out.index]
         sample.text += out.text
         sample.token_ids += out.token_ids
         if out.logprobs is not None:
-            sample.logprobs = (sample.logprobs or []) + out.logprobs
+            sample.logprobs = (sample.logprobs or []) + [self._logprobs(position) for position in out.logprobs]
             sample.cumulative_logprob = (sample.cumulative_logprob or 0.0) + sum(p.logprobs[0] for p in out.logprobs)
         if out.prompt_logprobs is not None:
-            request.prompt_logprobs = out.prompt_logprobs
+            found = [None if position is None else self._logprobs(position) for position in out.prompt_logprobs]
+            request.prompt_logprobs = found
         sample.finish_reason, sample.stop_reason = out.finish_reason, out.stop_reason
+
+    def _logprobs(self, position: Logprobs) -> dict[int, Logprob]:
+        """vLLM's form: token id -> Logprob, the token that is there first, then the best ones."""
+        ranks = [position.rank, *range(1, len(position.token_ids))]
+        found: dict[int, Logprob] = {}
+        for token_id, logprob, rank in zip(position.token_ids, position.logprobs, ranks, strict=True):
+            if token_id not in found:
+                found[token_id] = Logprob(logprob, rank, self.tokenizer.token_text(token_id))
+        return found
 
     def _turn(self) -> Iterable[Output]:
         turn(self._built.engine, self._built.executor, self._engine_wire, time.monotonic)

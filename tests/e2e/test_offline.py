@@ -62,7 +62,9 @@ def test_outputs_carry_what_vllms_carry(llm: LLM) -> None:
         expected = dense_logprobs(ids + sample.token_ids)[len(ids) - 1 :]
         own = [float(expected[i, token_id]) for i, token_id in enumerate(sample.token_ids)]
         assert sample.logprobs is not None
-        assert [position.logprobs[0] for position in sample.logprobs] == pytest.approx(own, abs=1e-3)
+        found = [position[token] for position, token in zip(sample.logprobs, sample.token_ids, strict=True)]
+        assert [entry.logprob for entry in found] == pytest.approx(own, abs=1e-3)
+        assert all(entry.rank >= 1 and entry.decoded_token for entry in found)
         assert sample.cumulative_logprob == pytest.approx(sum(own), abs=1e-2)
         assert (sample.finish_reason, len(sample.token_ids)) == ("length", 6)
         assert llm.tokenizer.decode(sample.token_ids, skip_special_tokens=True) == sample.text

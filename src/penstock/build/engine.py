@@ -142,7 +142,7 @@ def main(address: str, encoded: bytes, start_s: float) -> int:
         run_engine(built.engine, built.executor, wire, time.monotonic)
         built.executor.close()
         return 0
-    except (ValueError, OSError, MemoryError, RuntimeError) as error:
+    except Exception as error:
         if os.environ.get("PENSTOCK_DEBUG"):
             raise
         ours = type(error).__module__.startswith("penstock.") and str(error)  # says it all, for people

@@ -164,6 +164,7 @@ class Request:
     num_drafts_rejected: int = 0
     num_logprobs_done: int = 0  # prompt positions whose prompt_logprobs are out
     plan_marker: int = -1  # the step that last planned it: never preempted inside its own plan
+    refused_at: int = -1  # the scheduler's count of returned memory when it last did not fit
     passed_over_s: float | None = None  # since when it was ready and did not fit
     queue_reason: str = ""
     admitted_s: float | None = None  # first time

@@ -100,6 +100,7 @@ class Scheduler:
         self.step = 0
         self._submitted: deque[_Submitted] = deque()
         self._released: list[str] = []
+        self._num_returns = 0  # times that memory or the outlook on it may have grown
         self._gave_way: set[str] = set()  # preempted by the plan that is being made
         self._waiting_sorted = True
 
@@ -140,6 +141,7 @@ class Scheduler:
     def forget_cache(self) -> None:
         """Drop every cached block; blocks of live requests stay, unpublished."""
         self.kv.forget()
+        self._num_returns += 1
 
     @property
     def has_work(self) -> bool:
@@ -284,16 +286,20 @@ class Scheduler:
         if len(self.running) >= self.limits.max_num_seqs:
             self._wait_for_slots()
             return
-        self.peak.begin(
-            [(request, self.kv.count_shared(request)) for request in self.running],
-            self.kv.num_shared,
-        )
         started: set[str] = set()
-        num_passed = 0
+        num_passed, looked = 0, False
         for request in self.waiting:
             if len(self.running) >= self.limits.max_num_seqs or num_passed >= LOOK_AHEAD:
                 break
-            reason = self._try_admit(request, budget, submitted, admitted, now)
+            reason: str | None = "capacity"
+            if request.refused_at != self._num_returns:  # something came back since it did not fit
+                if not looked:
+                    running = [(other, self.kv.count_shared(other)) for other in self.running]
+                    self.peak.begin(running, self.kv.num_shared)
+                    looked = True
+                reason = self._try_admit(request, budget, submitted, admitted, now)
+                if reason == "capacity":
+                    request.refused_at = self._num_returns
             if reason is None:
                 started.add(request.id)
                 budget -= rows[-1].num_tokens
@@ -425,6 +431,8 @@ class Scheduler:
             reason = request.finish_reason
             if reason is not None:
                 self._finish(request, reason, now)
+        if self.kv.windows or any(pool.num_limbo for pool in self.pools):
+            self._num_returns += 1
         self.kv.end_filling(submitted.filling)
         self.kv.settle(plan.step)
         return out
@@ -474,6 +482,7 @@ class Scheduler:
 
     def _leave(self, request: Request) -> None:
         """Out of the running or waiting set; blocks are released behind the steps in flight, deepest first."""
+        self._num_returns += 1
         if request.is_running:
             request.is_running = False
             self.running.remove(request)

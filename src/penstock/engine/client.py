@@ -9,6 +9,7 @@ Does not know HTTP, chat messages or how text became the prompt's token ids.
 
 from __future__ import annotations
 
+import logging
 import math
 import random
 from collections import deque
@@ -37,6 +38,8 @@ from penstock.engine.messages import (
 )
 from penstock.engine.text import OutputText
 from penstock.engine.tokenizer import Tokenizer
+
+log = logging.getLogger("penstock.client")
 
 MAX_RECORDS = 1000  # finished requests that are remembered
 MAX_ENDING = 4096  # ended here and not yet confirmed by the engine
@@ -255,7 +258,9 @@ class FrontEnd:
         self._check_ids(prompt, params)
         prompt = list(prompt)
         max_tokens = room if params.max_tokens is None else min(room, params.max_tokens)
-        bad_words_ids = self.tokenizer.encode_bad_words(params.bad_words) if params.bad_words else ()
+        bad_words_ids = params.bad_words_ids
+        if params.bad_words and not bad_words_ids:
+            bad_words_ids = self.tokenizer.encode_bad_words(params.bad_words)
         params = replace(params, max_tokens=max_tokens, bad_words_ids=bad_words_ids)
         seed = self._seeds() if params.seed is None else params.seed
         request = self.requests[request_id] = LiveRequest(request_id, prompt, params, seed, params.n)
@@ -312,7 +317,10 @@ class FrontEnd:
             for delta in message.deltas:
                 sample = self._samples.get(delta.request_id)
                 if sample is not None:
-                    outputs.append(self._advance(sample, delta, now))
+                    try:
+                        outputs.append(self._advance(sample, delta, now))
+                    except Exception as error:  # one request's text must not cost the others of this step theirs
+                        outputs += self._give_up(sample.request, error, now)
                 elif delta.finish_reason is not None:
                     self._confirm(delta.request_id, delta.record, now)
             return outputs
@@ -404,6 +412,13 @@ class FrontEnd:
                 del self.records[next(iter(self.records))]
         for observer in self.observers:
             observer.finished(sample_id, record, finish_reason, now)
+
+    def _give_up(self, request: LiveRequest, error: Exception, now: float) -> list[Output]:
+        """A bug of ours met one request: it fails, and is ended at the engine."""
+        log.exception("request %s failed in the front end", request.request_id)
+        self.cancel(request.request_id, now)
+        failure = RequestError(500, f"{type(error).__name__} while the answer was put together", code="internal_error")
+        return [Output(request.request_id, 0, "", (), FINISH_ERROR, is_last=True, error=failure)]
 
     def _failed(self, message: Failed, now: float) -> list[Output]:
         """The engine ended one sample with an error: its whole request fails."""

@@ -126,5 +126,5 @@ class Timeline:
         if evicted >= 0:
             return Miss("evicted", at, f"this block was cached and given away {now - evicted:.1f} s ago")
         if num_blocks:
-            return Miss("diverged", at, f"the nearest cached prompt is equal for {at} tokens and differs after them")
+            return Miss("diverged", at, f"the nearest cached prompt is equal for {at} tokens, then it ends or differs")
         return Miss("first_seen", 0, "no cached prompt begins with this block")

@@ -142,8 +142,9 @@ class Tokenizer:
         and they would go on appearing. Raises ParamsError for a word without tokens.
         """
         sequences: list[tuple[int, ...]] = []
-        for word in words:
-            bare, spaced = self.encode_batch([word.lstrip(), " " + word.lstrip()], add_special_tokens=False)
+        both = [form for word in words for form in (word.lstrip(), " " + word.lstrip())]
+        ids = iter(self.encode_batch(both, add_special_tokens=False))
+        for word, bare, spaced in zip(words, ids, ids, strict=True):
             if not bare or not word.strip():
                 raise ParamsError("bad_words", f"bad_words must not hold an empty word, got {word!r}")
             sequences.append(tuple(bare))

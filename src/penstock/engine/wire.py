@@ -80,8 +80,16 @@ class ZmqWire:
 
     def send(self, message: Any) -> None:
         """Queue a message. Raises WireFull when the bounded queue stays full or nobody has ever dialled."""
+        self.send_encoded(self.encode(message))
+
+    def encode(self, message: Any) -> bytes:
+        """The frame of a message."""
+        return self._encoder.encode(message)
+
+    def send_encoded(self, frame: bytes) -> None:
+        """`send` for a frame of `encode`."""
         try:
-            self.socket.send(self._encoder.encode(message))
+            self.socket.send(frame)
         except zmq.Again:
             raise WireFull("the other end is not there, or does not read") from None
 
@@ -160,7 +168,7 @@ class LoopWire:
         self._wire, self._loop, self._on_messages, self._max_batch = wire, loop, on_messages, max_batch
         self._closed = False
         self._scheduled = False
-        self._unsent: deque[Any] = deque()
+        self._unsent: deque[bytes] = deque()
         self._fd = int(wire.socket.getsockopt(zmq.FD))
         loop.add_reader(self._fd, self._read)
         self._look_again()
@@ -174,7 +182,7 @@ class LoopWire:
         """Queue a message for the engine. Never fails: what the full wire does not take is kept and tried again."""
         if self._closed:
             return
-        self._unsent.append(message)
+        self._unsent.append(self._wire.encode(message))  # what cannot be encoded is its sender's error
         if len(self._unsent) == 1:
             self._flush()
         self._look_again()
@@ -182,7 +190,7 @@ class LoopWire:
     def _flush(self) -> None:
         while self._unsent and not self._closed:
             try:
-                self._wire.send(self._unsent[0])
+                self._wire.send_encoded(self._unsent[0])
             except WireFull:
                 self._loop.call_later(RETRY_S, self._flush)
                 return

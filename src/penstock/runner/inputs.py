@@ -55,7 +55,8 @@ class RequestTable:
         self.slots[request_id] = slot
         self.tokens[slot, : len(token_ids)] = token_ids
         self.num_computed[slot] = start
-        for counts in self._num_blocks:
+        for table, counts in zip(self.tables, self._num_blocks, strict=True):
+            table[slot] = 0  # the null block: what is not there yet is never somebody else's
             counts[slot] = 0
         return slot
 

@@ -56,6 +56,7 @@ class Runner:
         hidden = self.model(batch)
         result = StepResult(plan.step, [])
         self._prompt_logprobs(plan, inputs, hidden, result)
+        self._fail_broken_chunks(plan, inputs, hidden, result)
         self._sample(plan, inputs, hidden, result)
         self.table.num_computed[inputs.slots] += inputs.nums
         result.seconds = time.perf_counter() - begin
@@ -73,6 +74,14 @@ class Runner:
                 if admitted.params.prompt_logprobs is not None:
                     wanted = (admitted.params.prompt_logprobs, admitted.prompt_len)
                     self._wants_prompt_logprobs[admitted.request_id] = wanted
+
+    def _fail_broken_chunks(self, plan: StepPlan, inputs: StepInputs, hidden: Tensor, result: StepResult) -> None:
+        """Rows that do not sample are looked at too: a NaN must not be published with the prompt's first blocks."""
+        rows = [i for i, row in enumerate(plan.rows) if not row.samples]
+        if rows:
+            last = torch.from_numpy(inputs.query_start[1:][rows] - 1)
+            for n in hidden[last].isnan().any(-1).nonzero().flatten().tolist():
+                self._fail(plan.rows[rows[n]], "the model's states for the prompt are not numbers (NaN)", result)
 
     def _sample(self, plan: StepPlan, inputs: StepInputs, hidden: Tensor, result: StepResult) -> None:
         """Choose the next token of every row that reaches the end of its known tokens."""

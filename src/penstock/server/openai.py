@@ -70,6 +70,8 @@ def endpoint(state: ServerState, prepare: Prepare) -> Callable[[HttpRequest], Aw
         state.check_open(1)
         call = await prepare(state, request, body)
         state.check_open(len(call.prompts) * call.params.n)
+        if call.params.bad_words:  # once for all prompts, and off the loop when there are many
+            call.params = await state.encode_bad_words(call.params)
         stream = Stream(bool(call.body.stream), state.now())
         requests = state.submit(
             call.request_id,

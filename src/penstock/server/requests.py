@@ -134,6 +134,8 @@ def refuse_unsupported(request: Sampling) -> None:
         raise bad_request(
             f"bad_words may hold at most {MAX_BAD_WORDS} words, got {len(request.bad_words)}", "bad_words"
         )
+    if any(len(word) > MAX_STOP_CHARS for word in request.bad_words or ()):
+        raise bad_request(f"bad_words may have at most {MAX_STOP_CHARS} characters each", "bad_words")
     stops = [request.stop] if isinstance(request.stop, str) else request.stop or []
     if any(len(stop) > MAX_STOP_CHARS for stop in stops):
         raise bad_request(f"stop strings may have at most {MAX_STOP_CHARS} characters", "stop")

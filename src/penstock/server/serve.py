@@ -33,6 +33,7 @@ from penstock.engine.wire import LoopWire, listen
 from penstock.server import live
 from penstock.server.app import create_app
 from penstock.server.chat import ChatRenderer, chosen_templates
+from penstock.server.http_limits import BoundedHead
 from penstock.server.live import Live
 from penstock.server.metrics import Metrics
 from penstock.server.state import Served, ServerState
@@ -183,7 +184,7 @@ class _Server:
         )
         http = uvicorn.Config(
             app,
-            http="httptools",
+            http=BoundedHead,
             ws="none",
             lifespan="off",
             log_config=None,

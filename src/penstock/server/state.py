@@ -11,7 +11,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 from penstock.config.schema import ServerOptions
@@ -30,6 +30,7 @@ Result = TypeVar("Result")
 KEEP_ALIVE_S = 15.0  # a stream that says nothing for so long sends a comment, so that proxies do not close it
 OFF_LOOP_SIZE = 262_144  # bytes of JSON above which a body is read in a thread: 1 ms of the loop or so
 CHARS_COST = 128  # a character is tokenised in the time of so many bytes of JSON: a thread above 2,048 characters
+WORD_COST = 16  # characters that a call for one more text weighs
 MAX_CHARS_PER_TOKEN = 1024  # longer than any vocabulary's token: a text above limit x this is not even tokenised
 
 
@@ -338,6 +339,16 @@ class ServerState:
             )
         except TokenizerError as error:
             raise bad_request(str(error), "prompt") from None
+
+    async def encode_bad_words(self, params: SamplingParams) -> SamplingParams:
+        """`params` with its bad words as token ids. Raises ApiError."""
+        words, tokenizer = params.bad_words, self.served.tokenizer
+        size = sum(map(len, words)) + len(words) * WORD_COST
+        try:
+            ids = await self.run(size * CHARS_COST, lambda: tokenizer.encode_bad_words(words))
+        except ValueError as error:
+            raise as_api_error(error) from None
+        return replace(params, bad_words_ids=ids)
 
     async def render(self, conversation: Conversation) -> str:
         """The prompt's text of a conversation. Raises ApiError."""

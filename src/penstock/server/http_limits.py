@@ -1,0 +1,54 @@
+"""uvicorn's HTTP/1.1 protocol with a bound on the head of a request: its size, and the time it may take.
+
+The parser would collect headers without end, before anyone could look at a key. Knows no route and no body.
+"""
+
+from __future__ import annotations
+
+import asyncio
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+MAX_HEAD_BYTES = 64 * 1024
+HEAD_TIMEOUT_S = 30.0
+TOO_LARGE = (
+    b"HTTP/1.1 431 Request Header Fields Too Large\r\ncontent-type: application/json\r\nconnection: close\r\n"
+    b"content-length: 111\r\n\r\n"
+    b'{"error":{"message":"the request head is larger than 64 KiB","type":"BadRequestError","param":null,"code":431}}'
+)
+
+
+class BoundedHead(HttpToolsProtocol):
+    """Answers 431 and closes when the head grows too large; closes when it is not complete in time."""
+
+    _in_head = False
+    _num_bytes = 0
+    _timer: asyncio.TimerHandle | None = None
+
+    def data_received(self, data: bytes) -> None:
+        """Parse, then count what still belongs to an unfinished head."""
+        super().data_received(data)
+        if self._in_head and not self.transport.is_closing():
+            self._num_bytes += len(data)
+            if self._num_bytes > MAX_HEAD_BYTES:
+                self.transport.write(TOO_LARGE)
+                self.transport.close()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head, self._num_bytes = True, 0
+        self._timer = self.loop.call_later(HEAD_TIMEOUT_S, self.transport.close)
+
+    def on_headers_complete(self) -> None:
+        self._end_head()
+        super().on_headers_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_head()
+        super().connection_lost(exc)
+
+    def _end_head(self) -> None:
+        self._in_head = False
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
