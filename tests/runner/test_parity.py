@@ -35,6 +35,7 @@ class Reference:
     """A tiny random model of a family, saved as a checkpoint, with transformers' own greedy answers."""
 
     def __init__(self, family: str, directory: Path) -> None:
+        self.family = family
         kind, extra = FAMILIES[family]
         config = kind(
             vocab_size=VOCAB,
@@ -129,10 +130,11 @@ def test_without_prefix_cache_and_alone(reference: Reference) -> None:
 @pytest.mark.parametrize("depth", ["off", "on"])
 def test_forced_preemption(reference: Reference, depth: str) -> None:
     """A pool that admission overrates: requests are preempted, recomputed, and nobody's tokens change."""
-    layout_bytes = 2 * 2 * 8 * 16 * 4 * 3  # K and V, heads, block, head size, float32, layers
-    with engine(reference, kv_cache_memory_bytes=40 * layout_bytes, async_scheduling=depth) as llm:
+    block_bytes = 2 * 2 * 8 * 16 * 4 * 3  # K and V, heads, block, head size, float32, layers
+    num_blocks = 16 if reference.family == "mistral" else 40  # a window holds little, so little must be there
+    sizes = {"kv_cache_memory_bytes": num_blocks * block_bytes, "max_num_batched_tokens": 16}
+    with engine(reference, **sizes, async_scheduling=depth) as llm:
         scheduler = llm._built.engine.scheduler
-        scheduler.peak.fits = lambda request, num_shared: True  # admit all: the pool overflows
+        scheduler.peak.fits = lambda request, sharing: True  # admit all: the pool overflows
         reference.check(answers(llm, reference.prompts))
-        if len(scheduler.layout.groups) == 1 and scheduler.layout.groups[0].window is None:
-            assert scheduler.counters.num_preemptions > 0
+        assert scheduler.counters.num_preemptions > 0
