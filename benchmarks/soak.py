@@ -104,7 +104,8 @@ def soak(
                 lambda: _drive(server, vocabulary, num_clients, seconds, leave, seed)
             )
         # The server has gone: the engine's file is complete.
-        added_ms, num_matched = added_latencies_ms(clients.served, emissions_s(record))
+        emitted_s, step_ms = emissions_s(record)
+        added_ms, num_matched = added_latencies_ms(clients.served, emitted_s)
         record_mb = record.stat().st_size / 1e6
     exit_code = server.process.returncode
     report["added_latency_ms"] = {
@@ -114,6 +115,7 @@ def soak(
         "requests_matched": num_matched,
         "requests_served": len(clients.served),
     }
+    report["engine_step_ms"] = {"num_steps": len(step_ms), **_percentiles(step_ms)}
     report["record_mb"] = round(record_mb, 1)
     report["server_exit_code"] = exit_code
     report["failures"] = failures(report, clients, max_growth_mb, judge_growth=seconds >= 60)
@@ -283,11 +285,14 @@ class _Plan(msgspec.Struct):
 class _Result(msgspec.Struct):
     step: int
     tokens: list[list[int]]
+    seconds: float
 
 
-def emissions_s(path: Path) -> dict[str, list[float]]:
-    """Request id -> when the engine committed each of its tokens, from a file of `--record-path`."""
+def emissions_s(path: Path) -> tuple[dict[str, list[float]], list[float]]:
+    """From a file of `--record-path`: request id -> when the engine committed each of its tokens; milliseconds of each
+    step of the rank."""
     found: dict[str, list[float]] = {}
+    step_ms: list[float] = []
     plans: dict[int, list[_RowId]] = {}
     decode = msgspec.msgpack.Decoder(list[msgspec.Raw]).decode
     as_text = msgspec.msgpack.Decoder(str).decode
@@ -301,10 +306,11 @@ def emissions_s(path: Path) -> dict[str, list[float]]:
                 plans[plan.step] = plan.rows
         elif word == "commit":
             now_s, result = msgspec.msgpack.decode(fields[0], type=float), as_result(fields[1])
+            step_ms.append(1000 * result.seconds)
             for row, tokens in zip(plans.pop(result.step), result.tokens, strict=True):
                 if tokens:
                     found.setdefault(row.request_id, []).extend([now_s] * len(tokens))
-    return found
+    return found, step_ms
 
 
 def _records(path: Path) -> Iterator[bytes]:

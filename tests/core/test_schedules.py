@@ -16,7 +16,7 @@ from tests.core.world import Ask, Setting, World, asks_strategy, settings_strate
 QUICK = settings(deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
 
 
-@settings(QUICK, max_examples=1200)
+@settings(QUICK, max_examples=900)
 @given(settings_strategy, asks_strategy, tape_strategy)
 def test_any_schedule_gives_the_solo_tokens_and_loses_no_block(
     setting: Setting, asks: list[Ask], tape: list[int]

@@ -161,7 +161,7 @@ def test_a_broken_model_is_one_line(copy: Path, name: str, capsys: pytest.Captur
     assert words in line and len(line) < 600
 
 
-SMALL_KV = ("--kv-cache-memory-bytes", "8M")
+SMALL_KV = ("--kv-cache-memory-bytes", "8M")  # of a command that ends by itself
 
 
 def test_shards_with_an_index_are_the_same_model(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:

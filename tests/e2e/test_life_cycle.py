@@ -54,7 +54,7 @@ def test_503_while_loading_then_sigterm_drains_to_exit_code_0() -> None:
 
         server.until_ready()
         until(lambda: "ready after" in server.output(), what="a word that it is ready")
-        with streaming(server, "/v1/completions", {**ENDLESS, "max_tokens": 150, "return_token_ids": True}) as events:
+        with streaming(server, "/v1/completions", {**ENDLESS, "max_tokens": 400, "return_token_ids": True}) as events:
             num_tokens = len(next(events)["choices"][0]["token_ids"])
             server.process.send_signal(signal.SIGTERM)
             until(lambda: server.http.get("/health").json()["status"] == "draining", what="draining")
@@ -65,7 +65,7 @@ def test_503_while_loading_then_sigterm_drains_to_exit_code_0() -> None:
                 for choice in event["choices"]:
                     num_tokens += len(choice.get("token_ids") or ())
                     reasons.append(choice["finish_reason"])
-        assert num_tokens == 150 and reasons[-1] == "length"
+        assert num_tokens == 400 and reasons[-1] == "length"
         assert server.wait() == 0
         assert server.errors().count("\n") == 1 and "SIGTERM" in server.errors()
         assert server.left_over() == []

@@ -26,6 +26,7 @@ from penstock.engine.messages import (
     Drain,
     Failed,
     FromEngine,
+    Progress,
     ResetPrefixCache,
     Stopped,
     ToEngine,
@@ -114,6 +115,7 @@ def test_an_engine_behind_zmq(kind: Any) -> None:
 
     def work() -> None:
         wire = dial(front.address)
+        wire.send(Progress("load", 1, 1))  # from here on the front end's messages find somebody
         try:
             run_engine(engine, executor, wire, time.monotonic)
         except BaseException as error:
@@ -121,10 +123,12 @@ def test_an_engine_behind_zmq(kind: Any) -> None:
         finally:
             wire.close()
 
-    thread = threading.Thread(target=work)
+    thread = threading.Thread(target=work, daemon=True)
     thread.start()
     told: list[FromEngine] = []
     try:
+        assert front.wait(30.0)
+        assert front.receive()[0] == Progress("load", 1, 1)
         for message in what_is_asked():
             front.send(message)
         deadline = time.monotonic() + 60.0

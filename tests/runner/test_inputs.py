@@ -1,0 +1,77 @@
+"""The request table against a table made of Python lists, over random plans."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from penstock.core.plan import Row, StepPlan
+from penstock.runner.inputs import RequestTable
+
+BLOCK, MAX_SEQS, MAX_LEN = 4, 5, 60
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), num_groups=st.integers(1, 3))
+def test_prepare_gathers_what_the_plans_said(data: st.DataObject, num_groups: int) -> None:
+    """Tokens, positions, row borders and block tables of every step are those of lists that only grow."""
+    table = RequestTable(MAX_SEQS, MAX_LEN, num_groups, BLOCK)
+    tokens: dict[str, list[int]] = {}
+    computed: dict[str, int] = {}
+    blocks: dict[str, list[list[int]]] = {}
+    num_named = next_block = 0
+    for step in range(data.draw(st.integers(1, 8))):
+        for request_id in data.draw(st.lists(st.sampled_from(sorted(tokens) or [""]), unique=True, max_size=2)):
+            if request_id in tokens:
+                table.release(request_id)
+                del tokens[request_id], computed[request_id], blocks[request_id]
+        while len(tokens) < MAX_SEQS and data.draw(st.booleans()):
+            request_id, length = f"r{num_named}", data.draw(st.integers(1, 20))
+            num_named += 1
+            start = data.draw(st.integers(0, (length - 1) // BLOCK)) * BLOCK
+            tokens[request_id] = data.draw(st.lists(st.integers(0, 99), min_size=length, max_size=length))
+            computed[request_id], blocks[request_id] = start, [[] for _ in range(num_groups)]
+            table.admit(request_id, tuple(tokens[request_id]), start)
+        rows = []
+        for request_id in data.draw(st.permutations(sorted(tokens))):
+            gap = len(tokens[request_id]) - computed[request_id]
+            num = data.draw(st.integers(0, gap))
+            if num == 0:
+                continue
+            new = []
+            for group in blocks[request_id]:
+                wanted = -(-(computed[request_id] + num) // BLOCK) + data.draw(st.integers(0, 1)) - len(group)
+                new.append(tuple(range(next_block + 1, next_block + 1 + max(0, wanted))))
+                next_block += max(0, wanted)
+                group += new[-1]
+            rows.append(Row(request_id, computed[request_id], num, 0, 1, num == gap, tuple(new)))
+        if not rows:
+            continue
+
+        inputs = table.prepare(StepPlan(step, rows))
+
+        expected_ids, expected_positions, borders = [], [], [0]
+        for row in rows:
+            span = range(row.start, row.start + row.num_tokens)
+            expected_positions += span
+            expected_ids += [tokens[row.request_id][at] for at in span]
+            borders.append(len(expected_ids))
+        assert inputs.token_ids.tolist() == expected_ids
+        assert inputs.positions.tolist() == expected_positions
+        assert inputs.query_start.tolist() == borders
+        assert inputs.starts.tolist() == [row.start for row in rows]
+        assert inputs.nums.tolist() == [row.num_tokens for row in rows]
+        assert inputs.token_ids.dtype == inputs.positions.dtype == np.int64
+        for group, gathered in enumerate(inputs.tables):
+            for r, row in enumerate(rows):
+                needed = -(-(row.start + row.num_tokens) // BLOCK)
+                assert gathered[r, :needed].tolist() == blocks[row.request_id][group][:needed]
+                assert table.blocks_of(group, int(inputs.slots[r])).tolist() == blocks[row.request_id][group]
+        # What the runner does after a step: the computed count grows, and a row that samples has one token more.
+        table.num_computed[inputs.slots] += inputs.nums
+        for row in rows:
+            computed[row.request_id] += row.num_tokens
+            if row.samples:
+                tokens[row.request_id].append(step)
+                table.tokens[table.slots[row.request_id], len(tokens[row.request_id]) - 1] = step
