@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -87,7 +88,11 @@ def test_a_trace_is_played_in_its_time_and_its_prefixes_hit(server: ServerProces
     assert data["output_lens"] == [8] * 4
     starts = data["start_times"]
     assert starts[-1] - starts[0] == pytest.approx(0.9, abs=0.3)
-    assert hits(server) - before >= 3 * 96  # two blocks of 64 tokens are shared by all four
+    wanted = before + 3 * 96  # 128 tokens are shared by all four, and the last token of a prompt is always computed
+    until = time.monotonic() + 5
+    while hits(server) < wanted and time.monotonic() < until:  # the engine reports a few times a second
+        time.sleep(0.05)
+    assert hits(server) >= wanted
 
 
 def hits(server: ServerProcess) -> float:
