@@ -357,9 +357,10 @@ def test_a_full_queue_refuses_and_says_when_to_come_back() -> None:
     bench.front.check_open(5, bench.now)
     bench.submit("n", "abc", SamplingParams(n=2))
     bench.front.check_open(5, bench.now)  # nobody waits yet: overshooting is better than never running
-    with pytest.raises(RequestError):
+    with pytest.raises(RequestError, match="6 sequences, at most 5") as caught:
         bench.front.check_open(6, bench.now)
-    assert bench.log.of("rejected") == [("rejected", "queue_full")] * 2
+    assert (caught.value.status, caught.value.code) == (400, "too_many_sequences")
+    assert bench.log.of("rejected") == [("rejected", "queue_full")]
 
 
 def test_the_queue_counts_from_what_really_runs() -> None:

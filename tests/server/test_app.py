@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import socket
 import threading
@@ -274,7 +275,8 @@ def test_a_full_queue_is_429_with_retry_after(server: RunningServer) -> None:
     for thread in threads:
         thread.join(20)
     assert answers == [200] * 8
-    assert_error(server.http.post("/v1/completions", json={**PROMPT, "n": 100}), 429)
+    never = server.http.post("/v1/completions", json={**PROMPT, "n": 100})
+    assert_error(never, 400, code="too_many_sequences", param="n")
 
 
 # ---- clients that leave ----
@@ -323,6 +325,22 @@ def test_leaving_clients_harm_nobody(server: RunningServer) -> None:
     assert len(set(texts)) == 1
     server.until(lambda: not server.engine.requests)
     server.until(lambda: server.state._streams == {} and server.state.front.num_in_flight == 0)
+
+
+def test_an_answered_request_is_freed_without_a_collection(server: RunningServer) -> None:
+    with closing(httpx.Client(base_url=server.url, timeout=30)) as client:
+        gc.collect()
+        gc.set_debug(gc.DEBUG_SAVEALL)
+        try:
+            for stream in (False, True) * 5:
+                assert client.post("/v1/completions", json={**PROMPT, "stream": stream}).status_code == 200
+            server.until(lambda: server.state.front.num_in_flight == 0)
+            gc.collect()
+            circular = {type(each).__name__ for each in gc.garbage}
+        finally:
+            gc.set_debug(0)
+            gc.garbage.clear()
+    assert "RequestResponseCycle" not in circular
 
 
 def test_a_silent_stream_is_kept_alive(server: RunningServer, monkeypatch: pytest.MonkeyPatch) -> None:

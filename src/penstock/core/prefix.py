@@ -17,7 +17,8 @@ from penstock.core.request import MediaItem
 
 def chain_root(model_id: str, layout: KVLayout, adapter: str = "", salt: str = "") -> bytes:
     """The hash before the first block: nothing is shared across models, KV formats, adapters or salts."""
-    key = "\0".join((model_id, layout.format, str(layout.block_size), adapter, salt))
+    parts = (model_id, layout.format, str(layout.block_size), adapter, salt)
+    key = "".join(f"{len(part)}:{part}" for part in parts)  # lengths, so that no two tuples give one string
     return hashlib.blake2b(key.encode(), digest_size=16).digest()
 
 

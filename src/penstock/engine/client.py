@@ -191,7 +191,8 @@ class FrontEnd:
         return self.ready.max_model_len
 
     def check_open(self, num_samples: int, now: float) -> None:
-        """Raise RequestError if `num_samples` more cannot be taken: 503 unless ready, 429 when too many wait."""
+        """Raise RequestError if `num_samples` more cannot be taken: 503 unless ready, 429 when too many wait, 400 when
+        so many never can."""
         if self.state != READY:
             for observer in self.observers:
                 observer.rejected(self.state, now)
@@ -207,9 +208,13 @@ class FrontEnd:
         if self.max_queued is None:
             return
         num_queued, num_places = self.num_queued, self.num_places
+        most = self.max_queued + num_places
+        if num_samples > most:
+            message = f"the request has {num_samples} sequences, at most {most} can ever run and wait"
+            raise RequestError(400, message, code="too_many_sequences", param="n")
         num_after = len(self._samples) + num_samples - num_places
         # A request with many samples may overshoot an empty queue, or it could never run.
-        may_overshoot = num_samples > 1 and num_queued == 0 and num_samples <= self.max_queued + num_places
+        may_overshoot = num_samples > 1 and num_queued == 0
         if num_after > self.max_queued and not may_overshoot:
             for observer in self.observers:
                 observer.rejected("queue_full", now)

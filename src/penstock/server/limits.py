@@ -37,8 +37,12 @@ class Direct:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        scope.setdefault("state", {})["send"] = send
-        await self.app(scope, receive, send)
+        state = scope.setdefault("state", {})
+        state["send"] = send
+        try:
+            await self.app(scope, receive, send)
+        finally:
+            del state["send"]  # it holds the scope: a circle that only a rare collection would free
 
 
 class Gate:

@@ -263,7 +263,7 @@ class _Server:
                 # for circles among them and everything that was imported.
                 gc.collect()
                 gc.freeze()
-                gc.set_threshold(20_000, 20, 20)
+                gc.set_threshold(20_000, 10, 5)
             if is_open and not is_told and self.state.phase == "ready":
                 is_told = True
                 assert self.state.front.ready is not None
