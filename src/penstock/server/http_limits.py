@@ -46,7 +46,8 @@ class BoundedHead(HttpToolsProtocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._end_head()
         super().connection_lost(exc)
-        self.cycle = None  # request and connection refer to each other: only a rare collection would free them
+        # Request and connection refer to each other: only a rare collection would free them.
+        self.cycle = None  # type: ignore[assignment]
 
     def _end_head(self) -> None:
         self._in_head = False
