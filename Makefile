@@ -1,7 +1,7 @@
-# make serve | test | setup | demo | check | bench | docs | clean       (README.md tells the first ten minutes)
+# make serve | test | setup | demo | check | sanitize | bench | docs | clean     (README.md tells the first ten minutes)
 #   PORT=8001          where `make serve` listens       MODEL=DIR   what it serves
 #   TORCH_INDEX=URL    a package index for torch        PYTHON=...  which Python .venv is made with
-#   PYTEST=...         arguments for pytest: make test PYTEST="tests/core -x"
+#   CXX=...            the compiler of the kernels      PYTEST=...  for pytest: make test PYTEST="tests/core -x"
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PORT ?= 8000
@@ -9,7 +9,7 @@ MODEL ?= penstock-tiny
 PYTEST ?=
 RUN := .venv/bin
 
-.PHONY: help setup serve test check demo bench docs clean
+.PHONY: help setup serve test check sanitize demo bench docs clean
 
 help:
 	@head -4 Makefile | cut -c3-
@@ -28,6 +28,9 @@ check: setup
 	$(RUN)/ruff format --check .
 	$(RUN)/mypy
 	$(RUN)/python -m pytest -q tests/test_floors.py
+
+sanitize: setup
+	@scripts/sanitize.sh -q $(PYTEST)
 
 demo: setup
 	@$(RUN)/penstock demo

@@ -35,6 +35,7 @@ TORCH_FREE = {"config", "registry", "core", "engine", "server", "cli"}
 CORE_MAY_IMPORT = {"numpy", "penstock"} | set(sys.stdlib_module_names)
 # Files that import by name: the package's lazy attributes and the command tables. Checked by tests/test_cli.py.
 LAZY = re.compile(r"^(__init__|cli|commands/\w+)\.py$")
+EXTENSION = "penstock._native"
 MAX_LINES = 500
 BAD_WORDS = {"utils", "util", "helper", "helpers", "manager", "impl", "mixin"}
 BAD_FILES = BAD_WORDS | {"base", "common", "misc"}
@@ -153,6 +154,8 @@ def _import_problems(source: Source, sources: dict[str, Source], relative: str) 
         if other is None or (other == "penstock" and name.count(".") > 1):
             found.append((line, f"{name} does not exist"))
         elif other == "penstock":
+            if name == EXTENSION and room == "nn":  # compiled: there is no source file to find
+                continue
             if name not in ("penstock", "penstock.__version__"):
                 found.append((line, f"{name}: import it from its own module"))
         elif room_of(other) not in FLOORS:

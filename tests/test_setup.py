@@ -13,9 +13,13 @@ from pathlib import Path
 import pytest
 
 SCRIPT = Path(__file__).resolve().parent.parent / "scripts" / "setup.sh"
-TOOLS = ("bash", "env", "dirname", "cat", "cksum", "uname", "df", "awk", "date", "tee", "mkdir", "cp", "touch")
+TOOLS = (
+    "bash", "env", "dirname", "cat", "cksum", "uname", "df", "awk", "date", "tee", "mkdir", "cp", "touch",
+    "head", "rm", "grep", "sed",
+)  # fmt: skip
 
-# Answers what setup.sh asks: is it new enough, has it venv, make a venv, install. `pip` counts its calls.
+# Answers what setup.sh asks: is it new enough, has it venv, make a venv, install, compile, load the library. Calls
+# of pip are written down: in `pip-calls` those that may reach an index, in `builds` those that compile.
 PYTHON = """#!/bin/sh
 case "$*" in
     *"version_info < (3, 11)"*) exit {too_old} ;;
@@ -24,6 +28,8 @@ case "$*" in
     --version) echo Python {version} ;;
     "-m venv --clear .venv") mkdir -p .venv/bin; cp "$0" .venv/bin/python ;;
     "-m pip --version") exit 0 ;;
+    *"import penstock._native"*) exit {no_library} ;;
+    "-m pip install"*"--no-build-isolation"*) echo "CXX=$CXX $*" >> builds; {build} ;;
     "-m pip install"*)
         echo "$*" >> pip-calls
         echo "  Downloading torch-2.13.0-cp312-cp312-manylinux.whl (800.1 MB)"
@@ -43,6 +49,10 @@ class Place:
         shutil.copy(SCRIPT, self.folder / "scripts" / "setup.sh")
         for name in ("pyproject.toml", "constraints.txt"):
             (self.folder / name).write_text("content\n")
+        for name in ("CMakeLists.txt", "src/one.cpp", "src/two.hpp"):
+            path = self.folder / "native" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("content\n")
         for tool in (*TOOLS, "chmod", "sh"):
             found = shutil.which(tool)
             assert found is not None
@@ -50,7 +60,7 @@ class Place:
 
     def python(self, name: str = "python3", **answers: object) -> Path:
         path = self.bin / name
-        defaults = {"too_old": 0, "no_venv": 0, "version": "3.12.1", "pip": ":"}
+        defaults = {"too_old": 0, "no_venv": 0, "version": "3.12.1", "pip": ":", "no_library": 0, "build": ":"}
         path.write_text(PYTHON.format(**defaults | answers))
         path.chmod(0o755)
         return path
@@ -62,9 +72,20 @@ class Place:
             command, cwd=self.folder, env=clean | environ, capture_output=True, text=True, timeout=60, check=False
         )
 
-    def num_installs(self) -> int:
-        calls = self.folder / "pip-calls"
-        return len(calls.read_text().splitlines()) if calls.exists() else 0
+    def compiler(self, name: str = "c++") -> Path:
+        path = self.bin / name
+        path.symlink_to(self.bin / "touch")
+        return path
+
+    def installs(self) -> list[str]:
+        return self._calls("pip-calls")
+
+    def builds(self) -> list[str]:
+        return self._calls("builds")
+
+    def _calls(self, name: str) -> list[str]:
+        calls = self.folder / name
+        return calls.read_text().splitlines() if calls.exists() else []
 
 
 @pytest.fixture
@@ -81,10 +102,10 @@ def test_set_up_once_and_never_again(place: Place) -> None:
     assert "Ready after" in first.stdout
     second = place.run()
     assert (second.returncode, second.stdout, second.stderr) == (0, "", "")
-    assert place.num_installs() == 1
+    assert (len(place.installs()), len(place.builds())) == (1, 1)
     (place.folder / "constraints.txt").write_text("other\n")
     assert place.run().returncode == 0
-    assert place.num_installs() == 2
+    assert (len(place.installs()), len(place.builds())) == (2, 2)
 
 
 def test_another_index_for_torch_installs_again(place: Place) -> None:
@@ -95,14 +116,66 @@ def test_another_index_for_torch_installs_again(place: Place) -> None:
     assert "--extra-index-url https://example.invalid/cpu" in (place.folder / "pip-calls").read_text()
 
 
-def test_a_missing_compiler_is_one_line(place: Place) -> None:
+@pytest.mark.parametrize("change", ["edited", "added", "removed", "CMake"])
+def test_a_changed_kernel_is_only_compiled(place: Place, change: str) -> None:
     place.python()
+    place.compiler()
+    place.run()
+    native = place.folder / "native"
+    if change == "edited":
+        (native / "src" / "one.cpp").write_text("other\n")
+    elif change == "added":
+        (native / "src" / "three.cpp").write_text("content\n")
+    elif change == "removed":
+        (native / "src" / "two.hpp").unlink()
+    else:
+        (native / "CMakeLists.txt").write_text("other\n")
+    kept = place.folder / "build" / "native-cp312"
+    kept.mkdir(parents=True)
+    done = place.run()
+    assert done.returncode == 0, done.stderr
+    assert "compiling the native kernels" in done.stdout
+    assert "Setting up" not in done.stdout
+    assert (len(place.installs()), len(place.builds())) == (1, 2)
+    assert all(flag in place.builds()[1] for flag in ("--no-index", "--no-deps", "--no-build-isolation"))
+    assert kept.exists()  # objects of files that did not change
+    assert place.run().stdout == ""
+
+
+def test_no_compiler_is_one_line(place: Place) -> None:
+    place.python(no_library=1)
+    done = place.run()
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.count("no C++ compiler found") == 1
+    assert "compiling" not in done.stdout
+    assert place.run().stdout == ""
+
+
+def test_another_compiler_compiles_everything_again(place: Place) -> None:
+    place.python(no_library=1)
+    place.run()
+    shutil.copy(place.python(), place.folder / ".venv" / "bin" / "python")
+    kept = place.folder / "build" / "native-cp312"
+    for number, environ in enumerate([{}, {"CXX": "other"}, {}], start=2):
+        if number == 2:
+            place.compiler()
+        kept.mkdir(parents=True)
+        done = place.run(**environ)
+        assert "no C++ compiler" not in done.stdout
+        assert len(place.builds()) == number
+        assert not kept.exists()
+    assert [build.split()[0] for build in place.builds()] == ["CXX=", "CXX=", "CXX=other", "CXX="]
+    assert len(place.installs()) == 1
+
+
+def test_sources_that_do_not_compile_are_told_and_survived(place: Place) -> None:
+    compiler = place.compiler("g++")
+    place.python(no_library=1, build="echo '  one.cpp:3:1: error: no such kernel'; exit 1")
     done = place.run()
     assert done.returncode == 0
-    assert done.stdout.count("no C++ compiler found") == 1
-    (place.bin / "g++").symlink_to(place.bin / "touch")
-    (place.folder / "constraints.txt").write_text("other\n")
-    assert "no C++ compiler" not in place.run().stdout
+    assert f"note: {compiler} could not compile the native kernels, see .venv/native.log" in done.stdout
+    assert done.stderr.strip() == "one.cpp:3:1: error: no such kernel"
+    assert place.run().stdout == ""  # not again and again
 
 
 def test_no_python_or_an_old_one(place: Place) -> None:
@@ -142,5 +215,5 @@ def test_a_failed_install_is_not_taken_for_done(place: Place) -> None:
     place.python()
     shutil.rmtree(place.folder / ".venv")
     assert place.run().returncode == 0
-    assert place.num_installs() == 2
+    assert len(place.installs()) == 2
     assert os.access(place.folder / ".venv" / "bin" / "penstock", os.X_OK)

@@ -13,6 +13,8 @@ def __getattr__(name: str):
     if name in _LAZY:
         import importlib
 
+        if name == "LLM":
+            importlib.import_module("penstock.config.openmp").bound_spinning()  # before torch is loaded
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'penstock' has no attribute {name!r}")
 

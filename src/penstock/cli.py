@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 from penstock import __version__
 from penstock.config.load import debug_wanted
+from penstock.config.openmp import bound_spinning
 from penstock.config.values import ConfigError, suggestion
 
 # verb -> (module, function taking the remaining arguments and returning an exit code, help line)
@@ -69,6 +70,7 @@ def _run(arguments: list[str]) -> int:
 
 def _call(verb: str, arguments: list[str]) -> int:
     module, function, _ = VERBS[verb]
+    bound_spinning()  # some verbs compute in this process
     return int(getattr(importlib.import_module(module), function)(arguments))
 
 

@@ -73,7 +73,7 @@ def test_a_bare_flag_leaves_the_model_after_it_alone() -> None:
         (["a", "b"], "unexpected argument 'b'"),
         (["-tp", "2"], "-tp: not supported yet: this version runs one rank on one machine (accepted: 1)"),
         (["--tensor-parallel-size=4"], "not supported yet"),
-        (["--quantization", "awq"], "float32, bfloat16 and float16"),
+        (["--quantization", "awq"], "none, int8, w8a8, int4, w4a8"),
         (["--speculative-config", '{"method": "ngram"}'], "does not speculate"),
         (["--enable-lora"], "--enable-lora: not supported yet"),
         (["--kv-transfer-config", "{}x"], "not supported yet"),

@@ -112,7 +112,7 @@ def test_a_file_may_be_empty_but_not_absent(tmp_path: Path) -> None:
 
 def test_settings_of_later_versions_are_refused_unless_they_ask_for_nothing() -> None:
     assert resolve({"tensor_parallel_size": 1}, environ={}).warnings == ()
-    for keyword, value in (("tensor_parallel_size", 2), ("quantization", "awq"), ("speculative_config", "{}")):
+    for keyword, value in (("tensor_parallel_size", 2), ("pipeline_parallel_size", 2), ("speculative_config", "{}")):
         with pytest.raises(ConfigError, match="not supported yet"):
             resolve({keyword: value}, environ={})
     with pytest.raises(ConfigError, match="downloads nothing"):

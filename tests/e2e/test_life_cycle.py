@@ -56,7 +56,8 @@ def test_503_while_loading_then_sigterm_drains_to_exit_code_0() -> None:
         until(lambda: "ready after" in server.output(), what="a word that it is ready")
         with streaming(server, "/v1/completions", {**ENDLESS, "max_tokens": 400, "return_token_ids": True}) as events:
             num_tokens = len(next(events)["choices"][0]["token_ids"])
-            server.process.send_signal(signal.SIGTERM)
+            for process_id in (server.process.pid, *server.children()):  # as systemd signals a whole service
+                os.kill(process_id, signal.SIGTERM)
             until(lambda: server.http.get("/health").json()["status"] == "draining", what="draining")
             refused = server.post("/v1/completions", ENDLESS)
             assert "shutting down" in assert_error(refused, 503, code="draining")

@@ -257,12 +257,17 @@ def test_the_socket_listens_from_the_first_moment() -> None:
 def test_sampling_defaults_are_read_from_the_checkpoint(tmp_path: Path) -> None:
     assert sampling_defaults(tmp_path) == {}
     path = tmp_path / "generation_config.json"
-    path.write_text(json.dumps({"temperature": 0.6, "top_k": 20, "top_p": "x", "eos_token_id": 5, "do_sample": True}))
+    path.write_text(json.dumps({"temperature": 0.6, "top_k": 20, "top_p": None, "eos_token_id": 5, "do_sample": True}))
     assert sampling_defaults(tmp_path) == {"temperature": 0.6, "top_k": 20}
-    path.write_text("[1]")
-    assert sampling_defaults(tmp_path) == {}
-    path.write_text("{")
-    assert sampling_defaults(tmp_path) == {}
+    path.write_text(json.dumps({"temperature": 0.6, "do_sample": False, "max_new_tokens": 7}))
+    assert sampling_defaults(tmp_path) == {"max_new_tokens": 7}
+
+
+@pytest.mark.parametrize("text", ["[1]", "{", '{"top_p": "x"}', '{"temperature": -5}', '{"max_new_tokens": 0}'])
+def test_sampling_defaults_that_no_request_could_run_with_are_the_models_error(tmp_path: Path, text: str) -> None:
+    (tmp_path / "generation_config.json").write_text(text)
+    with pytest.raises(ConfigError, match=r"generation_config\.json: .*--generation-config vllm"):
+        sampling_defaults(tmp_path)
 
 
 def test_a_model_is_served_under_its_names_with_its_template(tmp_path: Path) -> None:

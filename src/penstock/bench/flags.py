@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,17 @@ def machine() -> dict[str, Any]:
         "machine": model or platform.processor() or platform.machine(),
         "python": platform.python_version(),
         "penstock": penstock.__version__,
+        "commit": _commit(),
     }
+
+
+def _commit() -> str | None:
+    """Of the checkout that this package runs from; None when it is installed."""
+    here = Path(__file__).parent
+    found = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False
+    )
+    return found.stdout.strip() or None
 
 
 def write_json(path: str | Path, data: Any) -> None:

@@ -19,6 +19,7 @@ import torch
 
 from penstock.build.handover import decode_resolved
 from penstock.config.complete import Resolved
+from penstock.config.values import ConfigError
 from penstock.core.scheduler import Scheduler, SchedulerLimits
 from penstock.engine.engine import Engine, EngineLimits
 from penstock.engine.loop import run_engine
@@ -27,16 +28,35 @@ from penstock.engine.ranks import InlineExecutor, ThreadExecutor
 from penstock.engine.recorder import RecordingScheduler, Setup
 from penstock.engine.wire import dial
 from penstock.nn.allocator import bound_kernel_caches, keep_freed_memory
+from penstock.nn.doors import AttentionBackend
 from penstock.nn.kernels.attention import PagedAttention
+from penstock.nn.kernels.native import (
+    NativeAttention,
+    NativeModel,
+    PackedWeights,
+    Unsupported,
+    check_layout,
+    load_native,
+    usable_kernels,
+)
 from penstock.nn.models import create_model, model_routes
+from penstock.nn.models.llama import LlamaModel
 from penstock.nn.weights.create import init_dummy
 from penstock.nn.weights.stream import load_weights
 from penstock.runner.inputs import RequestTable
 from penstock.runner.kv_store import KVStore
-from penstock.runner.runner import Runner
+from penstock.runner.runner import Model, Runner
 from penstock.runner.sampler import Sampler
 
 ProgressCallback = Callable[[str, int, int], None]
+# Setting -> formats of the layers' projections and of the head, whose rows the token table may be.
+QUANTIZATION = {
+    "none": ("bf16", "bf16"),
+    "int8": ("int8", "int8"),
+    "w8a8": ("w8a8", "w8a8"),
+    "int4": ("int4", "int8"),
+    "w4a8": ("w4a8", "w8a8"),
+}
 
 
 @dataclass(slots=True)
@@ -72,6 +92,7 @@ def build_engine(resolved: Resolved, progress: ProgressCallback, stages: Stages)
     device, dtype = torch.device("cpu"), getattr(torch, config.model.dtype)
     progress("allocating", 0, 0)
     model = create_model(shape, dtype, device)
+    weights, kernels = _native_weights(resolved, model)
     stages.done("allocate model")
     if config.model.load_format == "dummy":
         init_dummy(model, config.model.seed)
@@ -82,6 +103,7 @@ def build_engine(resolved: Resolved, progress: ProgressCallback, stages: Stages)
             model_routes(shape),
             threads=config.runtime.num_threads,
             progress=lambda done, total: progress("loading weights", done, total),
+            filled=None if weights is None else weights.take,
         )
     stages.done("load weights")
     progress("allocating KV", 0, 0)
@@ -89,9 +111,13 @@ def build_engine(resolved: Resolved, progress: ProgressCallback, stages: Stages)
     max_num_seqs = config.scheduler.max_num_seqs
     store = KVStore(layout, num_blocks, device)
     table = RequestTable(max_num_seqs, config.model.max_model_len, len(layout.groups), layout.block_size)
-    runner = Runner(
-        model, PagedAttention(layout, store.pools, dtype), store, Sampler(max_num_seqs, shape.vocab_size), table
-    )
+    computing: Model = model
+    attention: AttentionBackend = PagedAttention(layout, store.pools, dtype)
+    if weights is not None:
+        max_tokens = config.scheduler.max_num_batched_tokens
+        computing = NativeModel(model, weights, layout, store.pools, kernels=kernels, max_tokens=max_tokens)
+        attention = NativeAttention()
+    runner = Runner(computing, attention, store, Sampler(max_num_seqs, shape.vocab_size), table)
     executor = ThreadExecutor(runner.run) if config.scheduler.async_scheduling == "on" else InlineExecutor(runner.run)
     setup = Setup(
         layout=layout,
@@ -117,11 +143,38 @@ def build_engine(resolved: Resolved, progress: ProgressCallback, stages: Stages)
         block_size=layout.block_size,
         num_blocks=num_blocks[0] - 1,
         max_num_seqs=max_num_seqs,
-        device=f"cpu, {config.runtime.num_threads} threads",
+        device=f"cpu, {config.runtime.num_threads} threads, {kernels}{' kernels' if weights else ''}",
         memory=list(resolved.memory.rows),
         timeline=stages.rows,
     )
     return BuiltEngine(engine, executor, ready)
+
+
+def _native_weights(resolved: Resolved, model: LlamaModel) -> tuple[PackedWeights | None, str]:
+    """(where native kernels take their weights, the kernels' name), or (None, why plain torch computes instead).
+
+    Raises ConfigError when the settings ask for native kernels that cannot be had.
+    """
+    config = resolved.config
+    wanted, scheme = config.runtime.cpu_kernels, config.model.quantization
+    assert config.runtime.num_threads is not None
+    if wanted == "torch" and scheme == "none":
+        return None, "plain torch"
+    try:
+        load_native()
+        usable = usable_kernels()
+        if not usable or wanted not in ("auto", *usable):
+            name = "native" if wanted == "auto" else wanted
+            raise Unsupported(f"this machine has no {name} kernels; usable: {', '.join(usable) or 'none'}")
+        check_layout(resolved.layout)
+        weights = PackedWeights(model, config.runtime.num_threads, QUANTIZATION[scheme])
+    except Unsupported as error:
+        if scheme != "none":
+            raise ConfigError(f"{scheme} needs native kernels: {error}", "--quantization") from None
+        if wanted != "auto":
+            raise ConfigError(str(error), "--cpu-kernels") from None
+        return None, f"plain torch: {error}"
+    return weights, usable[0] if wanted == "auto" else wanted
 
 
 def _scheduler(setup: Setup, record_path: str | None) -> Scheduler:
@@ -159,8 +212,9 @@ def _leave_with_parent() -> None:
 
 
 if __name__ == "__main__":
-    # The front end decides when to stop; a Ctrl-C in the terminal reaches the whole process group.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # The front end decides when to stop; a Ctrl-C in the terminal, or systemd, signals the whole process group.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     size = int.from_bytes(sys.stdin.buffer.read(8), "little")
     configuration = sys.stdin.buffer.read(size)
     threading.Thread(target=_leave_with_parent, name="penstock-parent", daemon=True).start()

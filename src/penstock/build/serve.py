@@ -13,6 +13,7 @@ from penstock.build.handover import encode_resolved
 from penstock.config.complete import Resolved, complete
 from penstock.config.hardware import probe
 from penstock.config.load import model_directory
+from penstock.config.openmp import bound_spinning
 from penstock.config.schema import Config
 from penstock.engine.messages import Ready
 from penstock.engine.tokenizer import load_tokenizer
@@ -62,13 +63,10 @@ def _environment(resolved: Resolved) -> dict[str, str]:
     source = str(Path(__file__).parents[2])
     path = os.environ.get("PYTHONPATH")
     threads = str(resolved.config.runtime.num_threads)
-    return {
-        # Threads that wait for each other spin for some microseconds, then sleep. Spinning on, as is the default, makes
-        # every wait last a time slice when somebody else needs a core, and our front end does; sleeping at once costs
-        # a wake-up per operation. Per token on 2 cores, quiet / beside a busy process: always spin 4.9-5.8 / 14-40 ms,
-        # 2000 spins 5.6 / 10 ms, none 8.1 / 7 ms.
-        "GOMP_SPINCOUNT": "2000",
+    environment = {
         **os.environ,
         "PYTHONPATH": f"{source}{os.pathsep}{path}" if path else source,
         "OMP_NUM_THREADS": threads,
     }
+    bound_spinning(environment)
+    return environment

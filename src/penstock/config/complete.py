@@ -59,6 +59,7 @@ def complete(config: Config, machine: Machine) -> Resolved:
         max_model_len=config.model.max_model_len,
         kv_bytes=config.cache.kv_cache_memory_bytes,
         share=config.cache.gpu_memory_utilization,
+        quantization=config.model.quantization,
     )
 
     def fill(part: Any, name: str, value: Any, origin: str, why: str) -> Any:

@@ -24,6 +24,7 @@ CPU_KV_BYTES = 8 << 30
 TYPICAL_TOKENS = 4096
 # Attention gathers the context of the rows of a step layer by layer, padded by up to a quarter.
 GATHER_PADDING = 1.25
+LAYER_BYTES = {"int8": 1.0, "w8a8": 1.0, "int4": 0.5 + 4 / 128, "w4a8": 0.5 + 4 / 128}  # per quantized parameter
 
 
 class MemoryPlanError(ConfigError):
@@ -60,6 +61,7 @@ def plan_memory(
     max_model_len: int | None = None,
     kv_bytes: int | None = None,
     share: float = 0.9,
+    quantization: str = "none",
     device: str = "cpu",
 ) -> MemoryPlan:
     """Split `free_bytes` into weights, working memory and KV blocks.
@@ -72,7 +74,7 @@ def plan_memory(
     limit = max_positions(model)
     if max_model_len is not None and max_model_len > limit:
         raise ConfigError(f"{max_model_len} is more than the {limit} positions of this model", "--max-model-len")
-    sizes = _Sizes(model, layout, weight_dtype, max_num_seqs, max_num_batched_tokens)
+    sizes = _Sizes(model, layout, weight_dtype, quantization, max_num_seqs, max_num_batched_tokens)
     usable = int(free_bytes * share)
 
     def kv_room(num_tokens: int) -> int:
@@ -133,6 +135,17 @@ def max_positions(model: ModelConfig) -> int:
     return max(model.max_position, int(original * scaling.factor))
 
 
+def weight_bytes(model: ModelConfig, dtype: str, quantization: str = "none") -> int:
+    """Resident weights. Quantized layers keep a float32 scale per row or per group of 128; the head has 8 bits."""
+    item = DTYPE_BYTES[dtype]
+    if quantization == "none":
+        return model.num_parameters * item
+    head = model.vocab_size * model.hidden_size
+    table = 0 if model.tied_embeddings else head  # of its own, and not quantized
+    layers = model.num_parameters - head - table
+    return round(layers * LAYER_BYTES[quantization]) + head + table * item
+
+
 def request_blocks(group: KVGroup, num_tokens: int, max_num_batched_tokens: int) -> int:
     """Most blocks of a group that one request of `num_tokens` tokens holds at once.
 
@@ -148,15 +161,21 @@ class _Sizes:
     """The sizes that a plan is made of."""
 
     def __init__(
-        self, model: ModelConfig, layout: KVLayout, weight_dtype: str, max_num_seqs: int, step_tokens: int
+        self,
+        model: ModelConfig,
+        layout: KVLayout,
+        weight_dtype: str,
+        quantization: str,
+        max_num_seqs: int,
+        step_tokens: int,
     ) -> None:
         self.model = model
         self.layout = layout
         self.item = DTYPE_BYTES[weight_dtype]
-        self.dtype = weight_dtype
+        self.dtype = weight_dtype if quantization == "none" else quantization
         self.max_num_seqs = max_num_seqs
         self.step_tokens = step_tokens
-        self.weights = model.num_parameters * self.item
+        self.weights = weight_bytes(model, weight_dtype, quantization)
         self.null_bytes = sum(group.block_bytes for group in layout.groups)
 
     def blocks(self, num_tokens: int) -> tuple[int, ...]:

@@ -33,6 +33,7 @@ def setting(default: Any, text: str, **extra: Any) -> Any:
 
 
 DTYPE_SYNONYMS = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+QUANTIZATIONS = ("none", "int8", "w8a8", "int4", "w4a8")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -55,6 +56,14 @@ class ModelOptions:
         choices=DTYPES,
         synonyms=DTYPE_SYNONYMS,
         headline=True,
+    )
+    quantization: str = setting(
+        "none",
+        "quantize while loading: weights of 8 or 4 bits, activations bf16 (int8, int4) or 8 bits (w8a8, w4a8)",
+        choices=QUANTIZATIONS,
+        synonyms={"None": "none", "auto": "none", "null": "none"},
+        headline=True,
+        aliases=("-q",),
     )
     max_model_len: int | None = setting(
         None,
@@ -214,6 +223,11 @@ class RuntimeOptions:
         headline=True,
         env={"OMP_NUM_THREADS": ""},
     )
+    cpu_kernels: str = setting(
+        "auto",
+        "what computes on the CPU: native kernels for an instruction set, or plain torch; auto: the best that is there",
+        choices=("auto", "amx", "avx512_bf16", "avx512", "avx2", "torch"),
+    )
     log_level: str = setting(
         "info", "how much is said", choices=("debug", "info", "warning", "error"), env={"VLLM_LOGGING_LEVEL": ""}
     )
@@ -309,7 +323,6 @@ class ForeignFlag:
 _ONE = ("1",)
 _LATER = "not supported yet: this version runs one rank on one machine"
 _NO_SPEC = "not supported yet: this version does not speculate"
-_NO_QUANT = "not supported yet: this version runs float32, bfloat16 and float16 weights"
 _NO_PD = "not supported yet: this version computes prompts and outputs in one engine"
 _NO_TIERS = "not supported yet: this version keeps KV in the device's memory only"
 _NO_MOE = "not supported yet: this version has no expert models"
@@ -330,7 +343,6 @@ FOREIGN: tuple[ForeignFlag, ...] = (
     ForeignFlag(("--enable-expert-parallel", "--all2all-backend", "--enable-eplb", "--eplb-config"), (), _NO_MOE),
     ForeignFlag(("--ep-num-redundant-experts", "--enable-dp-attention"), ("0",), _NO_MOE),
     ForeignFlag(("--enable-dbo", "--enable-two-batch-overlap"), (), _LATER),
-    ForeignFlag(("--quantization", "-q"), ("none", "None", "auto"), _NO_QUANT),
     ForeignFlag(("--speculative-config", "-sc", "--speculative-algorithm"), ("none", "None", "null"), _NO_SPEC),
     ForeignFlag(("--spec-method", "--spec-model", "--spec-tokens"), ("none", "0"), _NO_SPEC),
     ForeignFlag(

@@ -47,3 +47,47 @@ class Batch:
     token_ids: Tensor
     positions: Tensor
     attention: PreparedAttention
+
+
+@dataclass(frozen=True, slots=True)
+class Buffer:
+    """Activations of a recorded program: rows of `width` values, one per token of a step."""
+
+    number: int
+    width: int
+
+
+class Recorder(Protocol):
+    """What `record` of a layer speaks to: the operations of a step, told once and in order, run as a whole later.
+
+    Streams (`embed`) are float32 and are added to; everything else is bf16 and valid until its kind is made again.
+    """
+
+    def embed(self, weight: Tensor) -> Buffer:
+        """Rows of `weight` [tokens, width]: a new stream."""
+        ...
+
+    def rms_norm(self, x: Buffer, weight: Tensor, eps: float) -> Buffer: ...
+
+    def linear(self, a: Buffer, weight: Tensor, bias: Tensor | None) -> Buffer:
+        """a W^T + bias; weight [num_out, num_in]."""
+        ...
+
+    def linear_add(self, x: Buffer, a: Buffer, weight: Tensor, bias: Tensor | None) -> None:
+        """x += a W^T + bias"""
+        ...
+
+    def linear_silu_mul(self, a: Buffer, weight: Tensor, bias: Tensor | None) -> Buffer:
+        """silu(gate) * up of a fused projection, gate first."""
+        ...
+
+    def attend(
+        self,
+        layer: int,
+        qkv: Buffer,
+        num_heads: int,
+        norms: tuple[Tensor, Tensor, float] | None,
+        rotary: tuple[Tensor, Tensor],
+    ) -> Buffer:
+        """Heads of q, k and v to those of the result: norms (q, k, eps), rope by (cos, sin), cache, attention."""
+        ...

@@ -27,6 +27,7 @@ import uvicorn
 from penstock.config.hardware import port_holder
 from penstock.config.schema import Config, ServerOptions
 from penstock.config.values import ConfigError
+from penstock.core.request import SamplingParams
 from penstock.engine.messages import Ready, Report, ToEngine
 from penstock.engine.tokenizer import Tokenizer
 from penstock.engine.wire import LoopWire, listen
@@ -43,7 +44,7 @@ log = logging.getLogger("penstock.server")
 LOOK_S = 0.1  # how often the engine's process is looked at
 KEEP_ALIVE_LOOK_S = 5.0
 STATS_S = 10.0
-ENGINE_EXIT_S = 5.0  # for the engine to leave after its last word, and again after SIGTERM
+ENGINE_EXIT_S = 5.0  # for the engine to leave after its last word, and again after it was killed
 LAST_WORDS_S = 3.0  # for answers that are being written when the server stops
 DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 
@@ -54,8 +55,6 @@ class EngineProcess(Protocol):
     def poll(self) -> int | None:
         """Its exit code, None while it runs."""
         ...
-
-    def terminate(self) -> None: ...
 
     def kill(self) -> None: ...
 
@@ -83,16 +82,28 @@ def model_names(config: Config) -> tuple[str, ...]:
 
 
 def sampling_defaults(directory: Path) -> dict[str, Any]:
-    """The checkpoint's own sampling defaults: numbers of generation_config.json that requests may override."""
+    """The checkpoint's own sampling defaults: numbers of generation_config.json that requests may override.
+
+    Raises ConfigError for a file that no request could run with: its sender would be blamed for it.
+    """
+    path = directory / "generation_config.json"
+    if not path.exists():
+        return {}
     try:
-        raw = json.loads((directory / "generation_config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    if not isinstance(raw, dict):
-        return {}
-    found = {name: raw[name] for name in DEFAULTS if type(raw.get(name)) in (int, float)}
-    if raw.get("do_sample") is False:
-        found.pop("temperature", None)  # it says nothing there; a request without one still samples, as in vLLM
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(raw, dict):
+            raise ValueError("it does not hold an object")
+        found = {name: raw[name] for name in DEFAULTS if raw.get(name) is not None}
+        if raw.get("do_sample") is False:
+            found.pop("temperature", None)  # it says nothing there; a request without one still samples, as in vLLM
+        wrong = next((name for name, value in found.items() if type(value) not in (int, float)), None)
+        if wrong is not None:
+            raise ValueError(f"{wrong} must be a number, got {found[wrong]!r}")
+        names = {"max_new_tokens": "max_tokens"}
+        SamplingParams(**{names.get(name, name): value for name, value in found.items()}).check()
+    except (OSError, ValueError, TypeError) as error:
+        message = f"{path}: {error}; --generation-config vllm does without the file"
+        raise ConfigError(message, "--generation-config") from None
     return found
 
 
@@ -341,7 +352,7 @@ class _Server:
         if process is None:
             return
         grace_s = ENGINE_EXIT_S if self.state.phase == "stopped" else 0.0
-        for end, wait_s in ((None, grace_s), (process.terminate, ENGINE_EXIT_S), (process.kill, ENGINE_EXIT_S)):
+        for end, wait_s in ((None, grace_s), (process.kill, ENGINE_EXIT_S)):
             if end is not None:
                 end()
             until_s = time.monotonic() + wait_s

@@ -162,7 +162,8 @@ def _receive(connection: socket.socket, num_bytes: int) -> bytes:
 
 def main(max_memory_bytes: int) -> None:
     """Serve requests until the other side closes the socket. Says "ready" first: a message of length 0."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C in a terminal is for the server, which drains
+    for number in (signal.SIGINT, signal.SIGTERM):  # to the whole group: the server's to hear, which drains
+        signal.signal(number, signal.SIG_IGN)
     connection = socket.socket(fileno=0)
     compiled = functools.lru_cache(maxsize=16)(make_environment().from_string)
     answer({"template": "{{ x.y }}", "variables": {}, "max_chars": 0}, compiled)  # late imports of Jinja, before limits

@@ -26,9 +26,10 @@ def test_extents_cover_the_files(sizes: list[tuple[str, int, int]], many: int, c
     for dtype, length, gap in sizes + [("BF16", 1, 0)] * many:
         position += gap * 10
         end = position + length * FLOAT_DTYPES[dtype].itemsize
-        target = torch.empty(length, dtype=torch.float32)
+        parameter = torch.nn.Parameter(torch.empty(length))
+        target = parameter.detach()
         raw = target.view(torch.uint8).numpy().data if dtype == "F32" else None
-        fillings.append(Filling(Path("x"), StoredTensor("t", dtype, (length,), position, end), target, raw))
+        fillings.append(Filling(Path("x"), StoredTensor("t", dtype, (length,), position, end), parameter, target, raw))
         position = end
     extents = cut(fillings, chunk_bytes)
     pieces = [piece for extent in extents for piece in extent.pieces]

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from penstock.config.model import ModelConfig
-from penstock.nn.doors import Batch
+from penstock.nn.doors import Batch, Buffer, Recorder
 from penstock.nn.layers.linear import Linear
 from penstock.nn.layers.norm import RMSNorm
 from penstock.nn.layers.rotary import rotate
@@ -35,3 +35,12 @@ class SelfAttention(nn.Module):
             qk = heads[:, : self.num_heads + self.num_kv_heads]
         q, k = rotate(qk, cos, sin).split((self.num_heads, self.num_kv_heads), dim=1)
         return self.out(batch.attention.run(self.layer, q, k, v))
+
+    def record(self, to: Recorder, a: Buffer, x: Buffer, rotary: tuple[Tensor, Tensor]) -> None:
+        """x += forward(a); rotary: cos and sin tables."""
+        norms = None
+        if self.q_norm is not None and self.k_norm is not None:
+            norms = (self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+        qkv = to.linear(a, self.qkv.weight, self.qkv.bias)
+        out = to.attend(self.layer, qkv, self.num_heads, norms, rotary)
+        to.linear_add(x, out, self.out.weight, self.out.bias)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from penstock.config.model import ModelConfig
+from penstock.nn.doors import Buffer, Recorder
 from penstock.nn.layers.linear import Linear
 
 
@@ -19,3 +20,8 @@ class GatedMlp(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.gate_up(x).chunk(2, -1)
         return self.down(nn.functional.silu(gate) * up)
+
+    def record(self, to: Recorder, a: Buffer, x: Buffer) -> None:
+        """x += forward(a)"""
+        h = to.linear_silu_mul(a, self.gate_up.weight, self.gate_up.bias)
+        to.linear_add(x, h, self.down.weight, self.down.bias)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from penstock.nn.doors import Buffer, Recorder
+
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """`x / sqrt(mean(x^2) + eps) * weight` over the last axis; the sum is in float32.
@@ -26,3 +28,6 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.rms_norm(x, self.weight.shape, self.weight, self.eps)
+
+    def record(self, to: Recorder, x: Buffer) -> Buffer:
+        return to.rms_norm(x, self.weight, self.eps)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from penstock.config.model import ModelConfig
-from penstock.nn.doors import Batch
+from penstock.nn.doors import Batch, Buffer, Recorder
 from penstock.nn.layers.attention import SelfAttention
 from penstock.nn.layers.embed import Embedding
 from penstock.nn.layers.linear import Linear
@@ -32,6 +32,10 @@ class DecoderLayer(nn.Module):
         x = x + self.attention(self.attention_norm(x), batch, cos, sin)
         return x + self.mlp(self.mlp_norm(x))
 
+    def record(self, to: Recorder, x: Buffer, rotary: tuple[Tensor, Tensor]) -> None:
+        self.attention.record(to, self.attention_norm.record(to, x), x, rotary)
+        self.mlp.record(to, self.mlp_norm.record(to, x), x)
+
 
 class LlamaModel(nn.Module):
     """`forward(batch)` gives hidden states [T, hidden] after the last norm; `logits` turns chosen rows into scores."""
@@ -53,6 +57,14 @@ class LlamaModel(nn.Module):
         for layer in self.layers:
             x = layer(x, batch, cos, sin)
         return self.norm(x)
+
+    def record(self, to: Recorder) -> Buffer:
+        """What `forward` does, as operations; the buffer of hidden states."""
+        x = to.embed(self.embed.weight)
+        for layer in self.layers:
+            assert isinstance(layer, DecoderLayer)
+            layer.record(to, x, (self.rotary.cos, self.rotary.sin))
+        return self.norm.record(to, x)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, hidden] to float32 [N, vocab_size]."""

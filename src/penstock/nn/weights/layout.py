@@ -35,6 +35,7 @@ class Filling:
 
     path: Path
     stored: StoredTensor
+    parameter: nn.Parameter
     target: Tensor
     raw: memoryview | None
 
@@ -169,7 +170,7 @@ def _filling(shard: Shard, stored: StoredTensor, parameters: dict[str, nn.Parame
     assert rows.is_contiguous(), f"{route.target} is not contiguous"
     flat = rows.view(-1)
     direct = parameter.device.type == "cpu" and FLOAT_DTYPES[stored.dtype] == parameter.dtype
-    return Filling(shard.path, stored, flat, flat.view(torch.uint8).numpy().data if direct else None)
+    return Filling(shard.path, stored, parameter, flat, flat.view(torch.uint8).numpy().data if direct else None)
 
 
 def _check_cover(

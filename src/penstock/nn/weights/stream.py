@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -53,12 +54,15 @@ def load_weights(
     threads: int = 2,
     chunk_bytes: int = CHUNK_BYTES,
     progress: Callable[[int, int], None] | None = None,
+    filled: Callable[[nn.Parameter], None] | None = None,
 ) -> LoadReport:
     """Fill every parameter of `model` from the safetensors in `directory`; dtype and device are the parameters'.
 
-    `progress(done_bytes, total_bytes)` is called on this thread. Extra memory: (threads + 1) chunks, and only when
-    something is cast or goes to a device. Raises a CheckpointError; what can be known without reading weights is found
-    before anything is written. An error after that empties all parameters, so a half-loaded model cannot be run.
+    `progress(done_bytes, total_bytes)` is called on this thread, as is `filled(parameter)` once all of it is there:
+    what that does (packing, giving memory back) overlaps with reading the rest. Extra memory: (threads + 1) chunks,
+    and only when something is cast or goes to a device. Raises a CheckpointError; what can be known without reading
+    weights is found before anything is written. An error after that empties all parameters, so a half-loaded model
+    cannot be run.
     """
     if threads < 1 or chunk_bytes < MIN_CHUNK_BYTES:
         raise ValueError(f"threads must be >= 1 and chunk_bytes >= {MIN_CHUNK_BYTES}")
@@ -67,7 +71,8 @@ def load_weights(
     layout = match(checkpoint, model, routes)
     try:
         with torch.no_grad(), _one_torch_thread():
-            _stream(cut(layout.fillings, chunk_bytes), threads, progress or _no_progress, layout)
+            extents = cut(layout.fillings, chunk_bytes)
+            _stream(extents, threads, progress or _no_progress, layout, filled or _not_told)
             for extent in cut(layout.ties, chunk_bytes):
                 _compare(extent)
     except BaseException:
@@ -94,6 +99,10 @@ def _one_torch_thread() -> Iterator[None]:
 
 
 def _no_progress(done_bytes: int, total_bytes: int) -> None:
+    pass
+
+
+def _not_told(parameter: nn.Parameter) -> None:
     pass
 
 
@@ -143,8 +152,18 @@ class _Readers:
             self.finished.put(error)
 
 
-def _stream(extents: Sequence[Extent], threads: int, progress: Callable[[int, int], None], layout: Layout) -> None:
+def _stream(
+    extents: Sequence[Extent],
+    threads: int,
+    progress: Callable[[int, int], None],
+    layout: Layout,
+    filled: Callable[[nn.Parameter], None],
+) -> None:
     total, done = layout.num_bytes, 0
+    missing: Counter[int] = Counter()  # bytes, by id of the parameter
+    for filling in layout.fillings:
+        missing[id(filling.parameter)] += filling.stored.end - filling.stored.start
+    compared = {id(filling.parameter) for filling in layout.ties}  # these are still looked at afterwards
     pinned = any(filling.target.is_cuda for filling in layout.fillings)
     progress(0, total)
     with ExitStack() as stack:
@@ -163,6 +182,11 @@ def _stream(extents: Sequence[Extent], threads: int, progress: Callable[[int, in
                 for piece, values in _slot_pieces(extent, slot):
                     _scatter(piece, values)
                 readers.give_back(slot)
+            for piece in extent.pieces:
+                parameter = piece.filling.parameter
+                missing[id(parameter)] -= piece.end - piece.start
+                if not missing[id(parameter)] and id(parameter) not in compared:
+                    filled(parameter)
             done += extent.end - extent.start
             progress(done, total)
     assert done == total, f"read {done} of {total} bytes"

@@ -1,0 +1,288 @@
+// The Python face of the native kernels: packed weights, a team of threads, and programs. Knows no torch: arrays come
+// as buffers, bf16 as uint16. Everything that takes time releases the interpreter's lock.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <new>
+#include <optional>
+#include <stdexcept>
+#include <vector>
+
+#include "cpu.hpp"
+#include "pack.hpp"
+#include "program.hpp"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace penstock;
+
+namespace {
+
+template <class T> using Matrix = nb::ndarray<const T, nb::ndim<2>, nb::device::cpu>;
+template <class T> using Array = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+template <class T> using Table = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+std::size_t up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
+
+const Kernels& kernels_named(const std::string& name) {
+    for (const Kernels* kernels : usable_kernels())
+        if (name == kernels->name) return *kernels;
+    throw std::invalid_argument("this machine or build has no kernels called " + name);
+}
+
+// Packed bytes and what belongs to them. Filled in pieces of whole blocks, then only read.
+class PackedWeight {
+public:
+    PackedWeight(int format, int n, int k) : bytes_(packed_bytes(static_cast<Format>(format), n, k)) {
+        weight_.format = static_cast<Format>(format);
+        bool groups = weight_.format == Format::INT4 || weight_.format == Format::W4A8;
+        weight_.n = n, weight_.k = k;
+        weight_.n_pad = static_cast<int>(up(n, COLUMNS)), weight_.k_pad = static_cast<int>(up(k, groups ? GROUP : K_ALIGN));
+        constexpr std::size_t HUGE_PAGE = 2 << 20;
+        std::size_t align = bytes_ < HUGE_PAGE ? 4096 : HUGE_PAGE;
+        data_ = std::aligned_alloc(align, up(bytes_, align));
+        if (!data_) throw std::bad_alloc();
+        if (align == HUGE_PAGE) madvise(data_, up(bytes_, align), MADV_HUGEPAGE);
+        weight_.data = data_;
+        if (weight_.format != Format::BF16) {
+            scale_.assign(groups ? static_cast<std::size_t>(weight_.n_pad) * (weight_.k_pad / GROUP) : weight_.n_pad, 0.0f);
+            weight_.scale = scale_.data();
+        }
+        if (weight_.format == Format::W8A8) {
+            sums_.assign(weight_.n_pad, 0);
+            weight_.sums = sums_.data();
+        }
+    }
+    ~PackedWeight() { std::free(data_); }
+    PackedWeight(const PackedWeight&) = delete;
+
+    const Weight& weight() const { return weight_; }
+    std::size_t num_bytes() const { return bytes_ + scale_.size() * 4 + sums_.size() * 4; }
+
+    void set_bias(Array<float> bias) {
+        if (static_cast<int>(bias.shape(0)) != weight_.n) throw std::invalid_argument("bias and weight differ in size");
+        bias_.assign(weight_.n_pad, 0.0f);
+        std::copy_n(bias.data(), weight_.n, bias_.data());
+        weight_.bias = bias_.data();
+    }
+
+    // Output columns [begin, begin + rows.shape[0]) from bf16 rows, quantized on the way.
+    void fill(Team& team, int begin, Matrix<std::uint16_t> rows) {
+        check(begin, rows.shape(0), rows.shape(1));
+        if (rows.stride(1) != 1) throw std::invalid_argument("rows must be contiguous");
+        int num = static_cast<int>(rows.shape(0)), blocks = static_cast<int>(up(num, COLUMNS)) / COLUMNS;
+        const bf16* from = rows.data();
+        std::size_t stride = rows.stride(0);
+        nb::gil_scoped_release unlocked;
+        team.run([&](int member) {
+            int first = blocks * member / team.size(), last = blocks * (member + 1) / team.size();
+            for (int block = first; block < last; block++) fill_block(begin, block, num, from, stride);
+        });
+    }
+
+    // Columns that are quantized already: int8 rows with float32 scales [rows] or [rows][groups].
+    void fill_quantized(int begin, Matrix<std::int8_t> rows, Matrix<float> scales) {
+        check(begin, rows.shape(0), rows.shape(1));
+        if (weight_.format == Format::BF16) throw std::invalid_argument("a bf16 weight takes bf16 rows");
+        if (rows.stride(1) != 1) throw std::invalid_argument("rows must be contiguous");
+        std::size_t groups = is_grouped() ? (weight_.k + GROUP - 1) / GROUP : 1;
+        if (scales.shape(0) != rows.shape(0) || scales.shape(1) != groups)
+            throw std::invalid_argument("the scales do not match the weight");
+        int num = static_cast<int>(rows.shape(0));
+        nb::gil_scoped_release unlocked;
+        for (int block = 0; block < static_cast<int>(up(num, COLUMNS)) / COLUMNS; block++) {
+            int at = block * COLUMNS, count = std::min(COLUMNS, num - at);
+            pack_integers(begin + at, count, rows.data() + at * rows.stride(0), rows.stride(0));
+            for (int j = 0; j < count; j++)
+                for (std::size_t g = 0; g < groups; g++)
+                    set_scale(begin + at + j, static_cast<int>(g), scales.data()[(at + j) * scales.stride(0) + g * scales.stride(1)]);
+        }
+    }
+
+private:
+    bool is_grouped() const { return weight_.format == Format::INT4 || weight_.format == Format::W4A8; }
+
+    void check(int begin, std::size_t num, std::size_t k) const {
+        bool fits = begin >= 0 && begin % COLUMNS == 0 && begin + static_cast<long>(num) <= weight_.n;
+        bool whole = num % COLUMNS == 0 || begin + static_cast<long>(num) == weight_.n;
+        if (!fits || !whole || static_cast<int>(k) != weight_.k) throw std::invalid_argument("the rows do not fit the weight");
+    }
+
+    void set_scale(int column, int group, float value) {
+        if (!is_grouped()) scale_[column] = value;
+        else scale_[(static_cast<std::size_t>(column / COLUMNS) * (weight_.k_pad / GROUP) + group) * COLUMNS + column % COLUMNS] = value;
+    }
+
+    void fill_block(int begin, int block, int num, const bf16* rows, std::size_t stride) {
+        int at = block * COLUMNS, count = std::min(COLUMNS, num - at), k = weight_.k;
+        const bf16* from = rows + at * stride;
+        if (weight_.format == Format::BF16) {
+            pack_bf16(from, stride, nullptr, count, k, 0, COLUMNS, block_of(begin + at));
+            return;
+        }
+        int groups = is_grouped() ? (k + GROUP - 1) / GROUP : 1;
+        std::vector<std::int8_t> integers(static_cast<std::size_t>(count) * k);
+        std::vector<float> scales(static_cast<std::size_t>(count) * groups);
+        if (is_grouped()) quantize_int4(from, stride, count, k, integers.data(), scales.data());
+        else quantize_int8(from, stride, count, k, integers.data(), scales.data());
+        pack_integers(begin + at, count, integers.data(), k);
+        for (int j = 0; j < count; j++)
+            for (int g = 0; g < groups; g++) set_scale(begin + at + j, g, scales[static_cast<std::size_t>(j) * groups + g]);
+    }
+
+    void pack_integers(int begin, int count, const std::int8_t* rows, std::size_t stride) {
+        if (is_grouped()) pack_int4(weight_.format, rows, stride, nullptr, count, weight_.k, 0, COLUMNS, block_of(begin));
+        else pack_int8(weight_.format, rows, stride, nullptr, count, weight_.k, 0, COLUMNS, block_of(begin),
+                       sums_.empty() ? nullptr : sums_.data() + begin);
+    }
+
+    void* block_of(int column) {
+        return static_cast<char*>(data_) + column / COLUMNS * packed_bytes(weight_.format, COLUMNS, weight_.k);
+    }
+
+    std::size_t bytes_;
+    void* data_;
+    Weight weight_{};
+    std::vector<float> scale_, bias_;
+    std::vector<std::int32_t> sums_;
+};
+
+// A float32 vector that a program may read in whole sixteens.
+std::vector<float> padded(Array<float> values) {
+    std::vector<float> copy(up(values.shape(0), COLUMNS), 0.0f);
+    std::copy_n(values.data(), values.shape(0), copy.data());
+    return copy;
+}
+
+class BoundProgram {
+public:
+    BoundProgram(const std::string& kernels, Team& team, int max_tokens)
+        : kernels_(kernels_named(kernels)), program_(kernels_, team, max_tokens) {}
+
+    Program& program() { return program_; }
+
+    const float* keep(const std::optional<Array<float>>& values) {
+        if (!values) return nullptr;
+        kept_.push_back(std::make_unique<std::vector<float>>(padded(*values)));
+        return kept_.back()->data();
+    }
+
+    int pool(Table<std::uint8_t> bytes, int num_kv_heads, int head_dim, int group, int window) {
+        std::size_t wanted = static_cast<std::size_t>(2) * num_kv_heads * KV_BLOCK * head_dim * sizeof(bf16);
+        if (bytes.shape(1) != wanted) throw std::invalid_argument("a block of the pool has another size than its heads need");
+        if (head_dim % COLUMNS != 0 || head_dim > 256) throw std::invalid_argument("head sizes are multiples of 16 up to 256");
+        if (reinterpret_cast<std::uintptr_t>(bytes.data()) % 64) throw std::invalid_argument("the pool is not aligned to 64 bytes");
+        pools_.push_back({reinterpret_cast<char*>(bytes.data()), bytes.shape(1), num_kv_heads, head_dim, group, window});
+        num_blocks_.push_back(bytes.shape(0));
+        return static_cast<int>(pools_.size()) - 1;
+    }
+    const Pool& pool_of(int number) const { return pools_.at(number); }
+
+    void run(Array<std::int64_t> token_ids, Array<std::int64_t> positions, Array<std::int64_t> query_start,
+             Array<std::int64_t> start, const std::vector<Table<const std::int32_t>>& tables) {
+        Batch batch{static_cast<int>(token_ids.shape(0)), static_cast<int>(start.shape(0)), token_ids.data(),
+                    positions.data(), query_start.data(), start.data(), {}, {}};
+        if (positions.shape(0) != token_ids.shape(0) || query_start.shape(0) != start.shape(0) + 1)
+            throw std::invalid_argument("the arrays of a batch do not match");
+        for (const auto& table : tables) {
+            if (table.shape(0) != start.shape(0)) throw std::invalid_argument("a block table has another number of rows");
+            batch.tables.push_back(table.data());
+            batch.table_width.push_back(table.shape(1));
+        }
+        nb::gil_scoped_release unlocked;
+        program_.run(batch);
+    }
+
+private:
+    const Kernels& kernels_;
+    Program program_;
+    std::vector<std::unique_ptr<std::vector<float>>> kept_;
+    std::vector<Pool> pools_;
+    std::vector<std::size_t> num_blocks_;
+};
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+    m.attr("KV_BLOCK") = KV_BLOCK;
+    m.attr("COLUMNS") = COLUMNS;
+    m.def("kernels", [] {
+        std::vector<std::string> names;
+        for (const Kernels* kernels : usable_kernels()) names.emplace_back(kernels->name);
+        return names;
+    });
+
+    // Give the whole pages inside an array back to the system; what is read there afterwards is zero.
+    m.def("release", [](Table<std::uint16_t> array) {
+        constexpr std::uintptr_t PAGE = 4096;
+        auto begin = reinterpret_cast<std::uintptr_t>(array.data()), end = begin + array.nbytes();
+        begin = (begin + PAGE - 1) / PAGE * PAGE, end = end / PAGE * PAGE;
+        if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+    }, "array"_a.noconvert());
+
+    nb::class_<Team>(m, "Team")
+        .def(nb::init<int, const std::vector<int>&>(), "size"_a, "cpus"_a)
+        .def_prop_ro("size", &Team::size);
+
+    nb::class_<PackedWeight>(m, "PackedWeight")
+        .def(nb::init<int, int, int>(), "format"_a, "n"_a, "k"_a)
+        .def("fill", &PackedWeight::fill, "team"_a, "begin"_a, "rows"_a.noconvert())
+        .def("fill_quantized", &PackedWeight::fill_quantized, "begin"_a, "rows"_a.noconvert(), "scales"_a.noconvert())
+        .def("set_bias", &PackedWeight::set_bias, "bias"_a.noconvert())
+        .def_prop_ro("n", [](const PackedWeight& w) { return w.weight().n; })
+        .def_prop_ro("k", [](const PackedWeight& w) { return w.weight().k; })
+        .def_prop_ro("num_bytes", &PackedWeight::num_bytes);
+
+    nb::class_<BoundProgram>(m, "Program")
+        .def(nb::init<const std::string&, Team&, int>(), "kernels"_a, "team"_a, "max_tokens"_a, nb::keep_alive<1, 3>())
+        .def("buffer", [](BoundProgram& p, int kind, int width) { return p.program().buffer(static_cast<Kind>(kind), width); },
+             "kind"_a, "width"_a)
+        .def("pool", &BoundProgram::pool, "bytes"_a.noconvert(), "num_kv_heads"_a, "head_dim"_a, "group"_a, "window"_a,
+             nb::keep_alive<1, 2>())
+        .def("embed_bf16", [](BoundProgram& p, Table<const std::uint16_t> table, int to) {
+                p.program().embed(table.data(), Kind::BF16, static_cast<int>(table.shape(1)), to);
+            }, "table"_a.noconvert(), "to"_a, nb::keep_alive<1, 2>())
+        .def("embed_packed", [](BoundProgram& p, const PackedWeight& w, int to) { p.program().embed_packed(w.weight(), to); },
+             "weight"_a, "to"_a, nb::keep_alive<1, 2>())
+        .def("rms_norm", [](BoundProgram& p, int from, Array<float> weight, float eps, int to) {
+                p.program().rms_norm(from, p.keep(weight), static_cast<int>(weight.shape(0)), eps, to);
+            }, "source"_a, "weight"_a.noconvert(), "eps"_a, "to"_a)
+        .def("linear", [](BoundProgram& p, const PackedWeight& w, int from, int to) { p.program().linear(w.weight(), from, to); },
+             "weight"_a, "source"_a, "to"_a, nb::keep_alive<1, 2>())
+        .def("linear_add", [](BoundProgram& p, const PackedWeight& w, int from, int to) { p.program().linear_add(w.weight(), from, to); },
+             "weight"_a, "source"_a, "to"_a, nb::keep_alive<1, 2>())
+        .def("linear_silu_mul", [](BoundProgram& p, const PackedWeight& w, int from, int to) { p.program().linear_silu_mul(w.weight(), from, to); },
+             "weight"_a, "source"_a, "to"_a, nb::keep_alive<1, 2>())
+        .def("heads", [](BoundProgram& p, int qkv, int num_heads, int pool, std::optional<Array<float>> q_norm,
+                         std::optional<Array<float>> k_norm, float eps, Table<const float> cos, Table<const float> sin) {
+                int rotary = 2 * static_cast<int>(cos.shape(1));
+                p.program().heads(qkv, num_heads, p.pool_of(pool), p.keep(q_norm), p.keep(k_norm), eps, cos.data(), sin.data(), rotary);
+            }, "qkv"_a, "num_heads"_a, "pool"_a, "q_norm"_a.none(), "k_norm"_a.none(), "eps"_a, "cos"_a.noconvert(),
+             "sin"_a.noconvert(), nb::keep_alive<1, 8>(), nb::keep_alive<1, 9>())
+        .def("attend", [](BoundProgram& p, int qkv, int num_heads, int pool, float scale, int to) {
+                p.program().attend(qkv, num_heads, p.pool_of(pool), scale, to);
+            }, "qkv"_a, "num_heads"_a, "pool"_a, "scale"_a, "to"_a)
+        .def("run", &BoundProgram::run, "token_ids"_a, "positions"_a, "query_start"_a, "start"_a, "tables"_a)
+        .def("read", [](BoundProgram& p, int buffer, Table<std::uint16_t> out) {
+                p.program().read(buffer, static_cast<int>(out.shape(0)), out.data());
+            }, "buffer"_a, "out"_a.noconvert())
+        .def("head", [](BoundProgram& p, const PackedWeight& w, Table<const std::uint16_t> hidden, Table<float> out) {
+                bool fits = hidden.shape(0) == out.shape(0) && static_cast<int>(hidden.shape(1)) == w.weight().k &&
+                            static_cast<int>(out.shape(1)) == w.weight().n;
+                if (!fits) throw std::invalid_argument("hidden, weight and result do not match");
+                nb::gil_scoped_release unlocked;
+                p.program().head(w.weight(), hidden.data(), static_cast<int>(hidden.shape(0)), out.data());
+            }, "weight"_a, "hidden"_a.noconvert(), "out"_a.noconvert())
+        .def("seconds", [](BoundProgram& p) { return p.program().seconds(); })
+        .def("clear_seconds", [](BoundProgram& p) { p.program().clear_seconds(); });
+}

@@ -1,0 +1,256 @@
+// Packed matrix products with 256-bit vectors: the same order of sums as with 512 bits, two registers per block.
+namespace penstock::PENSTOCK_ISA {
+
+struct Sum {
+    __m256 low, high;  // columns 0-7 and 8-15
+};
+
+struct Pairs {  // even and odd k of sixteen columns, as float32
+    __m256 even[2], odd[2];
+};
+
+static inline __m256 to_float(__m256i x) {
+    typedef float f8 __attribute__((vector_size(32)));
+    typedef std::int32_t i8 __attribute__((vector_size(32)));
+    return as<__m256>(__builtin_convertvector(as<i8>(x), f8));
+}
+
+struct Bf16Pairs {
+    static constexpr int PAIR_BYTES = 64;
+    static inline Pairs at(const char* w, int p) {
+        __m256i high_half = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+        Pairs pair;
+        for (int h = 0; h < 2; h++) {
+            __m256i both = _mm256_load_si256(reinterpret_cast<const __m256i*>(w + p * PAIR_BYTES) + h);
+            pair.even[h] = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+            pair.odd[h] = _mm256_castsi256_ps(_mm256_and_si256(both, high_half));
+        }
+        return pair;
+    }
+};
+
+struct Int8Pairs {
+    static constexpr int PAIR_BYTES = 32;
+    static inline __m256 eight(const char* from) {
+        return to_float(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+    }
+    static inline Pairs at(const char* w, int p) {
+        const char* from = w + p * PAIR_BYTES;
+        return {{eight(from), eight(from + 8)}, {eight(from + 16), eight(from + 24)}};
+    }
+};
+
+struct Int4Pairs {
+    static constexpr int PAIR_BYTES = 16;
+    static inline __m256 nibbles(__m256i x, int shift) {
+        __m256i nibble = _mm256_and_si256(_mm256_srl_epi32(x, _mm_cvtsi32_si128(shift)), _mm256_set1_epi32(15));
+        return to_float(_mm256_sub_epi32(nibble, _mm256_set1_epi32(8)));
+    }
+    static inline Pairs at(const char* w, int p) {
+        const char* from = w + p / 16 * 256 + p % 8 * 32;
+        int shift = p & 8 ? 4 : 0;
+        Pairs pair;
+        for (int h = 0; h < 2; h++) {
+            __m256i both = _mm256_cvtepu16_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(from) + h));
+            pair.even[h] = nibbles(both, shift);
+            pair.odd[h] = nibbles(both, shift + 8);
+        }
+        return pair;
+    }
+};
+
+static inline void dot_pair(Sum& sum, const bf16* a, const Pairs& w) {
+    std::int32_t pair;
+    __builtin_memcpy(&pair, a, sizeof pair);
+    __m256 even = _mm256_castsi256_ps(_mm256_set1_epi32(pair << 16));
+    __m256 odd = _mm256_castsi256_ps(_mm256_set1_epi32(pair & static_cast<std::int32_t>(0xffff0000u)));
+    sum.low = _mm256_fmadd_ps(odd, w.odd[0], _mm256_fmadd_ps(even, w.even[0], sum.low));
+    sum.high = _mm256_fmadd_ps(odd, w.odd[1], _mm256_fmadd_ps(even, w.even[1], sum.high));
+}
+
+static inline void put(float* c, const Sum& sum) {
+    _mm256_storeu_ps(c, sum.low);
+    _mm256_storeu_ps(c + 8, sum.high);
+}
+
+// c = sum * scale, added to what is there unless this is the first.
+static inline void put_scaled(float* c, const Sum& sum, const float* scale, bool first) {
+    __m256 zero = _mm256_setzero_ps();
+    _mm256_storeu_ps(c, _mm256_fmadd_ps(sum.low, _mm256_loadu_ps(scale), first ? zero : _mm256_loadu_ps(c)));
+    _mm256_storeu_ps(c + 8, _mm256_fmadd_ps(sum.high, _mm256_loadu_ps(scale + 8), first ? zero : _mm256_loadu_ps(c + 8)));
+}
+
+template <int M, class W>
+static inline void product(const char* w, const bf16* a, std::size_t stride, int num_pairs, float* c, std::size_t c_stride) {
+    Sum sum[M] = {};
+    for (int p = 0; p < num_pairs; p++) {
+        Pairs pair = W::at(w, p);
+#pragma GCC unroll 4
+        for (int i = 0; i < M; i++) dot_pair(sum[i], a + i * stride + 2 * p, pair);
+    }
+#pragma GCC unroll 4
+    for (int i = 0; i < M; i++) put(c + i * c_stride, sum[i]);
+}
+
+// f(Count<rows>, first row) over all of m rows.
+template <int N> struct Count { static constexpr int value = N; };
+template <class F>
+static inline void each_tile(int m, F f) {
+    int row = 0;
+    for (; row + 4 <= m; row += 4) f(Count<4>{}, row);
+    if (m - row == 3) f(Count<3>{}, row);
+    if (m - row == 2) f(Count<2>{}, row);
+    if (m - row == 1) f(Count<1>{}, row);
+}
+
+template <class W>
+static void product_rows(const char* w, const bf16* a, std::size_t stride, int m, int num_pairs, float* c, std::size_t c_stride) {
+    each_tile(m, [&](auto rows, int row) {
+        product<rows.value, W>(w, a + row * stride, stride, num_pairs, c + row * c_stride, c_stride);
+    });
+}
+
+static void key_product(const char* keys, const bf16* q, std::size_t q_stride, int m, int dim, float* scores, std::size_t stride) {
+    for (int half = 0; half < 2; half++)
+        product_rows<Bf16Pairs>(keys + half * dim * 32, q, q_stride, m, dim / 2, scores + half * COLUMNS, stride);
+}
+
+static void value_product(const char* values, std::size_t block_bytes, const std::int32_t* blocks, int num_blocks,
+                          const bf16* chances, std::size_t stride, int m, int dim, float* out) {
+    for (int j = 0; j < dim / COLUMNS; j++)
+        for (int i = 0; i < m; i++) {
+            Sum sum = {};
+            for (int b = 0; b < num_blocks; b++) {
+                const char* from = values + blocks[b] * block_bytes + j * 1024;
+                for (int pair = 0; pair < KV_BLOCK / 2; pair++)
+                    dot_pair(sum, chances + i * stride + b * KV_BLOCK + 2 * pair, Bf16Pairs::at(from, pair));
+            }
+            put(out + i * dim + j * COLUMNS, sum);
+        }
+}
+
+// One block of 4-bit weights: each group's sums, scaled, are added in float32.
+static void product_int4(const Weight& weight, std::size_t block, const bf16* a, std::size_t stride, int m, float* c, std::size_t c_stride) {
+    int groups = weight.k_pad / GROUP;
+    // Only K is read of the activations, up to K_ALIGN: a group's padding is the weight's alone.
+    int num_pairs = (weight.k + K_ALIGN - 1) / K_ALIGN * (K_ALIGN / 2);
+    const char* w = static_cast<const char*>(weight.data) + block * weight.k_pad * COLUMNS / 2;
+    each_tile(m, [&](auto rows, int row) {
+        for (int g = 0; g < groups; g++) {
+            Sum sum[rows.value] = {};
+            for (int p = g * GROUP / 2; p < (g + 1) * GROUP / 2 && p < num_pairs; p++) {
+                Pairs pair = Int4Pairs::at(w, p);
+#pragma GCC unroll 4
+                for (int i = 0; i < rows.value; i++) dot_pair(sum[i], a + (row + i) * stride + 2 * p, pair);
+            }
+            for (int i = 0; i < rows.value; i++)
+                put_scaled(c + (row + i) * c_stride, sum[i], weight.scale + (block * groups + g) * COLUMNS, g == 0);
+        }
+    });
+}
+
+// Four k of sixteen columns by four of a row, exact: bytes as 16-bit numbers, even ones and odd ones.
+struct Quads {
+    __m256i even[2], odd[2];
+    static inline __m256i even_of(__m256i x) { return _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8); }
+    static inline Quads of_int8(const char* w) {
+        Quads q;
+        for (int h = 0; h < 2; h++) {
+            __m256i bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(w) + h);
+            q.even[h] = even_of(bytes), q.odd[h] = _mm256_srai_epi16(bytes, 8);
+        }
+        return q;
+    }
+    static inline Quads of_nibbles(const char* w, int shift) {
+        Quads q;
+        for (int h = 0; h < 2; h++) {
+            __m256i bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(w) + h), mask = _mm256_set1_epi16(15);
+            __m256i nibbles = _mm256_srl_epi16(bytes, _mm_cvtsi32_si128(shift));
+            q.even[h] = _mm256_and_si256(nibbles, mask), q.odd[h] = _mm256_and_si256(_mm256_srli_epi16(nibbles, 8), mask);
+        }
+        return q;
+    }
+};
+
+struct IntSum {
+    __m256i half[2];
+    void add(const std::int8_t* a, const Quads& w) {
+        std::int32_t four;
+        __builtin_memcpy(&four, a, sizeof four);
+        __m256i x = _mm256_set1_epi32(four), even = Quads::even_of(x), odd = _mm256_srai_epi16(x, 8);
+        for (int h = 0; h < 2; h++) {
+            half[h] = _mm256_add_epi32(half[h], _mm256_madd_epi16(even, w.even[h]));
+            half[h] = _mm256_add_epi32(half[h], _mm256_madd_epi16(odd, w.odd[h]));
+        }
+    }
+    Sum floats() const { return {to_float(half[0]), to_float(half[1])}; }
+};
+
+static void product_w8a8(const Weight& weight, std::size_t block, const Rows& rows, int m, float* c, std::size_t c_stride) {
+    const char* w = static_cast<const char*>(weight.data) + block * weight.k_pad * COLUMNS;
+    each_tile(m, [&](auto count, int row) {
+        const std::int8_t* a = static_cast<const std::int8_t*>(rows.data) + row * rows.stride;
+        IntSum sum[count.value] = {};
+        for (int k = 0; k < weight.k_pad; k += 4) {
+            Quads quads = Quads::of_int8(w + k * COLUMNS);
+#pragma GCC unroll 4
+            for (int i = 0; i < count.value; i++) sum[i].add(a + i * rows.stride + k, quads);
+        }
+        for (int i = 0; i < count.value; i++) {
+            float* to = c + (row + i) * c_stride;
+            put(to, sum[i].floats());
+            store(to, load(to) * rows.scale[row + i] * load(weight.scale + block * COLUMNS));
+        }
+    });
+}
+
+static void product_w4a8(const Weight& weight, std::size_t block, const Rows& rows, int m, float* c, std::size_t c_stride) {
+    const char* w = static_cast<const char*>(weight.data) + block * weight.k_pad * COLUMNS / 2;
+    int groups = weight.k_pad / GROUP;
+    each_tile(m, [&](auto count, int row) {
+        const std::int8_t* a = static_cast<const std::int8_t*>(rows.data) + row * rows.stride;
+        for (int g = 0; g < groups; g++) {
+            IntSum sum[count.value];
+            for (int i = 0; i < count.value; i++) {
+                // Nibbles are stored plus 8.
+                __m256i added = _mm256_set1_epi32(-8 * rows.sums[(row + i) * rows.sums_stride + g]);
+                sum[i].half[0] = sum[i].half[1] = added;
+            }
+            for (int k = g * GROUP; k < (g + 1) * GROUP; k += 4) {
+                Quads quads = Quads::of_nibbles(w + k / 8 * 64, k % 8);
+#pragma GCC unroll 4
+                for (int i = 0; i < count.value; i++) sum[i].add(a + i * rows.stride + k, quads);
+            }
+            for (int i = 0; i < count.value; i++)
+                put_scaled(c + (row + i) * c_stride, sum[i].floats(), weight.scale + (block * groups + g) * COLUMNS, g == 0);
+        }
+        for (int i = 0; i < count.value; i++) {
+            float* to = c + (row + i) * c_stride;
+            store(to, load(to) * rows.scale[row + i]);
+        }
+    });
+}
+
+static void gemm(const Weight& weight, const Rows& rows, int m, int col, int cols, float* c, std::size_t c_stride) {
+    const bf16* a = static_cast<const bf16*>(rows.data);
+    const char* w = static_cast<const char*>(weight.data);
+    std::size_t block_elements = static_cast<std::size_t>(weight.k_pad) * COLUMNS;
+    for (int j = 0; j < cols; j += COLUMNS) {
+        std::size_t block = (col + j) / COLUMNS;
+        switch (weight.format) {
+            case Format::BF16:
+                product_rows<Bf16Pairs>(w + block * block_elements * 2, a, rows.stride, m, weight.k_pad / 2, c + j, c_stride);
+                break;
+            case Format::INT8:
+                product_rows<Int8Pairs>(w + block * block_elements, a, rows.stride, m, weight.k_pad / 2, c + j, c_stride);
+                for (int i = 0; i < m; i++)
+                    store(c + i * c_stride + j, load(c + i * c_stride + j) * load(weight.scale + col + j));
+                break;
+            case Format::W8A8: product_w8a8(weight, block, rows, m, c + j, c_stride); break;
+            case Format::INT4: product_int4(weight, block, a, rows.stride, m, c + j, c_stride); break;
+            case Format::W4A8: product_w4a8(weight, block, rows, m, c + j, c_stride); break;
+        }
+    }
+}
+
+}  // namespace penstock::PENSTOCK_ISA

@@ -1,0 +1,127 @@
+#include "pack.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+namespace penstock {
+
+namespace {
+std::size_t up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
+
+int k_align(Format format) { return format == Format::INT4 || format == Format::W4A8 ? GROUP : K_ALIGN; }
+
+float widen(bf16 x) {
+    std::uint32_t u = static_cast<std::uint32_t>(x) << 16;
+    float f;
+    std::memcpy(&f, &u, 4);
+    return f;
+}
+
+// Offset in elements of (column j of a block, k), from the start of the block.
+std::size_t place(Format format, int j, int k) {
+    switch (format) {
+        case Format::BF16: return static_cast<std::size_t>(k / 2) * 32 + j * 2 + k % 2;
+        case Format::INT8: return static_cast<std::size_t>(k / 2) * 32 + k % 2 * 16 + j;
+        case Format::W8A8: return static_cast<std::size_t>(k / 4) * 64 + j * 4 + k % 4;
+        // Bytes; the nibble is chosen by the caller.
+        case Format::INT4: return static_cast<std::size_t>(k / 32) * 256 + k % 16 / 2 * 32 + j * 2 + k % 2;
+        case Format::W4A8: return static_cast<std::size_t>(k / 8) * 64 + j * 4 + k % 4;
+    }
+    return 0;
+}
+
+template <class T>
+void pack_elements(Format format, const T* rows, std::size_t stride, const std::int32_t* order, int n, int k, int begin,
+                   int end, T* to) {
+    std::size_t block = up(k, K_ALIGN) * COLUMNS;
+    for (int j = begin; j < end; j += COLUMNS) {
+        T* at = to + j / COLUMNS * block;
+        std::memset(at, 0, block * sizeof(T));
+        for (int c = 0; c < COLUMNS && j + c < n; c++) {
+            const T* from = rows + (order ? order[j + c] : j + c) * stride;
+            if (format == Format::BF16) {  // pairs at once: loading waits for this
+                int i = 0;
+                for (; i + 1 < k; i += 2) std::memcpy(at + place(format, c, i), from + i, 2 * sizeof(T));
+                if (i < k) at[place(format, c, i)] = from[i];
+            } else {
+                for (int i = 0; i < k; i++) at[place(format, c, i)] = from[i];
+            }
+        }
+    }
+}
+}  // namespace
+
+std::size_t packed_bytes(Format format, int n, int k) {
+    std::size_t elements = up(n, COLUMNS) * up(k, k_align(format));
+    if (format == Format::BF16) return elements * 2;
+    return k_align(format) == GROUP ? elements / 2 : elements;
+}
+
+void pack_bf16(const bf16* rows, std::size_t stride, const std::int32_t* order, int n, int k, int begin, int end, void* to) {
+    pack_elements(Format::BF16, rows, stride, order, n, k, begin, end, static_cast<bf16*>(to));
+}
+
+void pack_int8(Format format, const std::int8_t* rows, std::size_t stride, const std::int32_t* order, int n, int k,
+               int begin, int end, void* to, std::int32_t* sums) {
+    pack_elements(format, rows, stride, order, n, k, begin, end, static_cast<std::int8_t*>(to));
+    if (sums)
+        for (int j = begin; j < end; j++) {
+            std::int32_t total = 0;
+            if (j < n) {
+                const std::int8_t* from = rows + (order ? order[j] : j) * stride;
+                for (int i = 0; i < k; i++) total += from[i];
+            }
+            sums[j] = total;
+        }
+}
+
+void pack_int4(Format format, const std::int8_t* rows, std::size_t stride, const std::int32_t* order, int n, int k,
+               int begin, int end, void* to) {
+    std::size_t k_pad = up(k, GROUP), block = k_pad * COLUMNS / 2;
+    for (int j = begin; j < end; j += COLUMNS) {
+        std::uint8_t* at = static_cast<std::uint8_t*>(to) + j / COLUMNS * block;
+        std::memset(at, 0x88, block);  // zeros: nibble 8
+        for (int c = 0; c < COLUMNS && j + c < n; c++) {
+            const std::int8_t* from = rows + (order ? order[j + c] : j + c) * stride;
+            for (int i = 0; i < k; i++) {
+                std::uint8_t& byte = at[place(format, c, i)];
+                bool high = format == Format::INT4 ? i % 32 >= 16 : i % 8 >= 4;
+                int nibble = from[i] + 8;
+                byte = static_cast<std::uint8_t>(high ? (byte & 0x0f) | nibble << 4 : (byte & 0xf0) | nibble);
+            }
+        }
+    }
+}
+
+void quantize_int8(const bf16* rows, std::size_t stride, int n, int k, std::int8_t* to, float* scale) {
+    for (int j = 0; j < n; j++) {
+        const bf16* from = rows + j * stride;
+        float most = 0;
+        for (int i = 0; i < k; i++) most = std::max(most, std::fabs(widen(from[i])));
+        scale[j] = most > 0 ? most / 127 : 1;
+        float inverse = 1 / scale[j];
+        for (int i = 0; i < k; i++) to[static_cast<std::size_t>(j) * k + i] = static_cast<std::int8_t>(std::nearbyint(widen(from[i]) * inverse));
+    }
+}
+
+void quantize_int4(const bf16* rows, std::size_t stride, int n, int k, std::int8_t* to, float* scale) {
+    int groups = (k + GROUP - 1) / GROUP;
+    for (int j = 0; j < n; j++)
+        for (int g = 0; g < groups; g++) {
+            int begin = g * GROUP, end = std::min(k, begin + GROUP);
+            float extreme = 0;
+            for (int i = begin; i < end; i++) {
+                float x = widen(rows[j * stride + i]);
+                if (std::fabs(x) > std::fabs(extreme)) extreme = x;
+            }
+            float step = extreme != 0 ? extreme / -8 : 1;
+            scale[static_cast<std::size_t>(j) * groups + g] = step;
+            for (int i = begin; i < end; i++) {
+                float q = std::nearbyint(widen(rows[j * stride + i]) / step);
+                to[static_cast<std::size_t>(j) * k + i] = static_cast<std::int8_t>(std::clamp(q, -8.0f, 7.0f));
+            }
+        }
+}
+
+}  // namespace penstock

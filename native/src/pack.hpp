@@ -1,0 +1,31 @@
+// From a checkpoint's rows [N, K] to the packed order that kernels read (kernels.hpp says which).
+#pragma once
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels.hpp"
+
+namespace penstock {
+
+// Bytes of the packed matrix, without scales.
+std::size_t packed_bytes(Format format, int n, int k);
+
+// Rows [begin, end) of the packed matrix from `rows`: row j comes from source row `order[j]`, or j when order is null;
+// begin a multiple of 16. Rows are bf16, `stride` elements apart. The rest of the last block and of K becomes zero.
+void pack_bf16(const bf16* rows, std::size_t stride, const std::int32_t* order, int n, int k, int begin, int end, void* to);
+
+// The same for 8-bit integers that are quantized already, int8 rows; sums only for W8A8.
+void pack_int8(Format format, const std::int8_t* rows, std::size_t stride, const std::int32_t* order, int n, int k,
+               int begin, int end, void* to, std::int32_t* sums);
+
+// The same for 4-bit integers in [-8, 7], one per int8.
+void pack_int4(Format format, const std::int8_t* rows, std::size_t stride, const std::int32_t* order, int n, int k,
+               int begin, int end, void* to);
+
+// Round to nearest: one scale per row, absmax / 127.
+void quantize_int8(const bf16* rows, std::size_t stride, int n, int k, std::int8_t* to, float* scale);
+
+// One scale per row and group of 128: the element of largest magnitude becomes -8.
+void quantize_int4(const bf16* rows, std::size_t stride, int n, int k, std::int8_t* to, float* scale);
+
+}  // namespace penstock

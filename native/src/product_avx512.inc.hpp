@@ -1,0 +1,150 @@
+// Products of a few rows by whole blocks of 16 columns in 512-bit registers, and the two products of attention.
+//
+// One accumulator register per row and block; k ascends. A weight vector is loaded once for up to six rows and never
+// stored: memory-bound for few rows, bound by the multipliers for many. With VDPBF16PS where the machine has it, else
+// with two float32 products per pair (bf16 is the upper half of a float32). Knows neither formats nor scales.
+#define PENSTOCK_INLINE inline __attribute__((always_inline))
+#define PENSTOCK_UNROLL _Pragma("GCC unroll 12")
+
+namespace penstock::PENSTOCK_ISA {
+
+// Rows of a tile. Times four blocks: 24 sums, six activations and a weight are 31 of the 32 registers.
+constexpr int TILE_ROWS = 6;
+constexpr int TALL_ROWS = 12;  // times two blocks
+
+template <int BLOCKS> constexpr int MOST_ROWS = BLOCKS <= 2 ? TALL_ROWS : TILE_ROWS;
+
+// How many of `left` blocks m rows take at once. Rows that fit one tile need the weights only once.
+static inline int blocks_at_once(int m, int left) {
+    bool tall = m > TILE_ROWS && m <= TALL_ROWS;
+    return left >= 4 && !tall ? 4 : left >= 2 ? 2 : 1;
+}
+
+// Consecutive blocks into L1; `data`: within the first.
+constexpr int FAR = 384;  // bytes of each of four blocks: 256 to 512 were best, 1024 and more up to a fifth slower
+template <int BLOCKS>
+static PENSTOCK_INLINE void fetch_blocks(const char* data, std::size_t block_bytes) {
+    PENSTOCK_UNROLL for (int j = 0; j < BLOCKS; j++) _mm_prefetch(data + j * block_bytes, _MM_HINT_T0);
+}
+
+static PENSTOCK_INLINE __m512i four_bytes(const void* at) {
+    std::int32_t four;
+    __builtin_memcpy(&four, at, sizeof four);
+    return _mm512_set1_epi32(four);
+}
+
+static PENSTOCK_INLINE __m512 to_float(__m512i x) { return as<__m512>(__builtin_convertvector(as<vi>(x), vf)); }
+
+static PENSTOCK_INLINE __m512 dot_pair(__m512 sum, __m512i a, __m512i w) {
+#ifdef __AVX512BF16__
+    return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)w);
+#else
+    __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+    sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), sum);
+    return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a, high)), _mm512_castsi512_ps(_mm512_and_si512(w, high)), sum);
+#endif
+}
+
+// The sums of M rows by BLOCKS blocks, in registers: every loop over them is unrolled.
+template <int M, int BLOCKS>
+struct Sums {
+    __m512 of[M][BLOCKS];
+
+    PENSTOCK_INLINE void zero() {
+        PENSTOCK_UNROLL for (int i = 0; i < M; i++)
+            PENSTOCK_UNROLL for (int j = 0; j < BLOCKS; j++) of[i][j] = _mm512_setzero_ps();
+    }
+    PENSTOCK_INLINE void get(const float* c, std::size_t c_stride) {
+        PENSTOCK_UNROLL for (int i = 0; i < M; i++)
+            PENSTOCK_UNROLL for (int j = 0; j < BLOCKS; j++) of[i][j] = _mm512_loadu_ps(c + i * c_stride + j * COLUMNS);
+    }
+    PENSTOCK_INLINE void put(float* c, std::size_t c_stride) const {
+        PENSTOCK_UNROLL for (int i = 0; i < M; i++)
+            PENSTOCK_UNROLL for (int j = 0; j < BLOCKS; j++) _mm512_storeu_ps(c + i * c_stride + j * COLUMNS, of[i][j]);
+    }
+    // One pair of k: `a` points at the first row's, w(j) is block j's.
+    template <class W>
+    PENSTOCK_INLINE void add(const bf16* a, std::size_t stride, W w) {
+        if constexpr (M <= TILE_ROWS) {  // what is fewer stays in registers
+            __m512i pair[M];
+            PENSTOCK_UNROLL for (int i = 0; i < M; i++) pair[i] = four_bytes(a + i * stride);
+            PENSTOCK_UNROLL for (int j = 0; j < BLOCKS; j++) {
+                __m512i weights = w(j);
+                PENSTOCK_UNROLL for (int i = 0; i < M; i++) of[i][j] = dot_pair(of[i][j], pair[i], weights);
+            }
+        } else {
+            __m512i weights[BLOCKS];
+            PENSTOCK_UNROLL for (int j = 0; j < BLOCKS; j++) weights[j] = w(j);
+            PENSTOCK_UNROLL for (int i = 0; i < M; i++) {
+                __m512i pair = four_bytes(a + i * stride);
+                PENSTOCK_UNROLL for (int j = 0; j < BLOCKS; j++) of[i][j] = dot_pair(of[i][j], pair, weights[j]);
+            }
+        }
+    }
+};
+
+template <int N> struct Count { static constexpr int value = N; };
+
+// f(Count<rows>), rows in 1..MOST.
+template <int MOST, class F>
+static PENSTOCK_INLINE void with_rows(int rows, F f) {
+    if constexpr (MOST > 1)
+        if (rows < MOST) return with_rows<MOST - 1>(rows, f);
+    f(Count<MOST>{});
+}
+
+// f(Count<rows>, first row) over all of m rows, in tiles of nearly the same size.
+template <class F>
+static PENSTOCK_INLINE void each_tile(int m, F f) {
+    for (int row = 0, tiles = (m + TILE_ROWS - 1) / TILE_ROWS; tiles; tiles--) {
+        int rows = (m - row + tiles - 1) / tiles;
+        with_rows<TILE_ROWS>(rows, [&](auto count) { f(count, row); });
+        row += rows;
+    }
+}
+
+template <int M>
+static void key_rows(const char* keys, const bf16* q, std::size_t q_stride, int dim, float* scores, std::size_t stride) {
+    Sums<M, 2> sums;
+    sums.zero();
+    for (int p = 0; p < dim / 2; p++)
+        sums.add(q + 2 * p, q_stride, [&](int j) { return _mm512_load_si512(keys + j * dim * 32 + p * 64); });
+    sums.put(scores, stride);
+}
+
+// scores[m][32] = queries [m][dim] times the keys of one KV block.
+static void key_product(const char* keys, const bf16* q, std::size_t q_stride, int m, int dim, float* scores,
+                        std::size_t stride) {
+    each_tile(m, [&](auto rows, int row) {
+        key_rows<rows.value>(keys, q + row * q_stride, q_stride, dim, scores + row * stride, stride);
+    });
+}
+
+template <int M, int BLOCKS>
+static void value_columns(const char* values, std::size_t block_bytes, const std::int32_t* blocks, int num_blocks,
+                          const bf16* chances, std::size_t stride, float* out, int dim) {
+    Sums<M, BLOCKS> sums;
+    sums.zero();
+    for (int b = 0; b < num_blocks; b++) {
+        const char* from = values + blocks[b] * block_bytes;
+        for (int p = 0; p < KV_BLOCK / 2; p++)
+            sums.add(chances + b * KV_BLOCK + 2 * p, stride, [&](int j) { return _mm512_load_si512(from + j * 1024 + p * 64); });
+    }
+    sums.put(out, dim);
+}
+
+// out[m][dim] = chances [m][num_blocks * 32] times the values of these blocks, tokens in ascending order.
+static void value_product(const char* values, std::size_t block_bytes, const std::int32_t* blocks, int num_blocks,
+                          const bf16* chances, std::size_t stride, int m, int dim, float* out) {
+    each_tile(m, [&](auto rows, int row) {
+        const bf16* from = chances + row * stride;
+        float* to = out + static_cast<std::size_t>(row) * dim;
+        int j = 0;
+        for (; j + 4 <= dim / COLUMNS; j += 4)
+            value_columns<rows.value, 4>(values + j * 1024, block_bytes, blocks, num_blocks, from, stride, to + j * COLUMNS, dim);
+        for (; j < dim / COLUMNS; j++)
+            value_columns<rows.value, 1>(values + j * 1024, block_bytes, blocks, num_blocks, from, stride, to + j * COLUMNS, dim);
+    });
+}
+
+}  // namespace penstock::PENSTOCK_ISA

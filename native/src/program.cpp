@@ -1,0 +1,476 @@
+#include "program.hpp"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <chrono>
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+#include <limits>
+#include <map>
+#include <stdexcept>
+
+namespace penstock {
+
+namespace {
+constexpr int ROWS_AT_ONCE = 24;        // rows of float32 results that lie in L1 between a product and what follows it
+constexpr int QUERY_ROWS = 48;          // query rows of an attention task: keys and values come from L2 once for six
+constexpr std::size_t ALIGN = 2 << 20;  // of buffers: huge pages
+
+std::size_t up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
+
+std::unique_ptr<char, void (*)(void*)> zeros(std::size_t bytes) {
+    std::size_t size = up(bytes, bytes < ALIGN ? 4096 : ALIGN);
+    void* data = std::aligned_alloc(bytes < ALIGN ? 4096 : ALIGN, size);
+    if (!data) throw std::bad_alloc();
+    if (bytes >= ALIGN) madvise(data, size, MADV_HUGEPAGE);
+    std::memset(data, 0, size);
+    return {static_cast<char*>(data), std::free};
+}
+
+double now() {
+    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
+
+bool wants_ints(const Weight& weight) { return weight.format == Format::W8A8 || weight.format == Format::W4A8; }
+
+float widen(bf16 x) {
+    std::uint32_t u = static_cast<std::uint32_t>(x) << 16;
+    float f;
+    std::memcpy(&f, &u, 4);
+    return f;
+}
+
+// Row `n` of a packed weight, as float32.
+void unpack_row(const Weight& w, int n, float* out) {
+    std::size_t block = n / COLUMNS, column = n % COLUMNS, size = static_cast<std::size_t>(w.k_pad) * COLUMNS;
+    if (w.format == Format::BF16) {
+        const bf16* from = static_cast<const bf16*>(w.data) + block * size + column * 2;
+        for (int k = 0; k < w.k; k++) out[k] = widen(from[k / 2 * 32 + k % 2]);
+    } else if (w.format == Format::INT8) {
+        const std::int8_t* from = static_cast<const std::int8_t*>(w.data) + block * size + column;
+        for (int k = 0; k < w.k; k++) out[k] = static_cast<float>(from[k * 16]) * w.scale[n];
+    } else if (w.format == Format::W8A8) {
+        const std::int8_t* from = static_cast<const std::int8_t*>(w.data) + block * size + column * 4;
+        for (int k = 0; k < w.k; k++) out[k] = static_cast<float>(from[k / 4 * 64 + k % 4]) * w.scale[n];
+    } else {
+        throw std::invalid_argument("rows of 4-bit weights cannot be looked up");
+    }
+}
+}  // namespace
+
+Program::Program(const Kernels& kernels, Team& team, int max_tokens)
+    : kernels_(kernels), team_(team), max_tokens_(max_tokens), scratch_(team.size()) {
+    if (team.size() > Deal::MAX_MEMBERS) throw std::invalid_argument("more threads than a program can use");
+}
+
+int Program::buffer(Kind kind, int width) {
+    std::size_t padded = up(width, K_ALIGN), bytes = kind == Kind::F32 ? 4 : 2;
+    std::size_t stride = padded + 64 / bytes;  // one more cache line: rows do not fall into one set
+    buffers_.push_back({kind, width, stride, zeros(stride * bytes * up(max_tokens_, 8))});
+    return static_cast<int>(buffers_.size()) - 1;
+}
+
+// ---- recording ----
+
+void Program::embed(const void* table, Kind kind, int width, int to) {
+    Op op{What::EMBED};
+    op.table = table, op.table_kind = kind, op.width = width, op.to = to;
+    ops_.push_back(op);
+}
+
+void Program::embed_packed(const Weight& weight, int to) {
+    Op op{What::EMBED};
+    op.weight = weight, op.width = weight.k, op.to = to;
+    ops_.push_back(op);
+}
+
+void Program::rms_norm(int from, const float* weight, int width, float eps, int to) {
+    Op op{What::NORM};
+    op.from = from, op.to = to, op.gamma = weight, op.width = width, op.eps = eps;
+    ops_.push_back(op);
+}
+
+void Program::record_linear(What what, const Weight& weight, int from, int to) {
+    Op op{what};
+    op.weight = weight, op.from = from, op.to = to;
+    if (wants_ints(weight)) op.ints = quantized(weight, from);
+    ops_.push_back(op);
+}
+void Program::linear(const Weight& weight, int from, int to) { record_linear(What::LINEAR, weight, from, to); }
+void Program::linear_add(const Weight& weight, int from, int to) { record_linear(What::LINEAR_ADD, weight, from, to); }
+void Program::linear_silu_mul(const Weight& weight, int from, int to) { record_linear(What::LINEAR_SILU_MUL, weight, from, to); }
+
+int Program::ints_for(int width) {
+    std::size_t stride = up(width, GROUP) + 64, groups = up(width, GROUP) / GROUP;
+    Ints ints{stride, zeros(stride * max_tokens_), std::vector<float>(max_tokens_), std::vector<std::int32_t>(max_tokens_ * groups), groups};
+    ints_.push_back(std::move(ints));
+    return static_cast<int>(ints_.size()) - 1;
+}
+
+// The int8 form of a bf16 buffer, made by an operation that is recorded before the linear that reads it.
+int Program::quantized(const Weight& weight, int from) {
+    for (auto op = ops_.rbegin(); op != ops_.rend() && op->to != from; ++op)
+        if (op->what == What::QUANTIZE && op->from == from) return op->ints;
+    auto found = ints_of_.find(weight.k);
+    if (found == ints_of_.end()) found = ints_of_.emplace(weight.k, ints_for(weight.k)).first;
+    Op op{What::QUANTIZE};
+    op.from = from, op.ints = found->second, op.width = weight.k;
+    ops_.push_back(op);
+    return op.ints;
+}
+
+void Program::heads(int qkv, int num_heads, const Pool& pool, const float* q_norm, const float* k_norm, float eps,
+                    const float* cos, const float* sin, int rotary) {
+    Op op{What::HEADS};
+    op.from = qkv, op.num_heads = num_heads, op.pool = pool, op.q_norm = q_norm, op.k_norm = k_norm, op.eps = eps;
+    op.cos = cos, op.sin = sin, op.rotary = rotary;
+    ops_.push_back(op);
+}
+
+void Program::attend(int qkv, int num_heads, const Pool& pool, float scale, int to) {
+    Op op{What::ATTEND};
+    op.from = qkv, op.num_heads = num_heads, op.pool = pool, op.scale = scale, op.to = to;
+    ops_.push_back(op);
+}
+
+// ---- running ----
+
+int Program::columns_per_unit(const Weight& weight) const {
+    // Wide units read activations less often; every member should still get several.
+    for (int columns = 128; columns > 32; columns /= 2)
+        if (weight.n_pad / columns >= 3 * team_.size()) return columns;
+    return 32;
+}
+
+char* Program::scratch(int member, std::size_t bytes) {
+    auto& own = scratch_[member];
+    if (own.size() < bytes + 64) own.resize(bytes + 64);
+    return reinterpret_cast<char*>(up(reinterpret_cast<std::uintptr_t>(own.data()), 64));
+}
+
+Rows Program::input(const Op& op) const {
+    if (op.ints < 0) {
+        const Buffer& buffer = buffers_[op.from];
+        return {buffer.data.get(), buffer.stride, nullptr, nullptr, 0};
+    }
+    const Ints& ints = ints_[op.ints];
+    return {ints.data.get(), ints.stride, ints.scale.data(), ints.sums.data(), ints.sums_stride};
+}
+
+static Rows from_row(const Rows& rows, int row) {
+    std::size_t size = rows.scale ? 1 : 2;
+    return {static_cast<const char*>(rows.data) + row * rows.stride * size, rows.stride,
+            rows.scale ? rows.scale + row : nullptr, rows.sums ? rows.sums + row * rows.sums_stride : nullptr,
+            rows.sums_stride};
+}
+
+// Units of columns; for each, all rows in pieces whose results lie in L1 until `then(row, rows, column, c, stride)`.
+template <class Then>
+void Program::product(const Weight& weight, const Rows& rows, int num_rows, int member, Deal& deal, Then then) {
+    int columns = columns_per_unit(weight), exhausted = 0;
+    float* c = reinterpret_cast<float*>(scratch(member, sizeof(float) * ROWS_AT_ONCE * columns));
+    for (int unit; (unit = deal.next(member, team_.size(), exhausted)) >= 0;) {
+        int column = unit * columns, width = std::min(columns, weight.n_pad - column);
+        for (int row = 0; row < num_rows; row += ROWS_AT_ONCE) {
+            int now = std::min(ROWS_AT_ONCE, num_rows - row);
+            kernels_.gemm(weight, from_row(rows, row), now, column, width, c, columns);
+            for (int r = 0; r < now; r++) then(row + r, column, width, c + r * columns);
+        }
+    }
+}
+
+void Program::plan_attention(const Batch& batch, const Op& op) {
+    Attention& plan = attention_[op.pool.group];
+    int group = op.num_heads / op.pool.num_kv_heads;
+    int tile = std::max(1, QUERY_ROWS / group);
+    plan.tasks.clear();
+    int max_spans = 1;
+    for (int r = 0; r < batch.num_rows; r++) {
+        int first = static_cast<int>(batch.query_start[r]), num = static_cast<int>(batch.query_start[r + 1]) - first;
+        max_spans = std::max(max_spans, static_cast<int>((batch.start[r] + num + ATTENTION_SPAN - 1) / ATTENTION_SPAN));
+        // The last tokens see most: they go first, so that what is left at the end is short.
+        for (int t = (num - 1) / tile * tile; t >= 0; t -= tile)
+            for (int h = 0; h < op.pool.num_kv_heads; h++)
+                plan.tasks.push_back({r, first + t, static_cast<int>(batch.start[r]) + t, std::min(tile, num - t), h, -1});
+    }
+    plan.num_spans = 1;
+    if (max_spans > 1 && static_cast<int>(plan.tasks.size()) < 4 * team_.size()) {
+        // Too few tasks for the team: each span of the context is one, and they are merged afterwards.
+        std::vector<Task> whole;
+        whole.swap(plan.tasks);
+        plan.num_spans = max_spans;
+        for (const Task& task : whole)
+            for (int span = 0; span * ATTENTION_SPAN < task.position + task.num_tokens; span++) {
+                plan.tasks.push_back(task);
+                plan.tasks.back().span = span;
+            }
+    }
+}
+
+AttendPiece Program::piece_of(const Batch& batch, const Op& op, const Task& task) const {
+    const Pool& pool = op.pool;
+    const Buffer& qkv = buffers_[op.from];
+    int group = op.num_heads / pool.num_kv_heads, dim = pool.head_dim;
+    std::size_t head_bytes = pool.block_bytes / 2 / pool.num_kv_heads;
+    AttendPiece piece{};
+    piece.q = qkv.half(task.token) + static_cast<std::size_t>(task.head) * group * dim;
+    piece.q_stride = qkv.stride;
+    piece.num_tokens = task.num_tokens, piece.group = group, piece.head_dim = dim;
+    piece.position = task.position, piece.window = pool.window;
+    piece.blocks = batch.tables[pool.group] + task.row * batch.table_width[pool.group];
+    piece.pool = pool.data + task.head * head_bytes;
+    piece.block_bytes = pool.block_bytes, piece.value_bytes = pool.block_bytes / 2;
+    piece.scale = op.scale;
+    return piece;
+}
+
+void Program::attend_tasks(const Batch& batch, const Op& op, int member, Deal& deal) {
+    Attention& plan = attention_[op.pool.group];
+    int group = op.num_heads / op.pool.num_kv_heads, dim = op.pool.head_dim;
+    int tile = std::max(1, QUERY_ROWS / group), rows = tile * group;
+    std::size_t part = static_cast<std::size_t>(rows) * (dim + 2);
+    float* of_span = reinterpret_cast<float*>(scratch(member, 2 * part * sizeof(float)));
+    float* merged = of_span + part;
+    const float LOWEST = -std::numeric_limits<float>::infinity();
+    int exhausted = 0;
+    for (int unit; (unit = deal.next(member, team_.size(), exhausted)) >= 0;) {
+        const Task& task = plan.tasks[unit];
+        AttendPiece piece = piece_of(batch, op, task);
+        int used = task.num_tokens * group, end = task.position + task.num_tokens;
+        if (task.span >= 0) {
+            float* at = plan.partial.data() + static_cast<std::size_t>(unit) * part;
+            piece.out = at, piece.max = at + rows * dim, piece.sum = piece.max + rows;
+            piece.span_begin = task.span * ATTENTION_SPAN, piece.span_end = piece.span_begin + ATTENTION_SPAN;
+            kernels_.attend(piece);
+            continue;
+        }
+        float *max = merged + rows * dim, *sum = max + rows;
+        std::fill(merged, merged + used * dim, 0.0f), std::fill(max, max + used, LOWEST), std::fill(sum, sum + used, 0.0f);
+        piece.out = of_span, piece.max = of_span + rows * dim, piece.sum = piece.max + rows;
+        int first = piece.window ? std::max(0, task.position - piece.window + 1) : 0;
+        for (int begin = first / ATTENTION_SPAN * ATTENTION_SPAN; begin < end; begin += ATTENTION_SPAN) {
+            piece.span_begin = begin, piece.span_end = begin + ATTENTION_SPAN;
+            kernels_.attend(piece);
+            kernels_.merge(piece.out, piece.max, piece.sum, used, dim, merged, max, sum);
+        }
+        finish(op, task, merged, sum);
+    }
+}
+
+void Program::merge_spans(const Op& op, int member) {
+    Attention& plan = attention_[op.pool.group];
+    int group = op.num_heads / op.pool.num_kv_heads, dim = op.pool.head_dim;
+    int tile = std::max(1, QUERY_ROWS / group), rows = tile * group;
+    std::size_t part = static_cast<std::size_t>(rows) * (dim + 2);
+    float* merged = reinterpret_cast<float*>(scratch(member, part * sizeof(float)));
+    float *max = merged + rows * dim, *sum = max + rows;
+    int number = 0;
+    for (std::size_t unit = 0; unit < plan.tasks.size();) {
+        const Task& task = plan.tasks[unit];
+        std::size_t end = unit + 1;
+        while (end < plan.tasks.size() && plan.tasks[end].span > 0) end++;
+        if (number++ % team_.size() == member) {
+            int used = task.num_tokens * group;
+            std::fill(merged, merged + used * dim, 0.0f), std::fill(sum, sum + used, 0.0f);
+            std::fill(max, max + used, -std::numeric_limits<float>::infinity());
+            for (; unit < end; unit++) {
+                const float* at = plan.partial.data() + unit * part;
+                kernels_.merge(at, at + rows * dim, at + rows * dim + rows, used, dim, merged, max, sum);
+            }
+            finish(op, task, merged, sum);
+        }
+        unit = end;
+    }
+}
+
+void Program::finish(const Op& op, const Task& task, const float* out, const float* sum) {
+    int group = op.num_heads / op.pool.num_kv_heads, dim = op.pool.head_dim;
+    for (int t = 0; t < task.num_tokens; t++)
+        for (int g = 0; g < group; g++) {
+            int row = t * group + g;
+            bf16* to = buffers_[op.to].half(task.token + t) + (task.head * group + g) * dim;
+            kernels_.finish(out + static_cast<std::size_t>(row) * dim, sum[row], dim, to);
+        }
+}
+
+void Program::token_heads(const Batch& batch, const Op& op, int row, int token, int head) {
+    const Pool& pool = op.pool;
+    int group = op.num_heads / pool.num_kv_heads, dim = pool.head_dim;
+    std::size_t position = batch.positions[token], half = op.rotary / 2;
+    const float *cos = op.cos + position * half, *sin = op.sin + position * half;
+    bf16* qkv = buffers_[op.from].half(token);
+    for (int g = 0; g < group; g++)
+        kernels_.rope(qkv + (head * group + g) * dim, op.q_norm, op.eps, cos, sin, dim, op.rotary);
+    bf16* k = qkv + (op.num_heads + head) * dim;
+    kernels_.rope(k, op.k_norm, op.eps, cos, sin, dim, op.rotary);
+    std::int32_t block = batch.tables[pool.group][row * batch.table_width[pool.group] + position / KV_BLOCK];
+    char* place = pool.data + block * pool.block_bytes + head * (pool.block_bytes / 2 / pool.num_kv_heads);
+    kernels_.write_kv(k, k + pool.num_kv_heads * dim, place, place + pool.block_bytes / 2, position % KV_BLOCK, dim);
+}
+
+int Program::units(const Op& op, int num_tokens) const {
+    switch (op.what) {
+        case What::LINEAR:
+        case What::LINEAR_ADD:
+        case What::LINEAR_SILU_MUL: {
+            int columns = columns_per_unit(op.weight);
+            return (op.weight.n_pad + columns - 1) / columns;
+        }
+        case What::HEADS:
+            return num_tokens * op.pool.num_kv_heads;
+        case What::ATTEND:
+            return static_cast<int>(attention_.at(op.pool.group).tasks.size());
+        default:
+            return num_tokens;
+    }
+}
+
+void Program::perform(const Op& op, const Batch& batch, int member, Deal& deal) {
+    int exhausted = 0;
+    auto each = [&](auto f) {
+        for (int unit; (unit = deal.next(member, team_.size(), exhausted)) >= 0;) f(unit);
+    };
+    switch (op.what) {
+        case What::EMBED:
+            return each([&](int t) {
+                float* to = buffers_[op.to].f32(t);
+                std::size_t id = batch.token_ids[t];
+                if (!op.table) {
+                    unpack_row(op.weight, static_cast<int>(id), to);
+                } else if (op.table_kind == Kind::F32) {
+                    std::memcpy(to, static_cast<const float*>(op.table) + id * op.width, op.width * sizeof(float));
+                } else {
+                    const bf16* from = static_cast<const bf16*>(op.table) + id * op.width;
+                    for (int i = 0; i < op.width; i++) to[i] = widen(from[i]);
+                }
+            });
+        case What::NORM:
+            return each([&](int t) {
+                kernels_.rms_norm(buffers_[op.from].f32(t), op.gamma, op.width, op.eps, buffers_[op.to].half(t));
+            });
+        case What::QUANTIZE:
+            return each([&](int t) {
+                Ints& ints = ints_[op.ints];
+                ints.scale[t] = kernels_.quantize(buffers_[op.from].half(t), op.width,
+                                                  reinterpret_cast<std::int8_t*>(ints.data.get()) + t * ints.stride,
+                                                  ints.sums.data() + t * ints.sums_stride);
+            });
+        case What::LINEAR:
+            return product(op.weight, input(op), batch.num_tokens, member, deal, [&](int row, int column, int width, float* c) {
+                kernels_.store(buffers_[op.to].half(row) + column, c, op.weight.bias ? op.weight.bias + column : nullptr, width);
+            });
+        case What::LINEAR_ADD:
+            return product(op.weight, input(op), batch.num_tokens, member, deal, [&](int row, int column, int width, float* c) {
+                kernels_.add(buffers_[op.to].f32(row) + column, c, op.weight.bias ? op.weight.bias + column : nullptr, width);
+            });
+        case What::LINEAR_SILU_MUL:
+            return product(op.weight, input(op), batch.num_tokens, member, deal, [&](int row, int column, int width, float* c) {
+                if (op.weight.bias)
+                    for (int i = 0; i < width; i++) c[i] += op.weight.bias[column + i];
+                bf16* to = buffers_[op.to].half(row) + column / 2;
+                for (int i = 0; i < width; i += 32) kernels_.silu_mul(c + i, c + i + 16, 16, to + i / 2);
+            });
+        case What::HEADS:
+            return each([&](int unit) {
+                int token = unit / op.pool.num_kv_heads;
+                token_heads(batch, op, row_of_[token], token, unit % op.pool.num_kv_heads);
+            });
+        case What::ATTEND:
+            attend_tasks(batch, op, member, deal);
+            if (attention_[op.pool.group].num_spans > 1) {
+                team_.meet();
+                merge_spans(op, member);
+            }
+            return;
+    }
+}
+
+void Program::run(const Batch& batch) {
+    if (batch.num_tokens > max_tokens_) throw std::invalid_argument("more tokens than the program has room for");
+    row_of_.resize(batch.num_tokens);
+    for (int r = 0; r < batch.num_rows; r++)
+        for (auto t = batch.query_start[r]; t < batch.query_start[r + 1]; t++) row_of_[t] = r;
+    for (auto& [group, plan] : attention_) plan.tasks.clear();
+    if (deals_.size() != ops_.size()) deals_ = std::vector<Deal>(ops_.size());
+    for (std::size_t i = 0; i < ops_.size(); i++) {
+        const Op& op = ops_[i];
+        if (op.what == What::ATTEND && attention_[op.pool.group].tasks.empty()) {
+            plan_attention(batch, op);
+            Attention& plan = attention_[op.pool.group];
+            if (plan.num_spans > 1) {
+                int group = op.num_heads / op.pool.num_kv_heads;
+                std::size_t part = static_cast<std::size_t>(std::max(1, QUERY_ROWS / group) * group) * (op.pool.head_dim + 2);
+                plan.partial.resize(plan.tasks.size() * part);
+            }
+        }
+        deals_[i].reset(units(op, batch.num_tokens));
+    }
+    team_.run([&](int member) {
+        double begin = now();
+        for (std::size_t i = 0; i < ops_.size(); i++) {
+            perform(ops_[i], batch, member, deals_[i]);
+            team_.meet();
+            if (member == 0) {
+                double end = now();
+                ops_[i].seconds += end - begin;
+                begin = end;
+            }
+        }
+    });
+}
+
+void Program::read(int buffer, int num_rows, bf16* out) const {
+    const Buffer& from = buffers_[buffer];
+    for (int i = 0; i < num_rows; i++) std::memcpy(out + static_cast<std::size_t>(i) * from.width, from.half(i), from.width * sizeof(bf16));
+}
+
+void Program::head(const Weight& weight, const bf16* hidden, int num_rows, float* out) {
+    Rows rows{};
+    std::size_t stride = up(weight.k, K_ALIGN) + 32;
+    std::vector<bf16> padded;
+    Ints* ints = nullptr;
+    if (wants_ints(weight)) {
+        auto found = ints_of_.find(weight.k);
+        if (found == ints_of_.end()) found = ints_of_.emplace(weight.k, ints_for(weight.k)).first;
+        ints = &ints_[found->second];
+        rows = {ints->data.get(), ints->stride, ints->scale.data(), ints->sums.data(), ints->sums_stride};
+    } else {
+        padded.assign(stride * num_rows, 0);
+        rows = {padded.data(), stride, nullptr, nullptr, 0};
+    }
+    if (num_rows > max_tokens_) throw std::invalid_argument("more rows than the program has room for");
+    for (int r = 0; r < num_rows; r++) {
+        const bf16* from = hidden + static_cast<std::size_t>(r) * weight.k;
+        if (ints)
+            ints->scale[r] = kernels_.quantize(from, weight.k, reinterpret_cast<std::int8_t*>(ints->data.get()) + r * ints->stride,
+                                               ints->sums.data() + r * ints->sums_stride);
+        else
+            std::memcpy(padded.data() + r * stride, from, weight.k * sizeof(bf16));
+    }
+    int columns = columns_per_unit(weight);
+    head_deal_.reset((weight.n_pad + columns - 1) / columns);
+    team_.run([&](int member) {
+        product(weight, rows, num_rows, member, head_deal_, [&](int row, int column, int width, float* c) {
+            int used = std::min(width, weight.n - column);
+            float* to = out + static_cast<std::size_t>(row) * weight.n + column;
+            if (used > 0) std::memcpy(to, c, used * sizeof(float));
+            if (weight.bias)
+                for (int i = 0; i < used; i++) to[i] += weight.bias[column + i];
+        });
+    });
+}
+
+std::vector<std::pair<std::string, double>> Program::seconds() const {
+    static const char* const NAMES[] = {"embed", "norm", "linear", "linear_add", "linear_silu_mul", "heads", "attend", "quantize"};
+    std::vector<std::pair<std::string, double>> found;
+    for (const Op& op : ops_) found.emplace_back(NAMES[static_cast<int>(op.what)], op.seconds);
+    return found;
+}
+
+void Program::clear_seconds() {
+    for (Op& op : ops_) op.seconds = 0;
+}
+
+}  // namespace penstock

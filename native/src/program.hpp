@@ -1,0 +1,139 @@
+// A model as a list of operations over buffers, recorded once; a step is one call that runs the list over a batch.
+//
+// Knows operations, buffers, threads and the places of keys and values. Knows no model family: what the operations
+// are, and in which order, is told by the layers of `penstock.nn`. Owns activations; weights and pools belong to the
+// caller, who keeps them alive.
+#pragma once
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "kernels.hpp"
+#include "team.hpp"
+
+namespace penstock {
+
+// One step, as the runner's arrays hold it. R rows of T tokens in all.
+struct Batch {
+    int num_tokens, num_rows;
+    const std::int64_t* token_ids;     // [T]
+    const std::int64_t* positions;     // [T]
+    const std::int64_t* query_start;   // [R + 1]
+    const std::int64_t* start;         // [R]
+    std::vector<const std::int32_t*> tables;  // per KV group, [R][table_width]
+    std::vector<std::size_t> table_width;
+};
+
+struct Pool {
+    char* data;
+    std::size_t block_bytes;  // K and V of all heads
+    int num_kv_heads, head_dim;
+    int group;   // of block tables
+    int window;  // 0: none
+};
+
+// Buffers are rows of a width, float32 (the residual stream) or bf16, padded so that no stride is a power of two.
+enum class Kind : int { F32 = 0, BF16 = 1 };
+
+class Program {
+public:
+    Program(const Kernels& kernels, Team& team, int max_tokens);
+
+    int buffer(Kind kind, int width);
+
+    // ---- recording; ids of buffers ----
+    void embed(const void* table, Kind kind, int width, int to);      // table [tokens][width]
+    void embed_packed(const Weight& weight, int to);                  // rows of a packed matrix, as tied embeddings are
+    void rms_norm(int from, const float* weight, int width, float eps, int to);
+    void linear(const Weight& weight, int from, int to);              // to: bf16, rounded
+    void linear_add(const Weight& weight, int from, int to);          // to: float32, added
+    void linear_silu_mul(const Weight& weight, int from, int to);     // columns: 16 of gate, 16 of up, ...
+    // qkv rows: heads of q, of k, of v. Norms (where given) and rope in place, keys and values into the pool.
+    // cos, sin: [positions][rotary / 2].
+    void heads(int qkv, int num_heads, const Pool& pool, const float* q_norm, const float* k_norm, float eps,
+               const float* cos, const float* sin, int rotary);
+    void attend(int qkv, int num_heads, const Pool& pool, float scale, int to);  // scale: times log2(e)
+
+    // ---- running ----
+    void run(const Batch& batch);
+    // The first rows of a bf16 buffer, [num_rows][width].
+    void read(int buffer, int num_rows, bf16* out) const;
+    // hidden [num_rows][weight.k] to float32 [num_rows][weight.n]. No part of the recorded list.
+    void head(const Weight& weight, const bf16* hidden, int num_rows, float* out);
+
+    // (operation, seconds since the last clear_seconds), waiting for the slowest member included.
+    std::vector<std::pair<std::string, double>> seconds() const;
+    void clear_seconds();
+
+private:
+    struct Buffer {
+        Kind kind;
+        int width;
+        std::size_t stride;  // elements
+        std::unique_ptr<char, void (*)(void*)> data;
+        float* f32(std::size_t row) const { return reinterpret_cast<float*>(data.get()) + row * stride; }
+        bf16* half(std::size_t row) const { return reinterpret_cast<bf16*>(data.get()) + row * stride; }
+    };
+    enum class What { EMBED, NORM, LINEAR, LINEAR_ADD, LINEAR_SILU_MUL, HEADS, ATTEND, QUANTIZE };
+    struct Op {
+        What what;
+        int from = -1, to = -1;
+        Weight weight{};
+        const void* table = nullptr;
+        Kind table_kind = Kind::BF16;
+        int width = 0, num_heads = 0, rotary = 0;
+        float eps = 0, scale = 0;
+        const float *gamma = nullptr, *q_norm = nullptr, *k_norm = nullptr, *cos = nullptr, *sin = nullptr;
+        Pool pool{};
+        int ints = -1;  // int8 form of its input
+        double seconds = 0;
+    };
+    struct Ints {  // int8 rows with their scales
+        std::size_t stride;
+        std::unique_ptr<char, void (*)(void*)> data;
+        std::vector<float> scale;
+        std::vector<std::int32_t> sums;
+        std::size_t sums_stride;
+    };
+    struct Task {  // query tokens of one row, one KV head; one span of the context, or all of them (-1)
+        int row, token, position, num_tokens, head, span;
+    };
+    struct Attention {  // of a step and a KV group, the same for all its layers
+        std::vector<Task> tasks;
+        int num_spans = 1;
+        std::vector<float> partial;  // results of tasks that are one span each
+    };
+
+    void record_linear(What what, const Weight& weight, int from, int to);
+    int ints_for(int width);
+    int quantized(const Weight& weight, int from);
+    int columns_per_unit(const Weight& weight) const;
+    int units(const Op& op, int num_tokens) const;
+    char* scratch(int member, std::size_t bytes);
+    Rows input(const Op& op) const;
+    void perform(const Op& op, const Batch& batch, int member, Deal& deal);
+    template <class Then>
+    void product(const Weight& weight, const Rows& rows, int num_rows, int member, Deal& deal, Then then);
+    void token_heads(const Batch& batch, const Op& op, int row, int token, int head);
+    void plan_attention(const Batch& batch, const Op& op);
+    AttendPiece piece_of(const Batch& batch, const Op& op, const Task& task) const;
+    void attend_tasks(const Batch& batch, const Op& op, int member, Deal& deal);
+    void merge_spans(const Op& op, int member);
+    void finish(const Op& op, const Task& task, const float* out, const float* sum);
+
+    const Kernels& kernels_;
+    Team& team_;
+    int max_tokens_;
+    std::vector<Buffer> buffers_;
+    std::vector<Ints> ints_;
+    std::map<int, int> ints_of_;  // width -> ints_
+    std::vector<Op> ops_;
+    std::vector<Deal> deals_;
+    Deal head_deal_;
+    std::vector<std::vector<char>> scratch_;  // per member
+    std::map<int, Attention> attention_;      // by KV group
+    std::vector<int> row_of_;                 // of each token of the step
+};
+
+}  // namespace penstock

@@ -1,0 +1,83 @@
+// What is done row by row between the products: norms, rope, activation, rounding, quantization.
+namespace penstock::PENSTOCK_ISA {
+
+static void rms_norm(const float* x, const float* weight, int n, float eps, bf16* out) {
+    vf squares = all(0);
+    int whole = n / 16 * 16;
+    for (int i = 0; i < whole; i += 16) { vf v = load(x + i); squares += v * v; }
+    if (whole < n) { vf v = load_part(x + whole, n - whole); squares += v * v; }
+    float factor = 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(n) + eps);
+    for (int i = 0; i < whole; i += 16) store(out + i, load(x + i) * factor * load(weight + i));
+    for (int i = whole; i < n; i++) out[i] = narrow(x[i] * factor * weight[i]);
+}
+
+static void rope(bf16* x, const float* weight, float eps, const float* cos, const float* sin, int dim, int rotary) {
+    alignas(64) float y[256];
+    float factor = 1.0f;
+    vf squares = all(0);
+    for (int i = 0; i < dim; i += 16) { vf v = load(x + i); store(y + i, v); squares += v * v; }
+    if (weight) {
+        factor = 1.0f / __builtin_sqrtf(sum(squares) / static_cast<float>(dim) + eps);
+        for (int i = 0; i < dim; i += 16) store(y + i, load(y + i) * factor * load(weight + i));
+    }
+    int half = rotary / 2, whole = half / 16 * 16;
+    for (int i = 0; i < whole; i += 16) {
+        vf a = load(y + i), b = load(y + half + i), c = load(cos + i), s = load(sin + i);
+        store(y + i, a * c - b * s);
+        store(y + half + i, b * c + a * s);
+    }
+    for (int i = whole; i < half; i++) {
+        float a = y[i], b = y[half + i];
+        y[i] = a * cos[i] - b * sin[i];
+        y[half + i] = b * cos[i] + a * sin[i];
+    }
+    for (int i = 0; i < dim; i += 16) store(x + i, load(y + i));
+}
+
+static float quantize(const bf16* x, int n, std::int8_t* out, std::int32_t* sums) {
+    vf most = all(0);
+    int whole = n / 16 * 16;
+    for (int i = 0; i < whole; i += 16) most = max(absolute(load(x + i)), most);
+    float top = largest(most);
+    for (int i = whole; i < n; i++) top = __builtin_fabsf(widen(x[i])) > top ? __builtin_fabsf(widen(x[i])) : top;
+    float scale = top > 1e-12f ? top / 127.0f : 1e-12f / 127.0f, inverse = 1.0f / scale;
+    for (int i = 0; i < whole; i += 16) {
+        vf scaled = load(x + i) * inverse, magic = all(12582912.0f);
+        vi whole_numbers = __builtin_convertvector((scaled + magic) - magic, vi);
+        vb bytes = __builtin_convertvector(whole_numbers, vb);
+        __builtin_memcpy(out + i, &bytes, sizeof bytes);
+    }
+    for (int i = whole; i < n; i++) out[i] = static_cast<std::int8_t>(__builtin_rintf(widen(x[i]) * inverse));
+    if (sums)
+        for (int g = 0; g * GROUP < n; g++) {
+            std::int32_t total = 0;
+            for (int i = g * GROUP; i < n && i < (g + 1) * GROUP; i++) total += out[i];
+            sums[g] = total;
+        }
+    return scale;
+}
+
+static void silu_mul(const float* gate, const float* up, int cols, bf16* out) {
+    for (int i = 0; i < cols; i += 16) {
+        vf g = load(gate + i);
+        store(out + i, g / (1.0f + exp2(g * -LOG2_E)) * load(up + i));
+    }
+}
+
+static void add(float* x, const float* c, const float* bias, int cols) {
+    for (int i = 0; i < cols; i += 16) {
+        vf y = load(c + i);
+        if (bias) y += load(bias + i);
+        store(x + i, load(x + i) + y);
+    }
+}
+
+static void store_rounded(bf16* out, const float* c, const float* bias, int cols) {
+    for (int i = 0; i < cols; i += 16) {
+        vf y = load(c + i);
+        if (bias) y += load(bias + i);
+        store(out + i, y);
+    }
+}
+
+}  // namespace penstock::PENSTOCK_ISA

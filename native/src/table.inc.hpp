@@ -1,0 +1,8 @@
+// What an instruction set offers, once its products are defined.
+#define PENSTOCK_NAME_OF(isa) #isa
+#define PENSTOCK_NAME(isa) PENSTOCK_NAME_OF(isa)
+namespace penstock::PENSTOCK_ISA {
+static const Kernels table = {
+    PENSTOCK_NAME(PENSTOCK_ISA), gemm, write_kv, attend, merge, finish, rms_norm, rope, quantize, silu_mul, add, store_rounded,
+};
+}  // namespace penstock::PENSTOCK_ISA

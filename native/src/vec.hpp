@@ -1,0 +1,109 @@
+// Sixteen floats at a time, for every instruction set: GCC's vector types become one zmm, two ymm or four xmm.
+//
+// Included once per instruction set, inside its own namespace and with its own compiler flags, and free of the
+// standard library: an inline function that two translation units share would be compiled for one of them and run
+// on the other's machine.
+#include <cstddef>
+#include <cstdint>
+#include <immintrin.h>
+
+#include "kernels.hpp"
+
+namespace penstock::PENSTOCK_ISA {
+
+typedef float vf __attribute__((vector_size(64)));
+typedef std::int32_t vi __attribute__((vector_size(64)));
+typedef std::uint32_t vu __attribute__((vector_size(64)));
+typedef std::uint16_t vh __attribute__((vector_size(32)));  // sixteen bf16
+typedef std::int8_t vb __attribute__((vector_size(16)));
+
+constexpr float INF = __builtin_inff();
+
+template <class To, class From> static inline To as(From x) {
+    static_assert(sizeof(To) == sizeof(From));
+    To to;
+    __builtin_memcpy(&to, &x, sizeof to);
+    return to;
+}
+
+static inline vf load(const float* p) { vf x; __builtin_memcpy(&x, p, sizeof x); return x; }
+static inline void store(float* p, vf x) { __builtin_memcpy(p, &x, sizeof x); }
+static inline vf all(float x) { return vf{} + x; }
+static inline vi all_int(std::int32_t x) { return vi{} + x; }
+
+static inline vf widen(vh x) { return as<vf>(__builtin_convertvector(x, vu) << 16); }
+static inline vf load(const bf16* p) { vh x; __builtin_memcpy(&x, p, sizeof x); return widen(x); }
+
+// To nearest, ties to even; a NaN stays one.
+static inline vh narrow(vf x) {
+#ifdef __AVX512BF16__
+    return as<vh>(_mm512_cvtneps_pbh(as<__m512>(x)));
+#else
+    vu u = as<vu>(x);
+    vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+    vi is_number = x == x;
+    vu chosen = (as<vu>(is_number) & rounded) | (~as<vu>(is_number) & 0x7fc0u);
+    return __builtin_convertvector(chosen, vh);
+#endif
+}
+static inline void store(bf16* p, vf x) { vh h = narrow(x); __builtin_memcpy(p, &h, sizeof h); }
+static inline float widen(bf16 x) { return as<float>(static_cast<std::uint32_t>(x) << 16); }
+static inline bf16 narrow(float x) {
+    std::uint32_t u = as<std::uint32_t>(x);
+    return x == x ? static_cast<bf16>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16) : bf16{0x7fc0};
+}
+
+static inline vf choose(vi mask, vf yes, vf no) { return as<vf>((mask & as<vi>(yes)) | (~mask & as<vi>(no))); }
+static inline vf max(vf a, vf b) { return choose(a > b, a, b); }
+static inline vf absolute(vf x) { return as<vf>(as<vi>(x) & 0x7fffffff); }
+
+// Always the same tree.
+static inline float sum(vf x) {
+    float part[16];
+    __builtin_memcpy(part, &x, sizeof part);
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; i++) part[i] += part[i + half];
+    return part[0];
+}
+static inline float largest(vf x) {
+    float part[16];
+    __builtin_memcpy(part, &x, sizeof part);
+    for (int half = 8; half; half /= 2)
+        for (int i = 0; i < half; i++) part[i] = part[i] > part[i + half] ? part[i] : part[i + half];
+    return part[0];
+}
+
+// 2^x with a relative error below 2e-7 for x in [-126, 127]; 0 below, as for -inf.
+static inline vf exp2(vf x) {
+    vi tiny = x < -126.0f;
+    vf bounded = choose(tiny, all(-126.0f), x);
+    bounded = choose(bounded > 127.0f, all(127.0f), bounded);
+    vf magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to whole numbers
+    vf whole = (bounded + magic) - magic;
+    vf r = (bounded - whole) * 0.693147180559945f;
+    vf p = all(1.0f / 5040);
+    p = p * r + 1.0f / 720;
+    p = p * r + 1.0f / 120;
+    p = p * r + 1.0f / 24;
+    p = p * r + 1.0f / 6;
+    p = p * r + 0.5f;
+    p = p * r + 1.0f;
+    p = p * r + 1.0f;
+    vi exponent = __builtin_convertvector(whole, vi);
+    vf scaled = as<vf>(as<vi>(p) + (exponent << 23));
+    return choose(tiny, all(0.0f), scaled);
+}
+
+constexpr float LOG2_E = 1.44269504088896f;
+
+// Sixteen columns of tail: lanes [0, n).
+static inline vi lanes_below(int n) {
+    return vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} < n;
+}
+static inline vf load_part(const float* p, int n) {
+    float part[16] = {};
+    for (int i = 0; i < n; i++) part[i] = p[i];
+    return load(part);
+}
+
+}  // namespace penstock::PENSTOCK_ISA

@@ -1,0 +1,337 @@
+"""The native CPU kernels: whether they are there, a model recorded as a native program, and that program as a model.
+
+The modules of `nn.layers` and `nn.models` stay the specification: their `record` says once, in the order of `forward`,
+which operations a step is made of; afterwards a step is one native call for all layers. Knows no model family and no
+request. Weights are packed while recording and leave torch's memory one by one.
+
+Exactness: a row's result does not depend on the batch, the chunking or the number of threads, bit for bit (E0); beside
+plain torch it is E1.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from penstock.config.model import KVLayout
+from penstock.nn.doors import Batch, Buffer, Recorder, Spans
+
+extension: ModuleType | None = None
+why_missing = ""
+try:
+    import penstock._native as extension
+except ImportError as missing:
+    why_missing = str(missing)
+
+FORMATS = {"bf16": 0, "int8": 1, "w8a8": 2, "int4": 3, "w4a8": 4}  # as native/src/kernels.hpp numbers them
+F32, BF16 = 0, 1
+COLUMNS = 16  # output columns of a packed block
+
+
+class Unsupported(Exception):
+    """The model has something that native kernels cannot compute and plain torch can. Says what."""
+
+
+class Recordable(Protocol):
+    """A model that can be recorded, a torch module. `head`: weight [vocab_size, hidden] and bias or None."""
+
+    head: Any
+
+    def named_parameters(self) -> Iterator[tuple[str, Tensor]]: ...
+
+    def record(self, to: Recorder) -> Buffer: ...
+
+
+def load_native() -> ModuleType:
+    """The extension module. Raises Unsupported where it was not built or does not load."""
+    if extension is None:
+        raise Unsupported(f"the native kernels were not built here ({why_missing})")
+    return extension
+
+
+def usable_kernels() -> list[str]:
+    """Names of the instruction sets that native kernels can use here, best first. Empty without the extension."""
+    try:
+        return list(load_native().kernels())
+    except Unsupported:
+        return []
+
+
+class PackedWeights:
+    """The projections of a model in the order that native kernels read, packed as they come from disk.
+
+    `formats`: of the layers' projections and of the head, keys of FORMATS. Raises Unsupported, before any weight is
+    consumed, for a model that cannot be recorded. E0 for bf16; the others lose what rounding to their grid loses (E3).
+    """
+
+    def __init__(self, model: Recordable, num_threads: int, formats: tuple[str, str] = ("bf16", "bf16")) -> None:
+        self._native = load_native()
+        dtypes = {str(parameter.dtype).removeprefix("torch.") for _, parameter in model.named_parameters()}
+        if dtypes != {"bfloat16"}:
+            raise Unsupported(f"native kernels compute in bfloat16, these weights are {', '.join(sorted(dtypes))}")
+        self._uses = {id(model.head.weight): _Use(model.head.weight, model.head.bias, formats[1], False)}
+        model.record(_Planner(self._uses, formats[0]))
+        self._packed: dict[int, Any] = {}
+        cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+        self.team = self._native.Team(num_threads, cpus if len(cpus) == num_threads else [])
+
+    def take(self, parameter: Tensor) -> None:
+        """Pack a parameter that is complete, if it is a projection, and give its memory back to the system."""
+        use = self._uses.get(id(parameter))
+        if use is None or id(parameter) in self._packed:
+            return
+        packed = self._native.PackedWeight(FORMATS[use.format], *parameter.shape)
+        rows = _interleaved(parameter) if use.interleaved else parameter.detach()
+        packed.fill(self.team, 0, _words(rows))
+        self._packed[id(parameter)] = packed
+        self._native.release(_words(parameter))  # at once: a loader may hold views of this memory until its end
+        parameter.data = torch.empty(0, dtype=parameter.dtype)
+
+    def find(self, parameter: Tensor) -> Any | None:
+        """The packed form of a projection; None for a parameter that is none. Packs what was not taken before."""
+        use = self._uses.get(id(parameter))
+        if use is None:
+            return None
+        if id(parameter) not in self._packed:
+            self.take(parameter)
+        packed = self._packed[id(parameter)]
+        if use.bias is not None:
+            packed.set_bias(_floats(_interleaved(use.bias) if use.interleaved else use.bias))
+        return packed
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(packed.num_bytes for packed in self._packed.values())
+
+
+class NativeModel:
+    """A model whose steps run natively: what `runner.Model` asks for.
+
+    `kernels`: one of `usable_kernels`. `max_tokens`: of a step. Raises Unsupported for a cache it cannot use.
+    """
+
+    def __init__(
+        self,
+        model: Recordable,
+        weights: PackedWeights,
+        layout: KVLayout,
+        pools: Sequence[Tensor],
+        *,
+        kernels: str,
+        max_tokens: int,
+    ) -> None:
+        native = load_native()
+        check_layout(layout)
+        self._weights = weights
+        self._program = native.Program(kernels, weights.team, max_tokens)
+        recorder = _Recorder(weights, self._program, layout, pools)
+        self._head = weights.find(model.head.weight)
+        self._hidden = model.record(recorder)
+        self._kept = recorder.kept  # memory that the program reads
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Hidden states bf16 [T, hidden] after the last norm."""
+        step = batch.attention
+        assert isinstance(step, NativeStep)
+        tokens = batch.token_ids.numpy()
+        self._program.run(tokens, batch.positions.numpy(), step.query_start, step.start, step.tables)
+        hidden = torch.empty(len(tokens), self._hidden.width, dtype=torch.bfloat16)
+        self._program.read(self._hidden.number, _words(hidden))
+        return hidden
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """hidden bf16 [N, hidden] to float32 [N, vocab_size]."""
+        assert self._head is not None
+        scores = torch.empty(hidden.shape[0], self._head.n)
+        self._program.head(self._head, _words(hidden.contiguous()), scores.numpy())
+        return scores
+
+    def seconds(self) -> list[tuple[str, float]]:
+        """Where steps spent their time, by operation in order, since the last `clear_seconds`."""
+        return list(self._program.seconds())
+
+    def clear_seconds(self) -> None:
+        self._program.clear_seconds()
+
+
+@dataclass(slots=True)
+class NativeStep:
+    """What the program must know of a step besides its tokens. There is nothing to run per layer."""
+
+    query_start: np.ndarray  # int64 [R + 1]
+    start: np.ndarray  # int64 [R]
+    tables: list[np.ndarray]  # per KV group int32 [R, max_blocks]
+
+    def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        raise AssertionError("a native program attends by itself")
+
+
+class NativeAttention:
+    """The AttentionBackend of native programs: hands the spans on."""
+
+    def prepare(self, spans: Spans) -> NativeStep:
+        tables = [np.ascontiguousarray(table, np.int32) for table in spans.block_tables]
+        return NativeStep(spans.query_start.astype(np.int64), spans.start.astype(np.int64), tables)
+
+
+def check_layout(layout: KVLayout) -> None:
+    """Raise Unsupported for a KV cache that native kernels cannot use."""
+    block = load_native().KV_BLOCK
+    for group in layout.groups:
+        if group.dtype != "bfloat16":
+            raise Unsupported(f"native kernels need a bfloat16 KV cache, not {group.dtype}")
+        if group.block_size != block:
+            raise Unsupported(f"native kernels need blocks of {block} tokens, not {group.block_size}")
+        if group.head_dim % COLUMNS or group.head_dim > 256:
+            raise Unsupported(f"native kernels need heads of a multiple of 16 up to 256, not {group.head_dim}")
+
+
+@dataclass(frozen=True, slots=True)
+class _Use:
+    """How a parameter is packed. `interleaved`: halves of gate and up, in turns of one block each."""
+
+    parameter: Tensor
+    bias: Tensor | None
+    format: str
+    interleaved: bool
+
+
+class _Planner:
+    """A Recorder that notes how each projection is used, and refuses shapes that native kernels cannot compute."""
+
+    def __init__(self, uses: dict[int, _Use], weight_format: str) -> None:
+        self._uses = uses
+        self._format = weight_format
+
+    def embed(self, weight: Tensor) -> Buffer:
+        return Buffer(0, weight.shape[1])
+
+    def rms_norm(self, x: Buffer, weight: Tensor, eps: float) -> Buffer:
+        return x
+
+    def linear(self, a: Buffer, weight: Tensor, bias: Tensor | None) -> Buffer:
+        self._uses[id(weight)] = _Use(weight, bias, self._format, False)
+        return Buffer(0, weight.shape[0])
+
+    def linear_add(self, x: Buffer, a: Buffer, weight: Tensor, bias: Tensor | None) -> None:
+        assert tuple(weight.shape) == (x.width, a.width)
+        self._uses[id(weight)] = _Use(weight, bias, self._format, False)
+
+    def linear_silu_mul(self, a: Buffer, weight: Tensor, bias: Tensor | None) -> Buffer:
+        width = weight.shape[0] // 2
+        if width % COLUMNS:
+            raise Unsupported(f"native kernels need a feed-forward width of a multiple of {COLUMNS}, not {width}")
+        self._uses[id(weight)] = _Use(weight, bias, self._format, True)
+        return Buffer(0, width)
+
+    def attend(
+        self,
+        layer: int,
+        qkv: Buffer,
+        num_heads: int,
+        norms: tuple[Tensor, Tensor, float] | None,
+        rotary: tuple[Tensor, Tensor],
+    ) -> Buffer:
+        return Buffer(0, num_heads * rotary[0].shape[1])
+
+
+class _Recorder:
+    """The Recorder of native programs. Buffers of one kind are shared by all layers."""
+
+    def __init__(self, weights: PackedWeights, program: Any, layout: KVLayout, pools: Sequence[Tensor]) -> None:
+        self._weights = weights
+        self._program = program
+        self._buffers: dict[tuple[str, int], Buffer] = {}
+        self._tables: dict[int, np.ndarray] = {}  # id of a rotary table -> its first half
+        self.kept: list[Any] = []
+        self._pools: dict[int, tuple[int, int]] = {}  # layer -> (pool of the program, head size)
+        for group in layout.groups:
+            for layer in group.layers:
+                flat = pools[layer].view(torch.uint8).view(pools[layer].shape[0], -1).numpy()
+                number = program.pool(flat, group.num_kv_heads, group.head_dim, group.index, group.window or 0)
+                self._pools[layer] = (number, group.head_dim)
+                self.kept.append(flat)
+
+    def embed(self, weight: Tensor) -> Buffer:
+        packed = self._weights.find(weight)
+        width = weight.shape[1] if packed is None else packed.k
+        x = Buffer(self._program.buffer(F32, width), width)
+        if packed is None:
+            self.kept.append(weight)
+            self._program.embed_bf16(_words(weight), x.number)
+        else:  # the head's matrix: its rows are looked up in the packed form
+            self._program.embed_packed(packed, x.number)
+        return x
+
+    def rms_norm(self, x: Buffer, weight: Tensor, eps: float) -> Buffer:
+        to = self._buffer("norm", x.width)
+        self._program.rms_norm(x.number, _floats(weight), eps, to.number)
+        return to
+
+    def linear(self, a: Buffer, weight: Tensor, bias: Tensor | None) -> Buffer:
+        packed = self._weights.find(weight)
+        assert packed is not None
+        to = self._buffer("linear", packed.n)
+        self._program.linear(packed, a.number, to.number)
+        return to
+
+    def linear_add(self, x: Buffer, a: Buffer, weight: Tensor, bias: Tensor | None) -> None:
+        self._program.linear_add(self._weights.find(weight), a.number, x.number)
+
+    def linear_silu_mul(self, a: Buffer, weight: Tensor, bias: Tensor | None) -> Buffer:
+        packed = self._weights.find(weight)
+        assert packed is not None
+        to = self._buffer("gated", packed.n // 2)
+        self._program.linear_silu_mul(packed, a.number, to.number)
+        return to
+
+    def attend(
+        self,
+        layer: int,
+        qkv: Buffer,
+        num_heads: int,
+        norms: tuple[Tensor, Tensor, float] | None,
+        rotary: tuple[Tensor, Tensor],
+    ) -> Buffer:
+        pool, dim = self._pools[layer]
+        q_norm, k_norm, eps = (None, None, 0.0) if norms is None else (_floats(norms[0]), _floats(norms[1]), norms[2])
+        cos, sin = (self._half(table) for table in rotary)
+        self._program.heads(qkv.number, num_heads, pool, q_norm, k_norm, eps, cos, sin)
+        to = self._buffer("attention", num_heads * dim)
+        self._program.attend(qkv.number, num_heads, pool, math.log2(math.e) / math.sqrt(dim), to.number)
+        return to
+
+    def _buffer(self, kind: str, width: int) -> Buffer:
+        if (kind, width) not in self._buffers:
+            self._buffers[kind, width] = Buffer(self._program.buffer(BF16, width), width)
+        return self._buffers[kind, width]
+
+    def _half(self, table: Tensor) -> np.ndarray:
+        """cos or sin [positions, rotary], whose halves are equal, as float32 [positions, rotary / 2]."""
+        if id(table) not in self._tables:
+            self._tables[id(table)] = np.ascontiguousarray(table[:, : table.shape[1] // 2].numpy(), np.float32)
+            self.kept += [table, self._tables[id(table)]]
+        return self._tables[id(table)]
+
+
+def _interleaved(fused: Tensor) -> Tensor:
+    """Rows of gate and up, in turns of one packed block each."""
+    blocks = fused.detach().view(2, -1, COLUMNS, *fused.shape[1:])
+    return blocks.transpose(0, 1).reshape(fused.shape)
+
+
+def _words(tensor: Tensor) -> np.ndarray:
+    """A bf16 tensor's memory as uint16."""
+    return tensor.detach().view(torch.uint16).numpy()
+
+
+def _floats(tensor: Tensor) -> np.ndarray:
+    return tensor.detach().float().contiguous().numpy()

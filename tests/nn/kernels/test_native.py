@@ -1,0 +1,315 @@
+"""Native programs: beside the torch model they are recorded from, and bit for bit whatever shares the batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.nn.dense_attention import dense_logits
+
+from penstock.config.model import ModelConfig, kv_layout, parse_model_config
+from penstock.nn.doors import Batch, Spans
+from penstock.nn.kernels.native import (
+    FORMATS,
+    NativeAttention,
+    NativeModel,
+    PackedWeights,
+    Unsupported,
+    check_layout,
+    load_native,
+    usable_kernels,
+)
+from penstock.nn.models import create_model
+from penstock.nn.models.llama import LlamaModel
+from penstock.nn.weights.create import init_dummy
+
+KERNELS = usable_kernels()
+pytestmark = [
+    pytest.mark.skipif(not KERNELS, reason="the native kernels were not built, or not for this machine"),
+    pytest.mark.usefixtures("one_thread"),
+]
+SIZE = 32  # tokens of a block
+QWEN3 = {
+    "architectures": ["Qwen3ForCausalLM"],
+    "vocab_size": 203,
+    "hidden_size": 72,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 1e6,
+    "max_position_embeddings": 4096,
+    "tie_word_embeddings": True,
+    "torch_dtype": "bfloat16",
+}
+MISTRAL = {**QWEN3, "architectures": ["MistralForCausalLM"], "sliding_window": 40, "tie_word_embeddings": False}
+QWEN2 = {**QWEN3, "architectures": ["Qwen2ForCausalLM"]}
+SHAPES = {
+    "qwen3": QWEN3,
+    "qwen3 heads of 64": {**QWEN3, "head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1},
+    "qwen3 heads of 80": {**QWEN3, "head_dim": 80},
+    "qwen3 heads of 96": {**QWEN3, "head_dim": 96},
+    "qwen3 heads of 128": {**QWEN3, "head_dim": 128, "hidden_size": 128},
+    "qwen3 heads of 192": {**QWEN3, "head_dim": 192},
+    "qwen3 heads of 256": {**QWEN3, "head_dim": 256, "num_attention_heads": 1, "num_key_value_heads": 1},
+    "llama, groups of 3": {
+        **QWEN3,
+        "architectures": ["LlamaForCausalLM"],
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+    },
+    "llama with biases": {
+        **QWEN3,
+        "architectures": ["LlamaForCausalLM"],
+        "attention_bias": True,
+        "mlp_bias": True,
+        "tie_word_embeddings": False,
+    },
+    "mistral with a window": MISTRAL,
+    "qwen2, all heads alone": {**QWEN2, "num_key_value_heads": 4},
+    "qwen2, one KV head for all": {**QWEN2, "num_key_value_heads": 1},
+}
+
+
+def torch_model(raw: dict[str, Any], dtype: torch.dtype) -> tuple[ModelConfig, LlamaModel]:
+    config = parse_model_config(raw)
+    model = create_model(config, dtype)
+    init_dummy(model, 0)
+    return config, model
+
+
+@dataclass
+class Native:
+    """A native model with its cache, and requests that own every third block of it."""
+
+    config: ModelConfig
+    model: NativeModel
+    pools: list[torch.Tensor]
+
+    def step(self, rows: list[tuple[int, int, np.ndarray]]) -> torch.Tensor:
+        """Rows are (request, start, token ids); hidden states of all tokens."""
+        nums = [len(ids) for _, _, ids in rows]
+        starts = np.array([start for _, start, _ in rows])
+        width = max(-(-(start + len(ids)) // SIZE) for _, start, ids in rows)
+        table = np.array([[1 + request + 3 * block for block in range(width)] for request, _, _ in rows], np.int32)
+        spans = Spans(np.cumsum([0, *nums]), starts, (table,) * len(self.groups()))
+        tokens = torch.from_numpy(np.concatenate([ids for _, _, ids in rows]).astype(np.int64))
+        positions = torch.from_numpy(np.concatenate([np.arange(s, s + n) for s, n in zip(starts, nums, strict=True)]))
+        return self.model(Batch(tokens, positions, NativeAttention().prepare(spans)))
+
+    def groups(self) -> set[int | None]:
+        return set(self.config.layer_windows)
+
+
+def native(
+    raw: dict[str, Any],
+    kernels: str,
+    *,
+    num_threads: int = 2,
+    length: int = 256,
+    formats: tuple[str, str] = ("bf16", "bf16"),
+) -> Native:
+    config, model = torch_model(raw, torch.bfloat16)
+    layout = kv_layout(config, SIZE, "bfloat16")
+    num_blocks = 1 + 3 * -(-length // SIZE)
+    heads, dim = config.num_kv_heads, config.head_dim
+    pools = [torch.zeros(num_blocks, 2, heads, SIZE, dim, dtype=torch.bfloat16) for _ in range(config.num_layers)]
+    weights = PackedWeights(model, num_threads, formats)
+    ours = NativeModel(model, weights, layout, pools, kernels=kernels, max_tokens=3 * length)
+    return Native(config, ours, pools)
+
+
+def prompts(config: ModelConfig, *lengths: int) -> list[np.ndarray]:
+    random = np.random.default_rng(len(lengths))
+    return [random.integers(0, config.vocab_size, length) for length in lengths]
+
+
+def error(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_logits_are_those_of_the_torch_model(shape: str, kernels: str) -> None:
+    ours = native(SHAPES[shape], kernels)
+    config, reference = torch_model(SHAPES[shape], torch.bfloat16)
+    wide = create_model(config, torch.float32)
+    for name, parameter in wide.named_parameters():  # the very same values, computed in float32
+        parameter.data.copy_(dict(reference.named_parameters())[name])
+    for parameter in (p for m in (reference, wide) for p in m.parameters()):
+        assert parameter.isfinite().all()
+    first, second, third = prompts(config, 70, 9, 1)
+    exact = dense_logits(wide, [list(first), list(second), list(third)])
+    rounded = dense_logits(reference, [list(first), list(second), list(third)])
+    hidden = ours.step([(0, 0, first[:33]), (1, 0, second)])
+    later = ours.step([(2, 0, third), (0, 33, first[33:])])
+    found = ours.model.logits(torch.cat((hidden[:33], later[1:], hidden[33:], later[:1])))
+    assert error(found, exact) <= max(1e-2, 1.2 * error(rounded, exact))
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    data=st.data(),
+    kernels=st.sampled_from(KERNELS or ["none"]),
+    shape=st.sampled_from(["qwen3", "mistral with a window"]),
+)
+def test_a_row_is_the_same_bit_for_bit_in_any_company(data: st.DataObject, kernels: str, shape: str) -> None:
+    """Alone and whole, or in chunks among others, with any number of threads: the same hidden states and cache."""
+    length = data.draw(st.integers(1, 150), label="length")
+    alone = native(SHAPES[shape], kernels, num_threads=1)
+    mixed = native(SHAPES[shape], kernels, num_threads=data.draw(st.integers(1, 3), label="threads"))
+    [ids, *others] = prompts(alone.config, length, 60, 120)
+    expected = alone.step([(0, 0, ids)])
+    done = [0, 0, 0]
+    found = []
+    while done[0] < length:
+        rows = []
+        for request, tokens in enumerate((ids, *others)):
+            most = len(tokens) - done[request]
+            num = data.draw(st.integers(1 if request == 0 else 0, max(1, most)), label=f"tokens of {request}")
+            num = min(num, most)
+            if num:
+                rows.append((request, done[request], tokens[done[request] : done[request] + num]))
+                done[request] += num
+        rows = data.draw(st.permutations(rows))
+        hidden = mixed.step(rows)
+        at = 0
+        for request, _, tokens in rows:
+            if request == 0:
+                found.append(hidden[at : at + len(tokens)])
+            at += len(tokens)
+    assert torch.equal(torch.cat(found), expected)
+    blocks = [1 + 3 * block for block in range(-(-length // SIZE))]
+    for ours, theirs in zip(alone.pools, mixed.pools, strict=True):
+        assert torch.equal(ours[blocks], theirs[blocks])
+    assert torch.equal(mixed.model.logits(torch.cat(found)), alone.model.logits(expected))
+
+
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_long_contexts_are_cut_where_they_always_are(kernels: str) -> None:
+    """Few tasks: each span of the context is one. Many: a task walks all spans. Both merge the same parts."""
+    raw = {**QWEN3, "num_hidden_layers": 1, "num_key_value_heads": 1}
+    [ids] = prompts(parse_model_config(raw), 1300)
+    whole = native(raw, kernels, num_threads=1, length=1400)
+    expected = whole.step([(0, 0, ids)])
+    pieces = native(raw, kernels, num_threads=3, length=1400)
+    found = [pieces.step([(0, 0, ids[:1200])])]
+    found += [pieces.step([(0, n, ids[n : n + 1])]) for n in range(1200, 1300, 50) for n in range(n, n + 50)]
+    assert torch.equal(torch.cat(found), expected)
+
+
+def test_the_instruction_sets_agree() -> None:
+    [ids] = prompts(parse_model_config(QWEN3), 50)
+    found = [native(QWEN3, kernels).step([(0, 0, ids)]).float() for kernels in KERNELS]
+    for other in found[1:]:
+        assert error(other, found[0]) <= 1e-2
+
+
+def test_a_token_that_is_not_a_number_harms_only_its_own_request() -> None:
+    ours = native({**QWEN3, "tie_word_embeddings": False}, KERNELS[0])
+    bad, good = prompts(ours.config, 20, 20)
+    expected = ours.step([(1, 0, good)])
+    broken = native({**QWEN3, "tie_word_embeddings": False}, KERNELS[0])
+    config, model = torch_model({**QWEN3, "tie_word_embeddings": False}, torch.bfloat16)
+    model.embed.weight.data[int(bad[3])] = torch.nan
+    good = np.where(good == bad[3], (good + 1) % config.vocab_size, good)
+    expected = ours.step([(1, 0, good)])
+    layout = kv_layout(config, SIZE, "bfloat16")
+    weights = PackedWeights(model, 2)
+    broken.model = NativeModel(model, weights, layout, broken.pools, kernels=KERNELS[0], max_tokens=64)
+    hidden = broken.step([(0, 0, bad), (1, 0, good)])
+    assert hidden[3:20].isnan().any(-1).all()
+    assert torch.equal(hidden[20:], expected)
+
+
+def rounded(x: torch.Tensor) -> torch.Tensor:
+    return x.round()  # to nearest, ties to even
+
+
+def grid(w: torch.Tensor, weight_format: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """What the formats promise of a weight [N, K]: whole numbers, and what each stands for (float64 [N, K])."""
+    w = w.float()
+    if weight_format in ("int8", "w8a8"):
+        most = w.abs().amax(1, keepdim=True)
+        step = torch.where(most > 0, most / 127, 1.0)
+        whole = rounded(w * (1 / step))
+        return whole, step.double().expand_as(w)
+    padded = torch.nn.functional.pad(w, (0, -w.shape[1] % 128)).view(len(w), -1, 128)
+    extreme = padded.gather(2, padded.abs().argmax(2, keepdim=True))
+    step = torch.where(extreme != 0, extreme / -8, 1.0)
+    whole = rounded(padded / step).clamp(-8, 7)
+    return whole.flatten(1)[:, : w.shape[1]], step.expand_as(padded).flatten(1)[:, : w.shape[1]].double()
+
+
+def eight_bits(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Activations as whole numbers and a scale per row."""
+    most = a.float().abs().amax(1, keepdim=True).clamp(min=1e-12)
+    scale = most / 127
+    return rounded(a.float() * (1 / scale)), scale.double()
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("kernels", KERNELS)
+@settings(max_examples=30, deadline=None)
+@given(m=st.integers(1, 70), n=st.integers(1, 150), k=st.integers(1, 400), seed=st.integers(0, 1 << 20))
+def test_products_agree_with_float64(kernels: str, weight_format: str, m: int, n: int, k: int, seed: int) -> None:
+    """Only the last bits of float32 sums may differ from the exact product of what weights and activations became."""
+    native_module = load_native()
+    team = native_module.Team(2, [])
+    program = native_module.Program(kernels, team, 70)
+    draw = torch.Generator().manual_seed(seed)
+    a, w = torch.randn(m, k, generator=draw).bfloat16(), torch.randn(n, k, generator=draw).bfloat16()
+    bias = torch.randn(n, generator=draw)
+    packed = native_module.PackedWeight(FORMATS[weight_format], n, k)
+    packed.fill(team, 0, w.view(torch.uint16).numpy())
+    packed.set_bias(bias.numpy())
+    out = torch.full((m, n), torch.nan)
+    program.head(packed, a.view(torch.uint16).numpy(), out.numpy())
+    if weight_format == "bf16":
+        weights, inputs = w.double(), a.double()
+    else:
+        whole, step = grid(w, weight_format)
+        weights, inputs = whole.double() * step, a.double()
+    if weight_format in ("w8a8", "w4a8"):
+        whole_inputs, scale = eight_bits(a)
+        inputs = whole_inputs.double() * scale
+    exact = inputs @ weights.T + bias.double()
+    assert float((out - exact).abs().max()) <= 2e-5 * k**0.5 * 4
+    alone = torch.empty(1, n)
+    row = m // 2
+    program.head(packed, a[row : row + 1].contiguous().view(torch.uint16).numpy(), alone.numpy())
+    assert torch.equal(alone[0], out[row])
+
+
+def test_what_cannot_be_computed_is_said_before_a_weight_is_touched() -> None:
+    _, model = torch_model({**QWEN3, "intermediate_size": 88}, torch.bfloat16)
+    with pytest.raises(Unsupported, match="feed-forward width of a multiple of 16, not 88"):
+        PackedWeights(model, 1)
+    assert all(parameter.numel() for parameter in model.parameters())
+    _, model = torch_model(QWEN3, torch.float32)
+    with pytest.raises(Unsupported, match="these weights are float32"):
+        PackedWeights(model, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "block_size", "dtype", "words"),
+    [
+        ({"head_dim": 24}, SIZE, "bfloat16", "heads of a multiple of 16"),
+        ({"head_dim": 272}, SIZE, "bfloat16", "up to 256"),
+        ({}, 16, "bfloat16", "blocks of 32 tokens"),
+        ({}, SIZE, "float32", "a bfloat16 KV cache"),
+    ],
+)
+def test_caches_that_cannot_be_used_are_refused(
+    change: dict[str, int], block_size: int, dtype: str, words: str
+) -> None:
+    with pytest.raises(Unsupported, match=words):
+        check_layout(kv_layout(parse_model_config({**QWEN3, **change}), block_size, dtype))
