@@ -109,6 +109,13 @@ public:
         }
     }
 
+    // Rows as they are computed with, float32 [n][k].
+    void unpack(Table<float> out) const {
+        if (static_cast<int>(out.shape(0)) != weight_.n || static_cast<int>(out.shape(1)) != weight_.k)
+            throw std::invalid_argument("the result has another shape than the weight");
+        for (int row = 0; row < weight_.n; row++) unpack_row(weight_, row, out.data() + static_cast<std::size_t>(row) * weight_.k);
+    }
+
 private:
     bool is_grouped() const { return weight_.format == Format::INT4 || weight_.format == Format::W4A8; }
 
@@ -238,6 +245,7 @@ NB_MODULE(_native, m) {
         .def(nb::init<int, int, int>(), "format"_a, "n"_a, "k"_a)
         .def("fill", &PackedWeight::fill, "team"_a, "begin"_a, "rows"_a.noconvert())
         .def("fill_quantized", &PackedWeight::fill_quantized, "begin"_a, "rows"_a.noconvert(), "scales"_a.noconvert())
+        .def("unpack", &PackedWeight::unpack, "out"_a.noconvert())
         .def("set_bias", &PackedWeight::set_bias, "bias"_a.noconvert())
         .def_prop_ro("n", [](const PackedWeight& w) { return w.weight().n; })
         .def_prop_ro("k", [](const PackedWeight& w) { return w.weight().k; })

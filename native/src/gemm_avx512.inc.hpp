@@ -11,67 +11,6 @@ namespace penstock::PENSTOCK_ISA {
 constexpr int CHUNK_PAIRS = GROUP / 2;
 template <class Pairs> constexpr int LINE_PAIRS = 64 / Pairs::PAIR_BYTES;
 
-// Where the pairs of consecutive blocks come from, from some k on.
-struct Bf16Pairs {
-    const char* data;
-    std::size_t block_bytes;
-    static constexpr int PAIR_BYTES = 64;
-
-    PENSTOCK_INLINE __m512i pair(int block, int p) const {
-        return _mm512_load_si512(data + block * block_bytes + p * PAIR_BYTES);
-    }
-    template <class S>
-    PENSTOCK_INLINE void add_to(S& sums, const bf16* a, std::size_t stride, int p) const {
-        sums.add(a, stride, [&](int j) { return pair(j, p); });
-    }
-};
-
-struct Int8Pairs {
-    const char* data;
-    std::size_t block_bytes;
-    static constexpr int PAIR_BYTES = 32;
-
-    PENSTOCK_INLINE __m512i pair(int block, int p) const {
-        const char* at = data + block * block_bytes + p * PAIR_BYTES;
-        __m512i even = _mm512_cvtepi8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(at)));
-        __m512i odd = _mm512_cvtepi8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(at + 16)));
-        // Eight bits fit the significand of bf16: the lower halves of these floats are zero. The even ones take their place.
-        return _mm512_mask_shuffle_epi8(_mm512_castps_si512(to_float(odd)), 0x3333333333333333, _mm512_castps_si512(to_float(even)), _mm512_set4_epi32(0x0f0e0f0e,0x0b0a0b0a,0x07060706,0x03020302));
-    }
-    template <class S>
-    PENSTOCK_INLINE void add_to(S& sums, const bf16* a, std::size_t stride, int p) const {
-        sums.add(a, stride, [&](int j) { return pair(j, p); });
-    }
-};
-
-struct Int4Pairs {
-    const char* data;
-    std::size_t block_bytes;
-    static constexpr int PAIR_BYTES = 16;
-
-    // bf16 of -8..7 by nibble; the index is five bits wide, so that what is above a low nibble needs no mask.
-    static PENSTOCK_INLINE __m512i table() {
-        alignas(64) static constexpr bf16 VALUES[32] = {
-            0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
-            0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
-        return _mm512_load_si512(VALUES);
-    }
-    PENSTOCK_INLINE __m512i bytes(int block, int p) const {
-        const char* at = data + block * block_bytes + p / 16 * 256 + p % 8 * 32;
-        return _mm512_cvtepu8_epi16(_mm256_load_si256(reinterpret_cast<const __m256i*>(at)));
-    }
-    PENSTOCK_INLINE __m512i low(int block, int p) const { return _mm512_permutexvar_epi16(bytes(block, p), table()); }
-    PENSTOCK_INLINE __m512i high(int block, int p) const {
-        return _mm512_permutexvar_epi16(_mm512_srli_epi16(bytes(block, p), 4), table());
-    }
-    PENSTOCK_INLINE __m512i pair(int block, int p) const { return p & 8 ? high(block, p) : low(block, p); }
-    template <class S>
-    PENSTOCK_INLINE void add_to(S& sums, const bf16* a, std::size_t stride, int p) const {
-        if (p & 8) sums.add(a, stride, [&](int j) { return high(j, p); });
-        else sums.add(a, stride, [&](int j) { return low(j, p); });
-    }
-};
-
 // What becomes of the sums of a chunk.
 struct Continued {  // c goes on
     bool begins;

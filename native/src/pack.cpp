@@ -105,23 +105,54 @@ void quantize_int8(const bf16* rows, std::size_t stride, int n, int k, std::int8
     }
 }
 
+// Rounds to nearest, ties to even, within +-2^22; unlike nearbyint it becomes vector code everywhere.
+static float round_whole(float x) {
+    constexpr float MAGIC = 12582912.0f;
+    return (x + MAGIC) - MAGIC;
+}
+
 void quantize_int4(const bf16* rows, std::size_t stride, int n, int k, std::int8_t* to, float* scale) {
     int groups = (k + GROUP - 1) / GROUP;
     for (int j = 0; j < n; j++)
         for (int g = 0; g < groups; g++) {
-            int begin = g * GROUP, end = std::min(k, begin + GROUP);
-            float extreme = 0;
-            for (int i = begin; i < end; i++) {
-                float x = widen(rows[j * stride + i]);
-                if (std::fabs(x) > std::fabs(extreme)) extreme = x;
+            int begin = g * GROUP, num = std::min(k, begin + GROUP) - begin;
+            float x[GROUP], extreme = 0;
+            for (int i = 0; i < num; i++) {
+                x[i] = widen(rows[j * stride + begin + i]);
+                if (std::fabs(x[i]) > std::fabs(extreme)) extreme = x[i];
             }
-            float step = extreme != 0 ? extreme / -8 : 1;
+            float step = extreme != 0 ? extreme / -8 : 1;  // cutting the extreme for less squared error gains nothing
             scale[static_cast<std::size_t>(j) * groups + g] = step;
-            for (int i = begin; i < end; i++) {
-                float q = std::nearbyint(widen(rows[j * stride + i]) / step);
-                to[static_cast<std::size_t>(j) * k + i] = static_cast<std::int8_t>(std::clamp(q, -8.0f, 7.0f));
+            float inverse = 1 / step;
+            std::int8_t* out = to + static_cast<std::size_t>(j) * k + begin;
+            for (int i = 0; i < num; i++)
+                out[i] = static_cast<std::int8_t>(std::min(std::max(round_whole(x[i] * inverse), -8.0f), 7.0f));
+        }
+}
+
+void unpack_row(const Weight& w, int n, float* out) {
+    std::size_t block = n / COLUMNS, elements = static_cast<std::size_t>(w.k_pad) * COLUMNS;
+    int column = n % COLUMNS;
+    for (int k = 0; k < w.k; k++) {
+        std::size_t at = place(w.format, column, k);
+        switch (w.format) {
+            case Format::BF16:
+                out[k] = widen(static_cast<const bf16*>(w.data)[block * elements + at]);
+                break;
+            case Format::INT8:
+            case Format::W8A8:
+                out[k] = static_cast<float>(static_cast<const std::int8_t*>(w.data)[block * elements + at]) * w.scale[n];
+                break;
+            case Format::INT4:
+            case Format::W4A8: {
+                bool high = w.format == Format::INT4 ? k % 32 >= 16 : k % 8 >= 4;
+                int byte = static_cast<const std::uint8_t*>(w.data)[block * elements / 2 + at];
+                int nibble = high ? byte >> 4 : byte & 15;
+                out[k] = static_cast<float>(nibble - 8) * w.scale[(block * (w.k_pad / GROUP) + k / GROUP) * COLUMNS + column];
+                break;
             }
         }
+    }
 }
 
 }  // namespace penstock

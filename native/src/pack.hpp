@@ -22,6 +22,9 @@ void pack_int8(Format format, const std::int8_t* rows, std::size_t stride, const
 void pack_int4(Format format, const std::int8_t* rows, std::size_t stride, const std::int32_t* order, int n, int k,
                int begin, int end, void* to);
 
+// Row n of a packed matrix as it is computed with, float32 [k].
+void unpack_row(const Weight& weight, int n, float* out);
+
 // Round to nearest: one scale per row, absmax / 127.
 void quantize_int8(const bf16* rows, std::size_t stride, int n, int k, std::int8_t* to, float* scale);
 

@@ -1,5 +1,7 @@
 #include "program.hpp"
 
+#include "pack.hpp"
+
 #include <sys/mman.h>
 
 #include <algorithm>
@@ -40,23 +42,6 @@ float widen(bf16 x) {
     float f;
     std::memcpy(&f, &u, 4);
     return f;
-}
-
-// Row `n` of a packed weight, as float32.
-void unpack_row(const Weight& w, int n, float* out) {
-    std::size_t block = n / COLUMNS, column = n % COLUMNS, size = static_cast<std::size_t>(w.k_pad) * COLUMNS;
-    if (w.format == Format::BF16) {
-        const bf16* from = static_cast<const bf16*>(w.data) + block * size + column * 2;
-        for (int k = 0; k < w.k; k++) out[k] = widen(from[k / 2 * 32 + k % 2]);
-    } else if (w.format == Format::INT8) {
-        const std::int8_t* from = static_cast<const std::int8_t*>(w.data) + block * size + column;
-        for (int k = 0; k < w.k; k++) out[k] = static_cast<float>(from[k * 16]) * w.scale[n];
-    } else if (w.format == Format::W8A8) {
-        const std::int8_t* from = static_cast<const std::int8_t*>(w.data) + block * size + column * 4;
-        for (int k = 0; k < w.k; k++) out[k] = static_cast<float>(from[k / 4 * 64 + k % 4]) * w.scale[n];
-    } else {
-        throw std::invalid_argument("rows of 4-bit weights cannot be looked up");
-    }
 }
 }  // namespace
 

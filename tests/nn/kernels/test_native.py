@@ -230,30 +230,38 @@ def test_a_token_that_is_not_a_number_harms_only_its_own_request() -> None:
     assert torch.equal(hidden[20:], expected)
 
 
-def rounded(x: torch.Tensor) -> torch.Tensor:
-    return x.round()  # to nearest, ties to even
+def packed(weight_format: str, w: torch.Tensor) -> tuple[Any, torch.Tensor]:
+    """A packed weight [N, K], and what it stands for."""
+    weight = load_native().PackedWeight(FORMATS[weight_format], *w.shape)
+    weight.fill(load_native().Team(2, []), 0, w.view(torch.uint16).numpy())
+    values = torch.empty(w.shape)
+    weight.unpack(values.numpy())
+    return weight, values
 
 
-def grid(w: torch.Tensor, weight_format: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """What the formats promise of a weight [N, K]: whole numbers, and what each stands for (float64 [N, K])."""
-    w = w.float()
-    if weight_format in ("int8", "w8a8"):
-        most = w.abs().amax(1, keepdim=True)
-        step = torch.where(most > 0, most / 127, 1.0)
-        whole = rounded(w * (1 / step))
-        return whole, step.double().expand_as(w)
-    padded = torch.nn.functional.pad(w, (0, -w.shape[1] % 128)).view(len(w), -1, 128)
-    extreme = padded.gather(2, padded.abs().argmax(2, keepdim=True))
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 70), k=st.integers(1, 300), seed=st.integers(0, 1 << 20))
+def test_weights_are_rounded_to_the_nearest_step_of_their_format(n: int, k: int, seed: int) -> None:
+    w = torch.randn(n, k, generator=torch.Generator().manual_seed(seed)).bfloat16()
+    w[0, 0] = 0.0
+    assert torch.equal(packed("bf16", w)[1], w.float())
+    for weight_format in ("int8", "w8a8"):
+        step = w.float().abs().amax(1, keepdim=True) / 127
+        assert ((packed(weight_format, w)[1] - w).abs() <= 0.501 * step).all()
+    fourth = packed("int4", w)[1]
+    assert torch.equal(fourth, packed("w4a8", w)[1])
+    groups = torch.nn.functional.pad(w.float(), (0, -k % 128)).view(n, -1, 128)
+    extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True))
     step = torch.where(extreme != 0, extreme / -8, 1.0)
-    whole = rounded(padded / step).clamp(-8, 7)
-    return whole.flatten(1)[:, : w.shape[1]], step.expand_as(padded).flatten(1)[:, : w.shape[1]].double()
+    edge = torch.where(groups.sign() * extreme.sign() < 0, 1.0, 0.501)  # on the other side 7 steps are the most
+    assert ((fourth - w).abs() <= (edge * step.abs()).flatten(1)[:, :k]).all()
 
 
 def eight_bits(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Activations as whole numbers and a scale per row."""
     most = a.float().abs().amax(1, keepdim=True).clamp(min=1e-12)
     scale = most / 127
-    return rounded(a.float() * (1 / scale)), scale.double()
+    return (a.float() * (1 / scale)).round(), scale.double()
 
 
 @pytest.mark.parametrize("weight_format", FORMATS)
@@ -268,16 +276,11 @@ def test_products_agree_with_float64(kernels: str, weight_format: str, m: int, n
     draw = torch.Generator().manual_seed(seed)
     a, w = torch.randn(m, k, generator=draw).bfloat16(), torch.randn(n, k, generator=draw).bfloat16()
     bias = torch.randn(n, generator=draw)
-    packed = native_module.PackedWeight(FORMATS[weight_format], n, k)
-    packed.fill(team, 0, w.view(torch.uint16).numpy())
-    packed.set_bias(bias.numpy())
+    weight, values = packed(weight_format, w)
+    weight.set_bias(bias.numpy())
     out = torch.full((m, n), torch.nan)
-    program.head(packed, a.view(torch.uint16).numpy(), out.numpy())
-    if weight_format == "bf16":
-        weights, inputs = w.double(), a.double()
-    else:
-        whole, step = grid(w, weight_format)
-        weights, inputs = whole.double() * step, a.double()
+    program.head(weight, a.view(torch.uint16).numpy(), out.numpy())
+    weights, inputs = values.double(), a.double()
     if weight_format in ("w8a8", "w4a8"):
         whole_inputs, scale = eight_bits(a)
         inputs = whole_inputs.double() * scale
@@ -285,7 +288,7 @@ def test_products_agree_with_float64(kernels: str, weight_format: str, m: int, n
     assert float((out - exact).abs().max()) <= 2e-5 * k**0.5 * 4
     alone = torch.empty(1, n)
     row = m // 2
-    program.head(packed, a[row : row + 1].contiguous().view(torch.uint16).numpy(), alone.numpy())
+    program.head(weight, a[row : row + 1].contiguous().view(torch.uint16).numpy(), alone.numpy())
     assert torch.equal(alone[0], out[row])
 
 

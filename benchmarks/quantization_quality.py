@@ -1,0 +1,123 @@
+"""What does each weight format cost in quality, beside bf16 with the same kernels?
+
+Teacher-forced on text that the model itself wrote (sampled at temperature 0.8 from many beginnings; --text FILE takes
+other text, one passage per line): at every position, do the best tokens agree, how far apart are the distributions
+(mean KL in nats), and how much worse is the text predicted. Prints one JSON line per format; --out writes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from penstock.bench.flags import machine, write_json
+from penstock.build.engine import QUANTIZATION
+from penstock.config.load import model_directory
+from penstock.config.model import kv_layout, load_model_config
+from penstock.core.request import SamplingParams
+from penstock.engine.tokenizer import load_tokenizer
+from penstock.llm import LLM
+from penstock.nn.doors import Batch, Spans
+from penstock.nn.kernels.native import NativeAttention, NativeModel, PackedWeights, usable_kernels
+from penstock.nn.models import create_model, model_routes
+from penstock.nn.weights.stream import load_weights
+
+BLOCK = 32
+MAX_TOKENS = 512
+BEGINNINGS = (
+    "Once upon a time",
+    "The little dog",
+    "One day, a girl named",
+    "Hello! Who are",
+    "In the garden",
+    "My name is",
+)
+
+
+class Forced:
+    """A model in one format; `scores(ids)`: float32 [len(ids), vocab] after every token."""
+
+    def __init__(self, directory: Path, scheme: str, kernels: str) -> None:
+        config = load_model_config(directory)
+        model = create_model(config, torch.bfloat16)
+        weights = PackedWeights(model, 2, QUANTIZATION[scheme])
+        load_weights(directory, model, model_routes(config), filled=weights.take)
+        layout = kv_layout(config, BLOCK, "bfloat16")
+        shape = (1 + MAX_TOKENS // BLOCK, 2, config.num_kv_heads, BLOCK, config.head_dim)
+        pools = [torch.zeros(shape, dtype=torch.bfloat16) for _ in range(config.num_layers)]
+        self.model = NativeModel(model, weights, layout, pools, kernels=kernels, max_tokens=MAX_TOKENS)
+        self.num_groups = len(layout.groups)
+        self.weight_mb = weights.num_bytes / 1e6
+
+    def scores(self, ids: list[int]) -> torch.Tensor:
+        table = np.arange(1, 2 + len(ids) // BLOCK, dtype=np.int32)[None]
+        spans = Spans(np.array([0, len(ids)]), np.array([0]), (table,) * self.num_groups)
+        tokens, positions = torch.tensor(ids), torch.arange(len(ids))
+        return self.model.logits(self.model(Batch(tokens, positions, NativeAttention().prepare(spans))))
+
+
+def passages(model: str, directory: Path, text: Path | None, num: int) -> list[list[int]]:
+    if text is not None:
+        tokenizer = load_tokenizer(directory)
+        lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
+        return [tokenizer.encode(line)[:MAX_TOKENS] for line in lines[:num]]
+    with LLM(model, dtype="bfloat16", max_model_len=MAX_TOKENS) as llm:
+        params = [SamplingParams(temperature=0.8, seed=n, max_tokens=300, ignore_eos=True) for n in range(num)]
+        beginnings = [BEGINNINGS[n % len(BEGINNINGS)] for n in range(num)]
+        outputs = llm.generate(beginnings, params)
+    return [[*each.prompt_token_ids, *each.outputs[0].token_ids] for each in outputs]
+
+
+def compare(reference: Forced, other: Forced, texts: list[list[int]]) -> dict[str, float]:
+    agree = num = 0
+    kl = loss = loss_reference = 0.0
+    for ids in texts:
+        exact, found = reference.scores(ids).log_softmax(-1)[:-1], other.scores(ids).log_softmax(-1)[:-1]
+        following = torch.tensor(ids[1:])[:, None]
+        agree += int((exact.argmax(-1) == found.argmax(-1)).sum())
+        kl += float((exact.exp() * (exact - found)).sum())
+        loss_reference -= float(exact.gather(1, following).sum())
+        loss -= float(found.gather(1, following).sum())
+        num += len(ids) - 1
+    growth = math.exp((loss - loss_reference) / num) - 1
+    return {
+        "top1_agreement_percent": round(100 * agree / num, 2),
+        "mean_kl_nats": round(kl / num, 5),
+        "perplexity": round(math.exp(loss / num), 3),
+        "perplexity_growth_percent": round(100 * growth, 2),
+        "num_positions": num,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", default="penstock-tiny")
+    parser.add_argument("--text", type=Path, help="passages to predict, one per line")
+    parser.add_argument("--num-passages", type=int, default=64)
+    parser.add_argument("--kernels", default=usable_kernels()[0])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    directory = model_directory(args.model)
+    texts = passages(args.model, directory, args.text, args.num_passages)
+    reference = Forced(directory, "none", args.kernels)
+    lines: list[dict[str, Any]] = []
+    for scheme in QUANTIZATION:
+        if scheme == "none":
+            continue
+        other = Forced(directory, scheme, args.kernels)
+        facts = {"model": args.model, "scheme": scheme, "weight_mb": round(other.weight_mb, 1)}
+        text = "its own" if args.text is None else args.text.name
+        lines.append({**facts, **compare(reference, other, texts), "text": text, "kernels": args.kernels})
+        print(json.dumps(lines[-1]), flush=True)
+    if args.out:
+        write_json(args.out, {**machine(), "lines": lines})
+
+
+if __name__ == "__main__":
+    main()
