@@ -48,7 +48,9 @@ struct StoredTiles {  // bf16, W8A8, and what is unpacked already
     static constexpr int STORED_BYTES = TILE_BYTES;
     const char* data;
     std::size_t block_bytes;
-    PENSTOCK_INLINE const char* tile(int block, int t, char*) const { return data + block * block_bytes + t * TILE_BYTES; }
+    PENSTOCK_INLINE const char* tile(int block, int t, char*) const {
+        return data + block * block_bytes + t * TILE_BYTES;
+    }
 };
 
 template <class Pairs>
@@ -97,7 +99,8 @@ enum class Begin { ZERO, C };
 // Up to 32 rows by one or two blocks over `num` tiles of K, into c, whose elements are float32, or int32 if INTS.
 // PASSES: rows come by again and again, and weights should not leave L1 for activations.
 template <bool INTS, int ROW_TILES, int BLOCKS, bool PASSES, class Tiles>
-static PENSTOCK_INLINE void tile_product(const Tiles& w, const char* a, std::size_t a_bytes, int num, Begin begin, void* c,
+static PENSTOCK_INLINE void tile_product(const Tiles& w, const char* a, std::size_t a_bytes, int num,
+                                         Begin begin, void* c,
                                          std::size_t c_bytes) {
     // Unpacked tiles are written some products before they are written again.
     alignas(64) char unpacked[Tiles::STORED_BYTES == TILE_BYTES ? 64 : 4 * 2 * TILE_BYTES];
@@ -188,7 +191,8 @@ static void sum_tiles(const Tiles& w, const TileRows& rows, int num_tiles, float
 
 // The sums of each quantization group, scaled, are added in float32. A group is two or four tiles.
 template <bool INTS, int BLOCKS, class Tiles>
-static void sum_groups(const Tiles& w, const TileRows& rows, int num_tiles, const float* scale, std::size_t scale_stride,
+static void sum_groups(const Tiles& w, const TileRows& rows, int num_tiles, const float* scale,
+                       std::size_t scale_stride,
                        float* c, std::size_t c_stride) {
     constexpr int GROUP_TILES = INTS ? GROUP / 64 : GROUP / 32;
     alignas(64) float sums[STEP][BLOCKS * COLUMNS];
@@ -243,15 +247,17 @@ static void gemm_rows(const Weight& weight, const TileRows& rows, int col, int c
     }
 }
 
-static void scale_results(const Weight& weight, const Rows& rows, int m, int col, int cols, float* c, std::size_t c_stride) {
+static void scale_results(const Weight& weight, const Rows& rows, int m, int col, int cols, float* c,
+                          std::size_t c_stride) {
     if (weight.format == Format::BF16 || weight.format == Format::INT4) return;
     for (int i = 0; i < m; i++) {
         vf of_row = all(rows.scale ? rows.scale[i] : 1.0f);
         for (int j = 0; j < cols; j += COLUMNS) {
             float* to = c + i * c_stride + j;
-            if (weight.format == Format::W8A8) store(to, as<vf>(to_float(as<__m512i>(load(to)))) * of_row * load(weight.scale + col + j));
-            else if (weight.format == Format::W4A8) store(to, load(to) * of_row);
-            else store(to, load(to) * load(weight.scale + col + j));
+            vf sum = load(to);
+            if (weight.format == Format::W8A8) sum = as<vf>(to_float(as<__m512i>(sum)));  // c held integers
+            if (rows.scale) sum = sum * of_row;
+            store(to, weight.format == Format::W4A8 ? sum : sum * load(weight.scale + col + j));
         }
     }
 }
@@ -266,7 +272,8 @@ static void gemm(const Weight& weight, const Rows& rows, int m, int col, int col
     }
     if (rest) {
         _tile_loadconfig(&TILE_CONFIGS.of[rest]);
-        gemm_rows(weight, {tiles.data + tiles.num * tiles.bytes, tiles.bytes, rest}, col, cols, c + tiles.num * c_stride, c_stride);
+        TileRows last{tiles.data + tiles.num * tiles.bytes, tiles.bytes, rest};
+        gemm_rows(weight, last, col, cols, c + tiles.num * c_stride, c_stride);
     }
     _tile_release();
     scale_results(weight, rows, m, col, cols, c, c_stride);

@@ -75,13 +75,15 @@ static inline void put(float* c, const Sum& sum) {
 
 // c = sum * scale, added to what is there unless this is the first.
 static inline void put_scaled(float* c, const Sum& sum, const float* scale, bool first) {
-    __m256 zero = _mm256_setzero_ps();
-    _mm256_storeu_ps(c, _mm256_fmadd_ps(sum.low, _mm256_loadu_ps(scale), first ? zero : _mm256_loadu_ps(c)));
-    _mm256_storeu_ps(c + 8, _mm256_fmadd_ps(sum.high, _mm256_loadu_ps(scale + 8), first ? zero : _mm256_loadu_ps(c + 8)));
+    __m256 low = first ? _mm256_setzero_ps() : _mm256_loadu_ps(c);
+    __m256 high = first ? _mm256_setzero_ps() : _mm256_loadu_ps(c + 8);
+    _mm256_storeu_ps(c, _mm256_fmadd_ps(sum.low, _mm256_loadu_ps(scale), low));
+    _mm256_storeu_ps(c + 8, _mm256_fmadd_ps(sum.high, _mm256_loadu_ps(scale + 8), high));
 }
 
 template <int M, class W>
-static inline void product(const char* w, const bf16* a, std::size_t stride, int num_pairs, float* c, std::size_t c_stride) {
+static inline void product(const char* w, const bf16* a, std::size_t stride, int num_pairs, float* c,
+                           std::size_t c_stride) {
     Sum sum[M] = {};
     for (int p = 0; p < num_pairs; p++) {
         Pairs pair = W::at(w, p);
@@ -104,13 +106,15 @@ static inline void each_tile(int m, F f) {
 }
 
 template <class W>
-static void product_rows(const char* w, const bf16* a, std::size_t stride, int m, int num_pairs, float* c, std::size_t c_stride) {
+static void product_rows(const char* w, const bf16* a, std::size_t stride, int m, int num_pairs, float* c,
+                         std::size_t c_stride) {
     each_tile(m, [&](auto rows, int row) {
         product<rows.value, W>(w, a + row * stride, stride, num_pairs, c + row * c_stride, c_stride);
     });
 }
 
-static void key_product(const char* keys, const bf16* q, std::size_t q_stride, int m, int dim, float* scores, std::size_t stride) {
+static void key_product(const char* keys, const bf16* q, std::size_t q_stride, int m, int dim, float* scores,
+                        std::size_t stride) {
     for (int half = 0; half < 2; half++)
         product_rows<Bf16Pairs>(keys + half * dim * 32, q, q_stride, m, dim / 2, scores + half * COLUMNS, stride);
 }
@@ -130,7 +134,8 @@ static void value_product(const char* values, std::size_t block_bytes, const std
 }
 
 // One block of 4-bit weights: each group's sums, scaled, are added in float32.
-static void product_int4(const Weight& weight, std::size_t block, const bf16* a, std::size_t stride, int m, float* c, std::size_t c_stride) {
+static void product_int4(const Weight& weight, std::size_t block, const bf16* a, std::size_t stride, int m,
+                         float* c, std::size_t c_stride) {
     int groups = weight.k_pad / GROUP;
     // Only K is read of the activations, up to K_ALIGN: a group's padding is the weight's alone.
     int num_pairs = (weight.k + K_ALIGN - 1) / K_ALIGN * (K_ALIGN / 2);
@@ -166,7 +171,8 @@ struct Quads {
         for (int h = 0; h < 2; h++) {
             __m256i bytes = _mm256_load_si256(reinterpret_cast<const __m256i*>(w) + h), mask = _mm256_set1_epi16(15);
             __m256i nibbles = _mm256_srl_epi16(bytes, _mm_cvtsi32_si128(shift));
-            q.even[h] = _mm256_and_si256(nibbles, mask), q.odd[h] = _mm256_and_si256(_mm256_srli_epi16(nibbles, 8), mask);
+            q.even[h] = _mm256_and_si256(nibbles, mask);
+            q.odd[h] = _mm256_and_si256(_mm256_srli_epi16(nibbles, 8), mask);
         }
         return q;
     }
@@ -186,7 +192,8 @@ struct IntSum {
     Sum floats() const { return {to_float(half[0]), to_float(half[1])}; }
 };
 
-static void product_w8a8(const Weight& weight, std::size_t block, const Rows& rows, int m, float* c, std::size_t c_stride) {
+static void product_w8a8(const Weight& weight, std::size_t block, const Rows& rows, int m, float* c,
+                         std::size_t c_stride) {
     const char* w = static_cast<const char*>(weight.data) + block * weight.k_pad * COLUMNS;
     each_tile(m, [&](auto count, int row) {
         const std::int8_t* a = static_cast<const std::int8_t*>(rows.data) + row * rows.stride;
@@ -204,12 +211,14 @@ static void product_w8a8(const Weight& weight, std::size_t block, const Rows& ro
     });
 }
 
-static void product_w4a8(const Weight& weight, std::size_t block, const Rows& rows, int m, float* c, std::size_t c_stride) {
+static void product_w4a8(const Weight& weight, std::size_t block, const Rows& rows, int m, float* c,
+                         std::size_t c_stride) {
     const char* w = static_cast<const char*>(weight.data) + block * weight.k_pad * COLUMNS / 2;
     int groups = weight.k_pad / GROUP;
     each_tile(m, [&](auto count, int row) {
         const std::int8_t* a = static_cast<const std::int8_t*>(rows.data) + row * rows.stride;
         for (int g = 0; g < groups; g++) {
+            const float* scale = weight.scale + (block * groups + g) * COLUMNS;
             IntSum sum[count.value];
             for (int i = 0; i < count.value; i++) {
                 // Nibbles are stored plus 8.
@@ -222,7 +231,7 @@ static void product_w4a8(const Weight& weight, std::size_t block, const Rows& ro
                 for (int i = 0; i < count.value; i++) sum[i].add(a + i * rows.stride + k, quads);
             }
             for (int i = 0; i < count.value; i++)
-                put_scaled(c + (row + i) * c_stride, sum[i].floats(), weight.scale + (block * groups + g) * COLUMNS, g == 0);
+                put_scaled(c + (row + i) * c_stride, sum[i].floats(), scale, g == 0);
         }
         for (int i = 0; i < count.value; i++) {
             float* to = c + (row + i) * c_stride;
@@ -235,14 +244,15 @@ static void gemm(const Weight& weight, const Rows& rows, int m, int col, int col
     const bf16* a = static_cast<const bf16*>(rows.data);
     const char* w = static_cast<const char*>(weight.data);
     std::size_t block_elements = static_cast<std::size_t>(weight.k_pad) * COLUMNS;
+    int num_pairs = weight.k_pad / 2;
     for (int j = 0; j < cols; j += COLUMNS) {
         std::size_t block = (col + j) / COLUMNS;
         switch (weight.format) {
             case Format::BF16:
-                product_rows<Bf16Pairs>(w + block * block_elements * 2, a, rows.stride, m, weight.k_pad / 2, c + j, c_stride);
+                product_rows<Bf16Pairs>(w + block * block_elements * 2, a, rows.stride, m, num_pairs, c + j, c_stride);
                 break;
             case Format::INT8:
-                product_rows<Int8Pairs>(w + block * block_elements, a, rows.stride, m, weight.k_pad / 2, c + j, c_stride);
+                product_rows<Int8Pairs>(w + block * block_elements, a, rows.stride, m, num_pairs, c + j, c_stride);
                 for (int i = 0; i < m; i++)
                     store(c + i * c_stride + j, load(c + i * c_stride + j) * load(weight.scale + col + j));
                 break;

@@ -1,8 +1,8 @@
 // Packed matrix products with 512-bit vectors: `m` rows by whole blocks of 16 columns, every weight format.
 //
-// Rows that fit one tile read the weights once, straight into registers. More rows go through K in chunks of one quantization
-// group: four blocks' chunk lies in L1, unpacked to bf16 if it has to be, while all rows pass over it; the sums rest
-// in `c` between chunks, which changes no bit. Formats with int8 activations are in gemm_ints_avx512.inc.hpp.
+// Rows that fit one tile read the weights once, straight into registers. More rows go through K in chunks of one
+// quantization group: four blocks' chunk lies in L1, unpacked to bf16 if it has to be, while all rows pass over it; the
+// sums rest in `c` between chunks, which changes no bit. Formats with int8 activations: gemm_ints_avx512.inc.hpp.
 #include "product_avx512.inc.hpp"
 #include "gemm_ints_avx512.inc.hpp"
 
@@ -18,7 +18,9 @@ struct Continued {  // c goes on
         if (begins) sums.zero();
         else sums.get(c, c_stride);
     }
-    template <class S> PENSTOCK_INLINE void end(S& sums, float* c, std::size_t c_stride) const { sums.put(c, c_stride); }
+    template <class S> PENSTOCK_INLINE void end(const S& sums, float* c, std::size_t c_stride) const {
+        sums.put(c, c_stride);
+    }
 };
 
 struct Scaled {  // c += sums * scale
@@ -69,7 +71,8 @@ struct Blocks {
 
 // Few rows: weights go straight from memory into registers.
 template <int BLOCKS, class Pairs, bool GROUPS>
-static void stream_blocks(const Blocks<Pairs, GROUPS>& b, const bf16* a, std::size_t stride, int m, float* c, std::size_t c_stride) {
+static void stream_blocks(const Blocks<Pairs, GROUPS>& b, const bf16* a, std::size_t stride, int m, float* c,
+                          std::size_t c_stride) {
     constexpr int FAR_PAIRS = FAR / Pairs::PAIR_BYTES;
     int step = GROUPS ? CHUNK_PAIRS : b.num_pairs;
     for (int p = 0; p < b.num_pairs; p += step) {
@@ -79,7 +82,8 @@ static void stream_blocks(const Blocks<Pairs, GROUPS>& b, const bf16* a, std::si
         std::size_t after = p + num < b.num_pairs ? 0 : (BLOCKS - 1) * b.w.block_bytes;
         auto fetch = [&](int q) {
             if (q % LINE_PAIRS<Pairs>) return;
-            fetch_blocks<BLOCKS>(from.data + q * Pairs::PAIR_BYTES + FAR + (q + FAR_PAIRS < num ? 0 : after), from.block_bytes);
+            std::size_t far = FAR + (q + FAR_PAIRS < num ? 0 : after);
+            fetch_blocks<BLOCKS>(from.data + q * Pairs::PAIR_BYTES + far, from.block_bytes);
         };
         with_rows<MOST_ROWS<BLOCKS>>(m, [&](auto rows) {
             product<rows.value, BLOCKS>(from, b.chunk(p), a + 2 * p, stride, num, c, c_stride, fetch);
@@ -89,7 +93,8 @@ static void stream_blocks(const Blocks<Pairs, GROUPS>& b, const bf16* a, std::si
 
 // Many rows: all of them pass over a chunk of weights that lies in L1, and fetch the next one on the way.
 template <int BLOCKS, class Pairs, bool GROUPS>
-static void reuse_blocks(const Blocks<Pairs, GROUPS>& b, const bf16* a, std::size_t stride, int m, float* c, std::size_t c_stride) {
+static void reuse_blocks(const Blocks<Pairs, GROUPS>& b, const bf16* a, std::size_t stride, int m, float* c,
+                         std::size_t c_stride) {
     constexpr bool UNPACK = Pairs::PAIR_BYTES != Bf16Pairs::PAIR_BYTES;
     alignas(64) char panel[UNPACK ? BLOCKS * CHUNK_PAIRS * 64 : 64];
     int tiles = (m + TILE_ROWS - 1) / TILE_ROWS;
@@ -100,7 +105,8 @@ static void reuse_blocks(const Blocks<Pairs, GROUPS>& b, const bf16* a, std::siz
             for (int j = 0; j < BLOCKS; j++)
                 for (int q = 0; q < num; q += 16)
 #pragma GCC unroll 16
-                    for (int i = 0; i < 16; i++) _mm512_store_si512(panel + (j * CHUNK_PAIRS + q + i) * 64, from.pair(j, q + i));
+                    for (int i = 0; i < 16; i++)
+                        _mm512_store_si512(panel + (j * CHUNK_PAIRS + q + i) * 64, from.pair(j, q + i));
         auto source = [&] {
             if constexpr (UNPACK) return Bf16Pairs{panel, CHUNK_PAIRS * 64};
             else return from;
@@ -115,7 +121,8 @@ static void reuse_blocks(const Blocks<Pairs, GROUPS>& b, const bf16* a, std::siz
                 wait = tiles - 1;
                 fetch_blocks<BLOCKS>(from.data + q * Pairs::PAIR_BYTES + next, from.block_bytes);
             };
-            product<rows.value, BLOCKS>(source, b.chunk(p), a + row * stride + 2 * p, stride, num, c + row * c_stride, c_stride, fetch);
+            product<rows.value, BLOCKS>(source, b.chunk(p), a + row * stride + 2 * p, stride, num, c + row * c_stride,
+                                        c_stride, fetch);
         });
     }
 }
@@ -127,23 +134,25 @@ static void any_rows(const B& b, const bf16* a, std::size_t stride, int m, float
 }
 
 template <class Pairs, bool GROUPS = false>
-static void gemm_pairs(const Weight& weight, const Rows& rows, int m, int col, int cols, float* c, std::size_t c_stride) {
+static void gemm_pairs(const Weight& weight, const Rows& rows, int m, int col, int cols, float* c,
+                       std::size_t c_stride) {
     // Only K is read of the activations, up to K_ALIGN: a group's padding is the weight's alone.
     int num_pairs = (weight.k + K_ALIGN - 1) / K_ALIGN * (K_ALIGN / 2);
     std::size_t block_bytes = static_cast<std::size_t>(weight.k_pad) / 2 * Pairs::PAIR_BYTES;
     std::size_t scale_stride = static_cast<std::size_t>(weight.k_pad) / GROUP * COLUMNS;
     const bf16* a = static_cast<const bf16*>(rows.data);
-    for (int blocks = cols / COLUMNS, block = col / COLUMNS, now; blocks; blocks -= now, block += now, c += now * COLUMNS) {
+    for (int left = cols / COLUMNS, block = col / COLUMNS, now; left; left -= now, block += now, c += now * COLUMNS) {
         Blocks<Pairs, GROUPS> b{{static_cast<const char*>(weight.data) + block * block_bytes, block_bytes}, num_pairs,
                                 weight.scale + block * scale_stride, scale_stride};
-        now = blocks_at_once(m, blocks);
+        now = blocks_at_once(m, left);
         if (now == 4) any_rows<4>(b, a, rows.stride, m, c, c_stride);
         else if (now == 2) any_rows<2>(b, a, rows.stride, m, c, c_stride);
         else any_rows<1>(b, a, rows.stride, m, c, c_stride);
     }
 }
 
-static void gemm_int8(const Weight& weight, const Rows& rows, int m, int col, int cols, float* c, std::size_t c_stride) {
+static void gemm_int8(const Weight& weight, const Rows& rows, int m, int col, int cols, float* c,
+                      std::size_t c_stride) {
     gemm_pairs<Int8Pairs>(weight, rows, m, col, cols, c, c_stride);
     for (int i = 0; i < m; i++)
         for (int j = 0; j < cols; j += COLUMNS)

@@ -111,6 +111,7 @@ static void product_w4a8(const IntBlocks& b, const Rows& rows, int row, float* c
     int groups = b.weight.k_pad / GROUP;
     __m512i mask = _mm512_set1_epi8(15);
     for (int g = 0; g < groups; g++) {
+        const float* scale = b.weight.scale + (static_cast<std::size_t>(b.block) * groups + g) * COLUMNS;
         const std::int8_t* a = static_cast<const std::int8_t*>(rows.data) + row * rows.stride + g * GROUP;
         const char* w = b.data + g * GROUP * COLUMNS / 2;
         int left = b.weight.k - g * GROUP;
@@ -133,9 +134,9 @@ static void product_w4a8(const IntBlocks& b, const Rows& rows, int row, float* c
             __m512 last = _mm512_set1_ps(g == groups - 1 ? rows.scale[row + i] : 1.0f);
             for (int j = 0; j < BLOCKS; j++) {
                 float* to = c + i * c_stride + j * COLUMNS;
-                __m512 scale = _mm512_loadu_ps(b.weight.scale + (static_cast<std::size_t>(b.block + j) * groups + g) * COLUMNS);
+                __m512 of_block = _mm512_loadu_ps(scale + static_cast<std::size_t>(j) * groups * COLUMNS);
                 __m512 before = g ? _mm512_loadu_ps(to) : _mm512_setzero_ps();
-                __m512 sum = _mm512_fmadd_ps(to_float(_mm512_sub_epi32(exact[j][i], added)), scale, before);
+                __m512 sum = _mm512_fmadd_ps(to_float(_mm512_sub_epi32(exact[j][i], added)), of_block, before);
                 _mm512_storeu_ps(to, _mm512_mul_ps(sum, last));
             }
         }
@@ -146,7 +147,9 @@ static void product_w4a8(const IntBlocks& b, const Rows& rows, int row, float* c
 template <int BLOCKS, class F>
 static PENSTOCK_INLINE void each_rows(int m, int block, float* c, std::size_t c_stride, F product) {
     if (m <= MOST_ROWS<BLOCKS>)
-        return with_rows<MOST_ROWS<BLOCKS>>(m, [&](auto rows) { product(rows, Count<BLOCKS>{}, Count<1>{}, 0, block, c); });
+        return with_rows<MOST_ROWS<BLOCKS>>(m, [&](auto rows) {
+            product(rows, Count<BLOCKS>{}, Count<1>{}, 0, block, c);
+        });
     each_tile(m, [&](auto rows, int row) {
         if (row == 0) product(rows, Count<BLOCKS>{}, Count<1>{}, row, block, c);
         else product(rows, Count<BLOCKS>{}, Count<0>{}, row, block, c + row * c_stride);
@@ -163,17 +166,21 @@ static PENSTOCK_INLINE void each_piece(int m, int col, int cols, float* c, std::
     }
 }
 
-static void gemm_w8a8(const Weight& weight, const Rows& rows, int m, int col, int cols, float* c, std::size_t c_stride) {
+static void gemm_w8a8(const Weight& weight, const Rows& rows, int m, int col, int cols, float* c,
+                      std::size_t c_stride) {
     std::size_t block_bytes = static_cast<std::size_t>(weight.k_pad) * COLUMNS;
     each_piece(m, col, cols, c, c_stride, [&](auto count, auto blocks, auto fetch, int row, int block, float* to) {
-        product_w8a8<count.value, blocks.value, fetch.value == 1>(IntBlocks(weight, block, block_bytes), rows, row, to, c_stride);
+        IntBlocks from(weight, block, block_bytes);
+        product_w8a8<count.value, blocks.value, fetch.value == 1>(from, rows, row, to, c_stride);
     });
 }
 
-static void gemm_w4a8(const Weight& weight, const Rows& rows, int m, int col, int cols, float* c, std::size_t c_stride) {
+static void gemm_w4a8(const Weight& weight, const Rows& rows, int m, int col, int cols, float* c,
+                      std::size_t c_stride) {
     std::size_t block_bytes = static_cast<std::size_t>(weight.k_pad) * COLUMNS / 2;
     each_piece(m, col, cols, c, c_stride, [&](auto count, auto blocks, auto fetch, int row, int block, float* to) {
-        product_w4a8<count.value, blocks.value, fetch.value == 1>(IntBlocks(weight, block, block_bytes), rows, row, to, c_stride);
+        IntBlocks from(weight, block, block_bytes);
+        product_w4a8<count.value, blocks.value, fetch.value == 1>(from, rows, row, to, c_stride);
     });
 }
 

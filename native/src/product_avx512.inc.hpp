@@ -41,8 +41,8 @@ static PENSTOCK_INLINE __m512 dot_pair(__m512 sum, __m512i a, __m512i w) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)w);
 #else
     __m512i high = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-    sum = _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_slli_epi32(a, 16)), _mm512_castsi512_ps(_mm512_slli_epi32(w, 16)), sum);
-    return _mm512_fmadd_ps(_mm512_castsi512_ps(_mm512_and_si512(a, high)), _mm512_castsi512_ps(_mm512_and_si512(w, high)), sum);
+    sum = _mm512_fmadd_ps(as<__m512>(_mm512_slli_epi32(a, 16)), as<__m512>(_mm512_slli_epi32(w, 16)), sum);
+    return _mm512_fmadd_ps(as<__m512>(_mm512_and_si512(a, high)), as<__m512>(_mm512_and_si512(w, high)), sum);
 #endif
 }
 
@@ -108,8 +108,10 @@ struct Int8Pairs {
         const char* at = data + block * block_bytes + p * PAIR_BYTES;
         __m512i even = _mm512_cvtepi8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(at)));
         __m512i odd = _mm512_cvtepi8_epi32(_mm_load_si128(reinterpret_cast<const __m128i*>(at + 16)));
-        // Eight bits fit the significand of bf16: the lower halves of these floats are zero. The even ones take their place.
-        return _mm512_mask_shuffle_epi8(_mm512_castps_si512(to_float(odd)), 0x3333333333333333, _mm512_castps_si512(to_float(even)), _mm512_set4_epi32(0x0f0e0f0e,0x0b0a0b0a,0x07060706,0x03020302));
+        // Eight bits fit the significand of bf16: the lower halves of these floats are zero. Into those of the odd ones
+        // go the upper halves of the even ones.
+        __m512i down = _mm512_set4_epi32(0x0f0e0f0e, 0x0b0a0b0a, 0x07060706, 0x03020302);
+        return _mm512_mask_shuffle_epi8(as<__m512i>(to_float(odd)), 0x3333333333333333, as<__m512i>(to_float(even)), down);
     }
     template <class S>
     PENSTOCK_INLINE void add_to(S& sums, const bf16* a, std::size_t stride, int p) const {
@@ -125,8 +127,10 @@ struct Int4Pairs {
     // bf16 of -8..7 by nibble; the index is five bits wide, so that what is above a low nibble needs no mask.
     static PENSTOCK_INLINE __m512i table() {
         alignas(64) static constexpr bf16 VALUES[32] = {
-            0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
-            0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80, 0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
+            0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
+            0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0,
+            0xc100, 0xc0e0, 0xc0c0, 0xc0a0, 0xc080, 0xc040, 0xc000, 0xbf80,
+            0x0000, 0x3f80, 0x4000, 0x4040, 0x4080, 0x40a0, 0x40c0, 0x40e0};
         return _mm512_load_si512(VALUES);
     }
     PENSTOCK_INLINE __m512i bytes(int block, int p) const {
@@ -166,7 +170,8 @@ static PENSTOCK_INLINE void each_tile(int m, F f) {
 }
 
 template <int M>
-static void key_rows(const char* keys, const bf16* q, std::size_t q_stride, int dim, float* scores, std::size_t stride) {
+static void key_rows(const char* keys, const bf16* q, std::size_t q_stride, int dim, float* scores,
+                     std::size_t stride) {
     Sums<M, 2> sums;
     sums.zero();
     for (int p = 0; p < dim / 2; p++)
@@ -189,8 +194,9 @@ static void value_columns(const char* values, std::size_t block_bytes, const std
     sums.zero();
     for (int b = 0; b < num_blocks; b++) {
         const char* from = values + blocks[b] * block_bytes;
+        const bf16* a = chances + b * KV_BLOCK;
         for (int p = 0; p < KV_BLOCK / 2; p++)
-            sums.add(chances + b * KV_BLOCK + 2 * p, stride, [&](int j) { return _mm512_load_si512(from + j * 1024 + p * 64); });
+            sums.add(a + 2 * p, stride, [&](int j) { return _mm512_load_si512(from + j * 1024 + p * 64); });
     }
     sums.put(out, dim);
 }
@@ -201,11 +207,13 @@ static void value_product(const char* values, std::size_t block_bytes, const std
     each_tile(m, [&](auto rows, int row) {
         const bf16* from = chances + row * stride;
         float* to = out + static_cast<std::size_t>(row) * dim;
+        auto columns = [&](auto count, int j) {
+            value_columns<rows.value, count.value>(values + j * 1024, block_bytes, blocks, num_blocks, from, stride,
+                                                   to + j * COLUMNS, dim);
+        };
         int j = 0;
-        for (; j + 4 <= dim / COLUMNS; j += 4)
-            value_columns<rows.value, 4>(values + j * 1024, block_bytes, blocks, num_blocks, from, stride, to + j * COLUMNS, dim);
-        for (; j < dim / COLUMNS; j++)
-            value_columns<rows.value, 1>(values + j * 1024, block_bytes, blocks, num_blocks, from, stride, to + j * COLUMNS, dim);
+        for (; j + 4 <= dim / COLUMNS; j += 4) columns(Count<4>{}, j);
+        for (; j < dim / COLUMNS; j++) columns(Count<1>{}, j);
     });
 }
 

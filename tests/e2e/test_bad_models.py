@@ -182,7 +182,7 @@ def test_shards_with_an_index_are_the_same_model(copy: Path, capsys: pytest.Capt
         (["--tokenizer", "/nowhere"], ["/nowhere"]),
         (["--chat-template", "/nowhere.jinja"], ["/nowhere.jinja"]),
         (["--device", "cuda"], ["cuda", "not supported yet"]),
-        (["--quantization", "awq"], ["quantization", "not supported yet"]),
+        (["--quantization", "awq"], ["awq", "int8", "w4a8"]),
         (["--dtype", "int4"], ["int4", "bfloat16"]),
     ],
 )
