@@ -6,6 +6,9 @@
 // column; tiles of K ascend.
 namespace penstock::PENSTOCK_ISA {
 
+// Sixteen rows to a tile, 32 to a step: above 32 rows a panel of weights is used from L1 again.
+constexpr int ROWS_AT_ONCE = 256, MAX_COLUMNS = 64;
+
 constexpr int TILE = 16;            // rows of a tile; 64 bytes each
 constexpr int TILE_BYTES = 1024;
 constexpr int STEP = 2 * TILE;      // rows that pass over the weights at once

@@ -1,6 +1,8 @@
 // Packed matrix products with 256-bit vectors: the same order of sums as with 512 bits, two registers per block.
 namespace penstock::PENSTOCK_ISA {
 
+constexpr int ROWS_AT_ONCE = 48, MAX_COLUMNS = 128;
+
 struct Sum {
     __m256 low, high;  // columns 0-7 and 8-15
 };

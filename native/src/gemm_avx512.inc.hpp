@@ -8,6 +8,8 @@
 
 namespace penstock::PENSTOCK_ISA {
 
+constexpr int ROWS_AT_ONCE = 48, MAX_COLUMNS = 128;
+
 constexpr int CHUNK_PAIRS = GROUP / 2;
 template <class Pairs> constexpr int LINE_PAIRS = 64 / Pairs::PAIR_BYTES;
 

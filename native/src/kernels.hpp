@@ -16,7 +16,7 @@ namespace penstock {
 using bf16 = std::uint16_t;
 
 constexpr int COLUMNS = 16;         // output columns of a packed block
-constexpr int K_ALIGN = 64;         // K is padded with zeros to a multiple of this
+constexpr int K_ALIGN = 64;         // K of a weight is padded with zeros to a multiple of this; that of rows, of GROUP
 constexpr int GROUP = 128;          // K elements that share a scale in int4 weights
 constexpr int KV_BLOCK = 32;        // tokens of a KV block
 constexpr int ATTENTION_SPAN = 512; // positions whose softmax is summed on its own, then merged
@@ -73,6 +73,7 @@ struct AttendPiece {
 
 struct Kernels {
     const char* name;
+    int rows_at_once, max_columns;  // the piece of a product whose float32 results stay near: what to ask gemm for
 
     // c[m][cols] = rows x columns [col, col + cols) of the weight, float32, without bias. col and cols multiples of 16.
     void (*gemm)(const Weight& weight, const Rows& rows, int m, int col, int cols, float* c, std::size_t c_stride);

@@ -111,7 +111,8 @@ struct Int8Pairs {
         // Eight bits fit the significand of bf16: the lower halves of these floats are zero. Into those of the odd ones
         // go the upper halves of the even ones.
         __m512i down = _mm512_set4_epi32(0x0f0e0f0e, 0x0b0a0b0a, 0x07060706, 0x03020302);
-        return _mm512_mask_shuffle_epi8(as<__m512i>(to_float(odd)), 0x3333333333333333, as<__m512i>(to_float(even)), down);
+        __m512i high = as<__m512i>(to_float(odd)), low = as<__m512i>(to_float(even));
+        return _mm512_mask_shuffle_epi8(high, 0x3333333333333333, low, down);
     }
     template <class S>
     PENSTOCK_INLINE void add_to(S& sums, const bf16* a, std::size_t stride, int p) const {

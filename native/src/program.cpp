@@ -16,7 +16,6 @@
 namespace penstock {
 
 namespace {
-constexpr int ROWS_AT_ONCE = 24;        // rows of float32 results that lie in L1 between a product and what follows it
 constexpr int QUERY_ROWS = 48;          // query rows of an attention task: keys and values come from L2 once for six
 constexpr std::size_t ALIGN = 2 << 20;  // of buffers: huge pages
 
@@ -51,7 +50,7 @@ Program::Program(const Kernels& kernels, Team& team, int max_tokens)
 }
 
 int Program::buffer(Kind kind, int width) {
-    std::size_t padded = up(width, K_ALIGN), bytes = kind == Kind::F32 ? 4 : 2;
+    std::size_t padded = up(width, GROUP), bytes = kind == Kind::F32 ? 4 : 2;
     std::size_t stride = padded + 64 / bytes;  // one more cache line: rows do not fall into one set
     buffers_.push_back({kind, width, stride, zeros(stride * bytes * up(max_tokens_, 8))});
     return static_cast<int>(buffers_.size()) - 1;
@@ -124,7 +123,7 @@ void Program::attend(int qkv, int num_heads, const Pool& pool, float scale, int 
 
 int Program::columns_per_unit(const Weight& weight) const {
     // Wide units read activations less often; every member should still get several.
-    for (int columns = 128; columns > 32; columns /= 2)
+    for (int columns = kernels_.max_columns; columns > 32; columns /= 2)
         if (weight.n_pad / columns >= 3 * team_.size()) return columns;
     return 32;
 }
@@ -155,11 +154,11 @@ static Rows from_row(const Rows& rows, int row) {
 template <class Then>
 void Program::product(const Weight& weight, const Rows& rows, int num_rows, int member, Deal& deal, Then then) {
     int columns = columns_per_unit(weight), exhausted = 0;
-    float* c = reinterpret_cast<float*>(scratch(member, sizeof(float) * ROWS_AT_ONCE * columns));
+    float* c = reinterpret_cast<float*>(scratch(member, sizeof(float) * kernels_.rows_at_once * columns));
     for (int unit; (unit = deal.next(member, team_.size(), exhausted)) >= 0;) {
         int column = unit * columns, width = std::min(columns, weight.n_pad - column);
-        for (int row = 0; row < num_rows; row += ROWS_AT_ONCE) {
-            int now = std::min(ROWS_AT_ONCE, num_rows - row);
+        for (int row = 0; row < num_rows; row += kernels_.rows_at_once) {
+            int now = std::min(kernels_.rows_at_once, num_rows - row);
             kernels_.gemm(weight, from_row(rows, row), now, column, width, c, columns);
             for (int r = 0; r < now; r++) then(row + r, column, width, c + r * columns);
         }
@@ -413,7 +412,7 @@ void Program::read(int buffer, int num_rows, bf16* out) const {
 
 void Program::head(const Weight& weight, const bf16* hidden, int num_rows, float* out) {
     Rows rows{};
-    std::size_t stride = up(weight.k, K_ALIGN) + 32;
+    std::size_t stride = up(weight.k, GROUP) + 32;
     std::vector<bf16> padded;
     Ints* ints = nullptr;
     if (wants_ints(weight)) {
