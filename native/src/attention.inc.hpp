@@ -40,6 +40,11 @@ static inline void soften(AttendScratch& s, int r, int first, int last, int begi
     *sum_out = sum(total);
 }
 
+// Ask for one head of a block, keys or values.
+static inline void fetch(const char* from, int dim) {
+    for (int i = 0; i < dim * KV_BLOCK * 2; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
 static void attend(const AttendPiece& piece) {
     static thread_local AttendScratch s;
     int rows = piece.num_tokens * piece.group, dim = piece.head_dim;
@@ -64,8 +69,13 @@ static void attend(const AttendPiece& piece) {
         }
         const std::int32_t* blocks = piece.blocks + begin / KV_BLOCK;
         constexpr std::size_t Q_STRIDE = sizeof s.queries[0] / sizeof(bf16);
-        for (int b = 0; b < num_blocks; b++)
+        for (int b = 0; b < num_blocks; b++) {
+            if (r0 == 0) {  // a block is a page or less: no hardware reads ahead into the next
+                if (b + 1 < num_blocks) fetch(piece.pool + blocks[b + 1] * piece.block_bytes, dim);
+                fetch(piece.pool + piece.value_bytes + blocks[b] * piece.block_bytes, dim);
+            }
             key_product(piece.pool + blocks[b] * piece.block_bytes, s.queries[0], Q_STRIDE, m, dim, s.scores[0] + b * KV_BLOCK, ATTENTION_SPAN);
+        }
         for (int r = 0; r < m; r++) {
             int position = piece.position + (r0 + r) / piece.group;
             int from = piece.window ? position - piece.window + 1 : 0;

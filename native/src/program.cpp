@@ -230,11 +230,17 @@ void Program::attend_tasks(const Batch& batch, const Op& op, int member, Deal& d
             kernels_.attend(piece);
             continue;
         }
+        piece.out = of_span, piece.max = of_span + rows * dim, piece.sum = piece.max + rows;
+        int first = (piece.window ? std::max(0, task.position - piece.window + 1) : 0) / ATTENTION_SPAN * ATTENTION_SPAN;
+        if (end <= first + ATTENTION_SPAN) {  // nothing to merge: merging one span changes no bit
+            piece.span_begin = first, piece.span_end = first + ATTENTION_SPAN;
+            kernels_.attend(piece);
+            finish(op, task, piece.out, piece.sum);
+            continue;
+        }
         float *max = merged + rows * dim, *sum = max + rows;
         std::fill(merged, merged + used * dim, 0.0f), std::fill(max, max + used, LOWEST), std::fill(sum, sum + used, 0.0f);
-        piece.out = of_span, piece.max = of_span + rows * dim, piece.sum = piece.max + rows;
-        int first = piece.window ? std::max(0, task.position - piece.window + 1) : 0;
-        for (int begin = first / ATTENTION_SPAN * ATTENTION_SPAN; begin < end; begin += ATTENTION_SPAN) {
+        for (int begin = first; begin < end; begin += ATTENTION_SPAN) {
             piece.span_begin = begin, piece.span_end = begin + ATTENTION_SPAN;
             kernels_.attend(piece);
             kernels_.merge(piece.out, piece.max, piece.sum, used, dim, merged, max, sum);

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
+import mmap
 from collections.abc import Iterable
 
 import numpy as np
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from penstock.config.model import KVLayout
 
-ALIGN_BYTES = 64
+HUGE_PAGE_BYTES = 2 << 20
 
 
 class KVStore:
@@ -44,9 +46,15 @@ class KVStore:
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros whose pages the kernel provides at first touch: torch.zeros writes all of them, seconds for gigabytes.
 
-    Aligned to cache lines, which numpy alone does not promise and vector loads need.
+    In huge pages where the system has them: blocks lie anywhere, and each would cost an address translation.
     """
     num_bytes = math.prod(shape) * torch.empty(0, dtype=dtype).element_size()
-    raw = np.zeros(num_bytes + ALIGN_BYTES, np.uint8)
-    start = -raw.ctypes.data % ALIGN_BYTES
+    if num_bytes == 0:
+        return torch.zeros(shape, dtype=dtype)
+    memory = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        with contextlib.suppress(OSError):  # a kernel without them
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    raw = np.frombuffer(memory, np.uint8)
+    start = -raw.ctypes.data % HUGE_PAGE_BYTES
     return torch.from_numpy(raw[start : start + num_bytes]).view(dtype).view(shape)
