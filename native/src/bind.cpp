@@ -18,6 +18,7 @@
 #include <stdexcept>
 #include <vector>
 
+#include "ceilings.hpp"
 #include "cpu.hpp"
 #include "pack.hpp"
 #include "program.hpp"
@@ -240,6 +241,15 @@ NB_MODULE(_native, m) {
     nb::class_<Team>(m, "Team")
         .def(nb::init<int, const std::vector<int>&>(), "size"_a, "cpus"_a)
         .def_prop_ro("size", &Team::size);
+
+    m.def("read_rate", [](Team& team, std::size_t bytes) {
+        nb::gil_scoped_release unlocked;
+        return read_rate(team, bytes);
+    }, "team"_a, "bytes"_a);
+    m.def("product_rate", [](const std::string& kernels, Team& team, int format) {
+        nb::gil_scoped_release unlocked;
+        return product_rate(kernels_named(kernels), team, static_cast<Format>(format));
+    }, "kernels"_a, "team"_a, "format"_a);
 
     nb::class_<PackedWeight>(m, "PackedWeight")
         .def(nb::init<int, int, int>(), "format"_a, "n"_a, "k"_a)

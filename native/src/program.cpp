@@ -171,14 +171,17 @@ void Program::plan_attention(const Batch& batch, const Op& op) {
     int tile = std::max(1, QUERY_ROWS / group);
     plan.tasks.clear();
     int max_spans = 1;
-    for (int r = 0; r < batch.num_rows; r++) {
-        int first = static_cast<int>(batch.query_start[r]), num = static_cast<int>(batch.query_start[r + 1]) - first;
-        max_spans = std::max(max_spans, static_cast<int>((batch.start[r] + num + ATTENTION_SPAN - 1) / ATTENTION_SPAN));
-        // The last tokens see most: they go first, so that what is left at the end is short.
-        for (int t = (num - 1) / tile * tile; t >= 0; t -= tile)
-            for (int h = 0; h < op.pool.num_kv_heads; h++)
-                plan.tasks.push_back({r, first + t, static_cast<int>(batch.start[r]) + t, std::min(tile, num - t), h, -1});
-    }
+    // Head by head: the next task often reads the same keys and values, of its own prompt or of a prefix that requests
+    // share, and those of one head stay in the cache.
+    for (int h = 0; h < op.pool.num_kv_heads; h++)
+        for (int r = 0; r < batch.num_rows; r++) {
+            int first = static_cast<int>(batch.query_start[r]), num = static_cast<int>(batch.query_start[r + 1]) - first;
+            int start = static_cast<int>(batch.start[r]);
+            max_spans = std::max(max_spans, (start + num + ATTENTION_SPAN - 1) / ATTENTION_SPAN);
+            // The last tokens see most: they go first, so that what is left at the end is short.
+            for (int t = (num - 1) / tile * tile; t >= 0; t -= tile)
+                plan.tasks.push_back({r, first + t, start + t, std::min(tile, num - t), h, -1});
+        }
     plan.num_spans = 1;
     if (max_spans > 1 && static_cast<int>(plan.tasks.size()) < 4 * team_.size()) {
         // Too few tasks for the team: each span of the context is one, and they are merged afterwards.

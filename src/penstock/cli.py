@@ -22,7 +22,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "serve": ("penstock.commands.serve", "main", "start an OpenAI-compatible server on a model"),
     "chat": ("penstock.commands.chat", "main", "talk to a running server in the terminal"),
     "generate": ("penstock.commands.generate", "main", "complete prompts offline, without a server"),
-    "bench": ("penstock.commands.families", "bench", "measure: serve, throughput, latency, startup"),
+    "bench": ("penstock.commands.families", "bench", "measure: serve, throughput, latency, kernels, startup"),
     "train": ("penstock.commands.families", "train", "train a small model: lm"),
     "convert": ("penstock.commands.convert", "main", "turn other formats into model directories: llama2c"),
     "plan": ("penstock.commands.plan", "main", "show how a model would use this machine's memory"),

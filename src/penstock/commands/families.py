@@ -13,6 +13,7 @@ BENCH = {
     "serve": ("penstock.bench.serve", "load a running server: throughput, TTFT, per-token latency"),
     "throughput": ("penstock.bench.throughput", "many prompts offline, as fast as they go"),
     "latency": ("penstock.bench.latency", "one batch offline, again and again"),
+    "kernels": ("penstock.bench.kernels", "native kernels beside what this machine can do"),
     "startup": ("penstock.bench.startup", "from the command to the first answer"),
 }
 TRAIN = {"lm": ("penstock.training.lm", "a language model from a recipe and a corpus")}

@@ -74,7 +74,7 @@ def queries(cache: Cache, group: int, dtype: torch.dtype) -> torch.Tensor:
     return torch.randn(num_tokens, heads * group, dim, generator=torch.Generator().manual_seed(5)).to(dtype)
 
 
-@settings(max_examples=150)
+@settings(max_examples=150, deadline=None)
 @given(
     rows=st.lists(st.tuples(st.integers(0, 70), st.integers(1, 40) | st.just(1)), min_size=1, max_size=7),
     heads=st.integers(1, 3),

@@ -14,6 +14,7 @@ from tests.nn.dense_attention import dense_logits
 
 from penstock.config.model import ModelConfig, kv_layout, parse_model_config
 from penstock.nn.doors import Batch, Spans
+from penstock.nn.kernels import native as kernels_module
 from penstock.nn.kernels.native import (
     FORMATS,
     NativeAttention,
@@ -316,3 +317,25 @@ def test_caches_that_cannot_be_used_are_refused(
 ) -> None:
     with pytest.raises(Unsupported, match=words):
         check_layout(kv_layout(parse_model_config({**QWEN3, **change}), block_size, dtype))
+
+
+def test_kernels_that_compute_something_else_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = load_native()
+
+    class Wrong:
+        """The extension, whose "wrong" kernels leave results as they are."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(real, name)
+
+        def kernels(self) -> list[str]:
+            return ["wrong", *real.kernels()]
+
+        def Program(self, kernels: str, *rest: Any) -> Any:
+            return self if kernels == "wrong" else real.Program(kernels, *rest)
+
+        def head(self, weight: Any, hidden: Any, out: Any) -> None:
+            pass
+
+    monkeypatch.setattr(kernels_module, "extension", Wrong())
+    assert kernels_module.usable_kernels.__wrapped__() == KERNELS

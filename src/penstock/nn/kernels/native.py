@@ -10,6 +10,8 @@ plain torch it is E1.
 
 from __future__ import annotations
 
+import functools
+import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -24,6 +26,7 @@ from torch import Tensor
 from penstock.config.model import KVLayout
 from penstock.nn.doors import Batch, Buffer, Recorder, Spans
 
+log = logging.getLogger("penstock.nn")
 extension: ModuleType | None = None
 why_missing = ""
 try:
@@ -57,12 +60,35 @@ def load_native() -> ModuleType:
     return extension
 
 
-def usable_kernels() -> list[str]:
-    """Names of the instruction sets that native kernels can use here, best first. Empty without the extension."""
-    try:
-        return list(load_native().kernels())
-    except Unsupported:
-        return []
+@functools.cache
+def usable_kernels() -> tuple[str, ...]:
+    """Names of the instruction sets that native kernels can use here, best first. Empty without the extension.
+
+    Each is compared with the plainest on a small product of every format (a millisecond): one that gives something else
+    on this machine is left out, with a warning.
+    """
+    if extension is None:
+        return ()
+    names: list[str] = extension.kernels()
+    found = [name for name in names if name == names[-1] or _agree(extension, name, names[-1])]
+    for name in set(names) - set(found):
+        log.warning("the %s kernels compute wrong products on this machine and are not used", name)
+    return tuple(found)
+
+
+def _agree(native: ModuleType, name: str, plainest: str) -> bool:
+    draw = torch.Generator().manual_seed(0)
+    values, rows = (torch.randn(n, 200, generator=draw).bfloat16() for n in (50, 37))
+    team = native.Team(1, [])
+    for weight_format in FORMATS.values():
+        weight = native.PackedWeight(weight_format, *values.shape)
+        weight.fill(team, 0, _words(values))
+        results = torch.zeros(2, len(rows), len(values))
+        for kernels, result in zip((name, plainest), results, strict=True):
+            native.Program(kernels, team, len(rows)).head(weight, _words(rows), result.numpy())
+        if not torch.allclose(results[0], results[1], rtol=1e-3, atol=1e-2):
+            return False
+    return True
 
 
 class PackedWeights:
