@@ -63,7 +63,7 @@ def test_doctor_has_a_verdict_for_everything(running: RealServer) -> None:
     done = penstock_command("doctor", "--port", "0")
     assert done.returncode == 0, done.stdout
     topics = {line.split()[1] for line in done.stdout.splitlines() if line.split()[0] in ("ok", "note")}
-    assert {"python", "packages", "cpu", "memory", "disk", "port", "model", "torch"} <= topics
+    assert {"python", "packages", "cpu", "memory", "disk", "port", "model", "torch", "kernels"} <= topics
     assert done.stdout.splitlines()[-1] == "all in order"
     taken = penstock_command("doctor", "--port", str(running.port))
     assert f"process {running.process.pid}" in taken.stdout

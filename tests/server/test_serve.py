@@ -130,7 +130,7 @@ def is_alive(pid: int) -> bool:
 
 
 def test_it_answers_while_loading_serves_and_drains_on_sigterm(start: Any) -> None:
-    process = start()
+    process = start(step_s=0.02)
     said = process.until_ready()
     assert all(answer["status"] == "loading" for answer in said)
     answer = httpx.post(f"{process.url}/v1/completions", json=PROMPT)

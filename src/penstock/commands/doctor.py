@@ -29,6 +29,9 @@ import torch
 a = torch.ones(64, 64, dtype=torch.bfloat16)
 assert float((a @ a)[0, 0]) == 64.0
 print(torch.__version__, "CUDA" if torch.cuda.is_available() else "CPU only", torch.get_num_threads(), "threads")
+from penstock.nn.kernels.native import usable_kernels, why_missing
+print(", ".join(usable_kernels()))
+print(why_missing)
 """
 
 
@@ -75,7 +78,7 @@ def findings(model: str, port: int) -> Iterator[Finding]:
         yield Finding("note", "compiler", "no C++ compiler: penstock runs, native kernels cannot be built here")
     yield _port(port)
     yield _model(model, machine)
-    yield _torch()
+    yield from _torch()
 
 
 def _packages() -> Iterator[Finding]:
@@ -153,14 +156,24 @@ def _model(name: str, machine: Machine) -> Finding:
     return Finding("ok", "model", f"{name}: {shape}; {fits}")
 
 
-def _torch() -> Finding:
+def _torch() -> Iterator[Finding]:
+    """torch, and what the native kernels beside it can use."""
     command = [sys.executable, "-c", TORCH_PROBE]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=TORCH_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        return Finding("bad", "torch", f"does not import within {TORCH_TIMEOUT_S} s")
+        yield Finding("bad", "torch", f"does not import within {TORCH_TIMEOUT_S} s")
+        return
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines()
         last = lines[-1] if lines else f"exit code {done.returncode}"
-        return Finding("bad", "torch", f"does not work: {last}")
-    return Finding("ok", "torch", " ".join(done.stdout.split()))
+        yield Finding("bad", "torch", f"does not work: {last}")
+        return
+    torch, kernels, why_missing = (done.stdout.splitlines() + ["", ""])[:3]
+    yield Finding("ok", "torch", torch)
+    if kernels:
+        yield Finding("ok", "kernels", f"native, best first: {kernels}")
+    elif why_missing:
+        yield Finding("note", "kernels", f"plain torch computes: the native ones were not built ({why_missing})")
+    else:
+        yield Finding("note", "kernels", "plain torch computes: the native ones need AVX2 at least")
