@@ -30,7 +30,7 @@ check: setup
 	$(RUN)/python -m pytest -q tests/test_floors.py
 
 sanitize: setup
-	@scripts/sanitize.sh -q $(PYTEST)
+	@scripts/sanitize.sh $(PYTEST)
 
 demo: setup
 	@$(RUN)/penstock demo
