@@ -10,8 +10,8 @@ from collections.abc import MutableMapping
 
 # Threads that wait spin for some microseconds, then sleep. Spinning on, as is the default, makes every wait last a time
 # slice when somebody else needs a core, and a server's front end does; sleeping at once costs a wake-up per operation.
-# Milliseconds per token on 2 cores, quiet / beside a busy process: always spin 4.9-5.8 / 14-40, 2000 spins 5.6 / 10,
-# none 8.1 / 7.
+# Milliseconds per token of plain torch on 2 cores, quiet / beside a busy process: libgomp's default 4.9-5.8 / 14, 2000
+# spins 6.2-6.4 / 11, none 6.7-8.2 / 7.
 SPINS = "2000"
 _VARIABLES = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 
