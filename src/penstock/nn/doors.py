@@ -6,10 +6,14 @@ Tensor-typed protocols live here because `core/doors.py` must import no torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from penstock.nn.kernels.edits import Ids, RowEdits
+    from penstock.nn.kernels.sampling import RowParams
 
 
 @dataclass(slots=True)
@@ -47,6 +51,15 @@ class Batch:
     token_ids: Tensor
     positions: Tensor
     attention: PreparedAttention
+
+
+class Scores(Protocol):
+    """Scores of N rows for the next token. They may be computed only when somebody chooses from them, once."""
+
+    def choose(self, params: RowParams, edits: RowEdits | None, reported: Ids) -> tuple[Ids, Tensor]:
+        """The token of each row, int64 [N], NOT_A_NUMBER or NO_TOKEN where there is none; and the scores of the
+        rows `reported` [M] before edits, float32 [M, V]. See `kernels/sampling.py` for what is chosen."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

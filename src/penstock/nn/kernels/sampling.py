@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from penstock.nn.kernels import philox
+from penstock.nn.kernels.edits import RowEdits
 from penstock.nn.kernels.philox import FIRST, GROUP, GROUP_BITS, REST
 
 MIN_TEMPERATURE = 1e-5  # lower is greedy
@@ -59,18 +60,6 @@ class RowParams:
 
     def take(self, rows: Ids) -> RowParams:
         return RowParams(*(getattr(self, field.name)[rows] for field in fields(self)))
-
-
-def penalise(
-    scores: Tensor, counts: Tensor, repetition: Tensor | float, frequency: Tensor | float, presence: Tensor | float
-) -> Tensor:
-    """Scores [M] of tokens that occurred: `counts` [M] times in the output (0: in the prompt alone), penalised.
-
-    `repetition` divides a positive score and multiplies another; then `frequency * counts` is taken off, and `presence`
-    where the count is not 0. Source: Keskar et al. 2019 (CTRL), section 4.1; the OpenAI API; vLLM's order.
-    """
-    scores = torch.where(scores > 0, scores / repetition, scores * repetition)
-    return scores - frequency * counts - presence * (counts > 0)
 
 
 # Reference: sorts, float64, noise for every token. Also what devices other than the CPU run.
@@ -373,6 +362,19 @@ def _wide_p_floors(scores: Tensor, chances: Tensor, best: Floats, params: RowPar
 
 
 # Chooser
+
+
+class DenseScores:
+    """The `Scores` of plain torch: float32 [N, V] on any device, which are overwritten where rows have edits."""
+
+    def __init__(self, scores: Tensor) -> None:
+        self._scores = scores.contiguous()
+
+    def choose(self, params: RowParams, edits: RowEdits | None, reported: Ids) -> tuple[Ids, Tensor]:
+        raw = self._scores[torch.from_numpy(reported)] if len(reported) else self._scores[:0]
+        if edits is not None:
+            edits.apply(self._scores)
+        return choose(self._scores, params), raw
 
 
 def choose(scores: Tensor, params: RowParams) -> Ids:
