@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -27,11 +25,10 @@ def admitted(params: SamplingParams, prompt=(1, 2, 3), output=(), seed=7, stop_i
 
 
 @pytest.fixture(autouse=True, params=["torch", *usable_kernels()])
-def chooser(request) -> Iterator[None]:
+def chooser(request) -> None:
     """Every test chooses with plain torch and with every native sampler of this machine."""
     global chosen_by
     chosen_by = request.param
-    yield
 
 
 def scores_of(scores: Tensor) -> Scores:
@@ -48,7 +45,9 @@ def sampler_of(*requests: Admitted, vocab: int = VOCAB) -> Sampler:
 def sample_one(request: Admitted, scores: list[float] | Tensor):
     """The output for one request at the position after its tokens."""
     row = torch.as_tensor(scores, dtype=torch.float32).clone()[None]
-    return sampler_of(request, vocab=row.shape[1]).sample(scores_of(row), np.array([0]), np.array([len(request.token_ids)]))
+    return sampler_of(request, vocab=row.shape[1]).sample(
+        scores_of(row), np.array([0]), np.array([len(request.token_ids)])
+    )
 
 
 def edited(request: Admitted, scores: Tensor) -> Tensor:
@@ -184,7 +183,8 @@ def test_min_tokens_forbids_the_stop_ids_until_then():
     request = admitted(SamplingParams(temperature=0, min_tokens=2), stop_ids={3})
     sampler = sampler_of(request, vocab=5)
     scores = torch.tensor([[0, 0, 1, 9, 0.0]])
-    tokens = [int(sampler.sample(scores_of(scores.clone()), np.array([0]), np.array([at])).token_ids[0]) for at in (3, 4, 5)]
+    outputs = [sampler.sample(scores_of(scores.clone()), np.array([0]), np.array([at])) for at in (3, 4, 5)]
+    tokens = [int(output.token_ids[0]) for output in outputs]
     assert tokens == [2, 2, 3]
 
 

@@ -105,7 +105,9 @@ def test_the_fused_choice_is_that_of_the_scores(kernels, seed, num_rows, size, k
     assert (raw == scores[torch.from_numpy(reported)].numpy()).all()
     assert tokens.tolist() == NativeScores(scores, kernels).choose(params, edits, reported)[0].tolist()
     one = int(rng.integers(0, num_rows))
-    alone, _ = Head(kernels, size, 72, biased, 1, kind).choose(hidden[one : one + 1], params.take(np.array([one])), None)
+    alone, _ = Head(kernels, size, 72, biased, 1, kind).choose(
+        hidden[one : one + 1], params.take(np.array([one])), None
+    )
     if edits is None:
         assert alone[0] == tokens[one]
 

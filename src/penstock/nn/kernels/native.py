@@ -92,7 +92,7 @@ def _agree(native: ModuleType, name: str, plainest: str) -> bool:
             return False
     draws = np.arange(len(rows))
     nucleus = np.full(len(rows), 0.9)
-    params = RowParams(np.float32(draws % 3), draws % 5, nucleus, 0 * nucleus, draws.astype(np.uint64), draws)
+    params = RowParams((draws % 3).astype(np.float32), draws % 5, nucleus, 0 * nucleus, draws.astype(np.uint64), draws)
     tokens = [NativeScores(results[0], kernels).choose(params, None, draws[:0])[0] for kernels in (name, plainest)]
     return bool((tokens[0] == tokens[1]).all())
 
@@ -231,9 +231,9 @@ def native_asked(params: RowParams, edits: RowEdits | None, vocab_size: int) -> 
     if edits is None:
         return native.Asked(*asked, None)
     e = edits
-    lists = (e.biased.starts, e.biased.ids, e.bias, e.limited, e.allowed.starts, e.allowed.ids)
-    lists += (e.banned.starts, e.banned.ids, e.occurred.starts, e.occurred.ids, e.counts, e.penalties)
-    return native.Asked(*asked, native.Edits(vocab_size, *lists))
+    constant = (e.biased.starts, e.biased.ids, e.bias, e.limited, e.allowed.starts, e.allowed.ids)
+    changing = (e.banned.starts, e.banned.ids, e.occurred.starts, e.occurred.ids, e.counts, e.penalties)
+    return native.Asked(*asked, native.Edits(vocab_size, *constant, *changing))
 
 
 @dataclass(slots=True)
