@@ -34,7 +34,8 @@ from torch import Tensor
 from penstock.core.plan import Admitted
 from penstock.core.request import SamplingParams
 from penstock.nn.kernels import philox
-from penstock.nn.kernels.sampling import DenseScores, RowParams, choose_reference
+from penstock.nn.kernels.edits import RowParams
+from penstock.nn.kernels.sampling import DenseScores, choose_reference
 from penstock.runner.sampler import Sampler
 
 RESULT = Path(__file__).resolve().parent / "results" / "sampling.json"

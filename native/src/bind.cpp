@@ -10,10 +10,8 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
-#include <new>
 #include <optional>
 #include <stdexcept>
 #include <vector>
@@ -21,6 +19,7 @@
 #include "ceilings.hpp"
 #include "cpu.hpp"
 #include "pack.hpp"
+#include "pages.hpp"
 #include "program.hpp"
 
 namespace nb = nanobind;
@@ -49,12 +48,8 @@ public:
         bool groups = weight_.format == Format::INT4 || weight_.format == Format::W4A8;
         weight_.n = n, weight_.k = k;
         weight_.n_pad = static_cast<int>(up(n, COLUMNS)), weight_.k_pad = static_cast<int>(up(k, groups ? GROUP : K_ALIGN));
-        constexpr std::size_t HUGE_PAGE = 2 << 20;
-        std::size_t align = bytes_ < HUGE_PAGE ? 4096 : HUGE_PAGE;
-        data_ = std::aligned_alloc(align, up(bytes_, align));
-        if (!data_) throw std::bad_alloc();
-        if (align == HUGE_PAGE) madvise(data_, up(bytes_, align), MADV_HUGEPAGE);
-        weight_.data = data_;
+        data_ = pages(bytes_);
+        weight_.data = data_.get();
         if (weight_.format != Format::BF16) {
             scale_.assign(groups ? static_cast<std::size_t>(weight_.n_pad) * (weight_.k_pad / GROUP) : weight_.n_pad, 0.0f);
             weight_.scale = scale_.data();
@@ -64,7 +59,6 @@ public:
             weight_.sums = sums_.data();
         }
     }
-    ~PackedWeight() { std::free(data_); }
     PackedWeight(const PackedWeight&) = delete;
 
     const Weight& weight() const { return weight_; }
@@ -155,11 +149,11 @@ private:
     }
 
     void* block_of(int column) {
-        return static_cast<char*>(data_) + column / COLUMNS * packed_bytes(weight_.format, COLUMNS, weight_.k);
+        return data_.get() + column / COLUMNS * packed_bytes(weight_.format, COLUMNS, weight_.k);
     }
 
     std::size_t bytes_;
-    void* data_;
+    std::shared_ptr<char> data_;
     Weight weight_{};
     std::vector<float> scale_, bias_;
     std::vector<std::int32_t> sums_;

@@ -12,8 +12,9 @@ from torch import Tensor
 from penstock.core.plan import Admitted
 from penstock.core.request import SamplingParams
 from penstock.nn.doors import Scores
+from penstock.nn.kernels.edits import RowParams
 from penstock.nn.kernels.native import NativeScores, usable_kernels
-from penstock.nn.kernels.sampling import DenseScores, RowParams, choose_reference
+from penstock.nn.kernels.sampling import DenseScores, choose_reference
 from penstock.runner.sampler import Sampler
 
 VOCAB = 300

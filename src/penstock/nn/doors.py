@@ -6,14 +6,12 @@ Tensor-typed protocols live here because `core/doors.py` must import no torch.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from penstock.nn.kernels.edits import Ids, RowEdits
-    from penstock.nn.kernels.sampling import RowParams
+from penstock.nn.kernels.edits import Ids, RowEdits, RowParams
 
 
 @dataclass(slots=True)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from penstock.core.plan import Admitted, Logprobs
 from penstock.nn.doors import Scores
-from penstock.nn.kernels.edits import NO_IDS, Ragged, RowEdits
-from penstock.nn.kernels.sampling import NO_TOKEN, NOT_A_NUMBER, RowParams, logprobs
+from penstock.nn.kernels.edits import NO_IDS, Ragged, RowEdits, RowParams
+from penstock.nn.kernels.sampling import NO_TOKEN, NOT_A_NUMBER, logprobs
 
 CONSTRAINS, PENALISES, REMEMBERS, REPORTS = 1, 2, 4, 8  # bits of a slot's wishes: REMEMBERS is told committed tokens
 ERRORS = {

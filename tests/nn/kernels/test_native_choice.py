@@ -10,9 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.nn.kernels.edits import Ragged, RowEdits
+from penstock.nn.kernels.edits import Ragged, RowEdits, RowParams
 from penstock.nn.kernels.native import FORMATS, NativeScores, load_native, native_asked, usable_kernels
-from penstock.nn.kernels.sampling import NO_TOKEN, NOT_A_NUMBER, RowParams
+from penstock.nn.kernels.sampling import NO_TOKEN, NOT_A_NUMBER
 
 KERNELS = usable_kernels()
 pytestmark = [

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from penstock.nn.kernels import edits, philox, sampling
+from penstock.nn.kernels.edits import RowParams
 from penstock.nn.kernels.native import NativeScores, usable_kernels
-from penstock.nn.kernels.sampling import NO_TOKEN, NOT_A_NUMBER, RowParams, choose_reference, kept_reference
+from penstock.nn.kernels.sampling import NO_TOKEN, NOT_A_NUMBER, choose_reference, kept_reference
 
 Choose = Callable[[Tensor, RowParams], np.ndarray]
 

@@ -1,4 +1,5 @@
-"""How the scores of a batch change before anything is chosen from them: biases, allowed and banned ids, penalties.
+"""What the rows of a batch ask of the choice of their tokens: filters and noise, and how scores change before these
+are applied: biases, allowed and banned ids, penalties.
 
 Flat lists instead of objects per row, so that one operation serves all rows. Knows rows, not requests or reasons.
 """
@@ -6,7 +7,7 @@ Flat lists instead of objects per row, so that one operation serves all rows. Kn
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,21 @@ from torch import Tensor
 Ids = NDArray[np.int64]
 Floats = NDArray[np.float32]
 NO_IDS = np.empty(0, np.int64)
+
+
+@dataclass(slots=True)
+class RowParams:
+    """What each of N rows asks for; arrays of length N. Values off: top_k 0, top_p 1, min_p 0."""
+
+    temperature: NDArray[np.float32]
+    top_k: Ids
+    top_p: NDArray[np.float64]
+    min_p: NDArray[np.float64]
+    seeds: NDArray[np.uint64]
+    positions: Ids  # absolute, of the token being chosen
+
+    def take(self, rows: Ids) -> RowParams:
+        return RowParams(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 @dataclass(frozen=True, slots=True)

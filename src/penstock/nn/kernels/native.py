@@ -25,8 +25,7 @@ from torch import Tensor
 
 from penstock.config.model import KVLayout
 from penstock.nn.doors import Batch, Buffer, Recorder, Scores, Spans
-from penstock.nn.kernels.edits import Ids, RowEdits
-from penstock.nn.kernels.sampling import RowParams
+from penstock.nn.kernels.edits import Ids, RowEdits, RowParams
 
 log = logging.getLogger("penstock.nn")
 extension: ModuleType | None = None

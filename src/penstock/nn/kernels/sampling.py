@@ -22,8 +22,6 @@ where float rounding decides a top_p cut or two equal scores. Rows do not influe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -31,7 +29,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from penstock.nn.kernels import philox
-from penstock.nn.kernels.edits import RowEdits
+from penstock.nn.kernels.edits import Floats, Ids, RowEdits, RowParams
 from penstock.nn.kernels.philox import FIRST, GROUP, GROUP_BITS, REST
 
 MIN_TEMPERATURE = 1e-5  # lower is greedy
@@ -42,24 +40,6 @@ PIECE = 1 << 18  # scores of a wide nucleus worked on at once, so that they stay
 CROWDED = 8192  # candidates of one row that are worked on apart
 SORTABLE = 1024  # numbers per row up to which numpy's sort is the fastest way to the best of them
 NOT_A_NUMBER, NO_TOKEN = -1, -2  # in place of a token id: the row holds NaN; every token is forbidden
-
-Floats = NDArray[np.float32]
-Ids = NDArray[np.int64]
-
-
-@dataclass(slots=True)
-class RowParams:
-    """What each of N rows asks for; arrays of length N. Values off: top_k 0, top_p 1, min_p 0."""
-
-    temperature: NDArray[np.float32]
-    top_k: Ids
-    top_p: NDArray[np.float64]
-    min_p: NDArray[np.float64]
-    seeds: NDArray[np.uint64]
-    positions: Ids  # absolute, of the token being chosen
-
-    def take(self, rows: Ids) -> RowParams:
-        return RowParams(*(getattr(self, field.name)[rows] for field in fields(self)))
 
 
 # Reference: sorts, float64, noise for every token. Also what devices other than the CPU run.
