@@ -31,6 +31,7 @@ struct Pool {
     int num_kv_heads, head_dim;
     int group;   // of block tables
     int window;  // 0: none
+    KVFormat format;
 };
 
 // Buffers are rows of a width, float32 (the residual stream) or bf16, padded so that no stride is a power of two.

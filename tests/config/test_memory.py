@@ -43,8 +43,10 @@ def model(**fields: Any) -> ModelConfig:
 MIXED = model(use_sliding_window=True, sliding_window=512, max_window_layers=2, max_position_embeddings=32768)
 
 
-def plan(shape: ModelConfig, free_bytes: int, *, block_size: int = 32, **options: Any) -> tuple[KVLayout, MemoryPlan]:
-    layout = kv_layout(shape, block_size, "bfloat16")
+def plan(
+    shape: ModelConfig, free_bytes: int, *, block_size: int = 32, kv_dtype: str = "bfloat16", **options: Any
+) -> tuple[KVLayout, MemoryPlan]:
+    layout = kv_layout(shape, block_size, kv_dtype)
     limits = {"max_num_seqs": 32, "max_num_batched_tokens": 512} | options
     return layout, plan_memory(shape, layout, free_bytes, weight_dtype="bfloat16", **limits)
 
@@ -58,6 +60,17 @@ def test_by_hand() -> None:
     assert made.kv_bytes == 100 * 98_304
     assert made.weights_bytes == 2 * model().num_parameters
     assert made.max_full_requests == pytest.approx(1.0)
+
+
+def test_int8_nearly_doubles_the_blocks() -> None:
+    """A head of 64 takes 64 bytes and a scale of 2 where bf16 takes 128: 1.94 times the blocks. Of 128: 1.97 times."""
+    for head_dim, ratio in ((64, 128 / 66), (128, 256 / 130)):
+        shape = model(head_dim=head_dim)
+        _, wide = plan(shape, 16 * GIB, kv_bytes=GIB)
+        layout, made = plan(shape, 16 * GIB, kv_bytes=GIB, kv_dtype="int8")
+        assert layout.groups[0].block_bytes == 6 * 2 * 2 * 32 * (head_dim + 2)
+        assert made.num_blocks[0] / wide.num_blocks[0] == pytest.approx(ratio, rel=1e-3)
+        assert made.activation_bytes > wide.activation_bytes  # plain torch widens what it gathers
 
 
 def test_a_default_plan_is_modest_and_holds_what_can_ever_run() -> None:
