@@ -91,10 +91,12 @@ def test_a_default_plan_is_modest_and_holds_what_can_ever_run() -> None:
     step=st.integers(64, 4096),
     wanted=st.none() | st.integers(1, 32768),
     kv_mib=st.none() | st.integers(1, 4000),
+    kv_dtype=st.sampled_from(["bfloat16", "int8"]),
 )
 def test_what_is_planned_fits_and_serves_the_longest_request(
-    free_mib: int, windows: bool, block_size: int, max_num_seqs: int, step: int, wanted: int | None, kv_mib: int | None
-) -> None:
+    free_mib: int, windows: bool, block_size: int, max_num_seqs: int, step: int, wanted: int | None,
+    kv_mib: int | None, kv_dtype: str,
+) -> None:  # fmt: skip
     """Weights, work, processes and KV stay within the share; one request of max_model_len fits each group."""
     shape = MIXED if windows else model(max_position_embeddings=32768)
     options = {
@@ -104,7 +106,7 @@ def test_what_is_planned_fits_and_serves_the_longest_request(
         "kv_bytes": None if kv_mib is None else kv_mib << 20,
     }
     try:
-        layout, made = plan(shape, free_mib << 20, block_size=block_size, **options)
+        layout, made = plan(shape, free_mib << 20, block_size=block_size, kv_dtype=kv_dtype, **options)
     except MemoryPlanError:
         return
     in_all = made.weights_bytes + made.activation_bytes + RUNTIME_BYTES + made.kv_bytes
