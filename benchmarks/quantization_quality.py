@@ -1,8 +1,9 @@
-"""What does each weight format cost in quality, beside bf16 with the same kernels?
+"""What do weights and a KV cache of fewer bits cost in quality, beside bf16 with the same kernels?
 
 Teacher-forced on text that the model itself wrote (sampled at temperature 0.8 from many beginnings; --text FILE takes
 other text, one passage per line): at every position, do the best tokens agree, how far apart are the distributions
-(mean KL in nats), and how much worse is the text predicted. Prints one JSON line per format; --out writes them.
+(mean KL in nats), and how much worse is the text predicted. --kernels torch is for models that native kernels cannot
+compute, and for the KV cache alone. Prints one JSON line per scheme; --out writes them.
 """
 
 from __future__ import annotations
@@ -19,17 +20,22 @@ import torch
 from penstock.bench.flags import machine, write_json
 from penstock.build.engine import QUANTIZATION
 from penstock.config.load import model_directory
-from penstock.config.model import kv_layout, load_model_config
+from penstock.config.model import DTYPE_BYTES, kv_layout, load_model_config
 from penstock.core.request import SamplingParams
 from penstock.engine.tokenizer import load_tokenizer
 from penstock.llm import LLM
-from penstock.nn.doors import Batch, Spans
-from penstock.nn.kernels.native import NativeAttention, NativeModel, PackedWeights, usable_kernels
+from penstock.nn.doors import AttentionBackend, Batch, Spans
+from penstock.nn.kernels.attention import PagedAttention
+from penstock.nn.kernels.native import NativeAttention, NativeModel, PackedWeights, packed_layout, usable_kernels
 from penstock.nn.models import create_model, model_routes
 from penstock.nn.weights.stream import load_weights
+from penstock.runner.kv_store import KVStore
+from penstock.runner.runner import Model
 
 BLOCK = 32
 MAX_TOKENS = 512
+# (weights, KV cache): each alone, and both in 8 bits.
+SCHEMES = [(name, "bfloat16") for name in QUANTIZATION if name != "none"] + [("none", "int8"), ("w8a8", "int8")]
 BEGINNINGS = (
     "Once upon a time",
     "The little dog",
@@ -41,25 +47,35 @@ BEGINNINGS = (
 
 
 class Forced:
-    """A model in one format; `scores(ids)`: float32 [len(ids), vocab] after every token."""
+    """A model in one scheme; `scores(ids)`: float32 [len(ids), vocab] after every token. With kernels "torch": in the
+    checkpoint's dtype, not quantized.
+    """
 
-    def __init__(self, directory: Path, scheme: str, kernels: str) -> None:
+    def __init__(self, directory: Path, scheme: str, kv_dtype: str, kernels: str) -> None:
         config = load_model_config(directory)
-        model = create_model(config, torch.bfloat16)
-        weights = PackedWeights(model, 2, QUANTIZATION[scheme])
-        load_weights(directory, model, model_routes(config), filled=weights.take)
-        layout = kv_layout(config, BLOCK, "bfloat16")
-        shape = (1 + MAX_TOKENS // BLOCK, 2, config.num_kv_heads, BLOCK, config.head_dim)
-        pools = [torch.zeros(shape, dtype=torch.bfloat16) for _ in range(config.num_layers)]
-        self.model = NativeModel(model, weights, layout, pools, kernels=kernels, max_tokens=MAX_TOKENS)
+        plain = kernels == "torch"
+        model = create_model(config, getattr(torch, config.dtype) if plain else torch.bfloat16)
+        weights = None if plain else PackedWeights(model, 2, QUANTIZATION[scheme])
+        load_weights(directory, model, model_routes(config), filled=None if weights is None else weights.take)
+        layout = kv_layout(config, BLOCK, kv_dtype)
+        layout = layout if plain else packed_layout(layout)
+        num_blocks = 1 + MAX_TOKENS // BLOCK
+        store = KVStore(layout, (num_blocks,) * len(layout.groups), torch.device("cpu"))
         self.num_groups = len(layout.groups)
-        self.weight_mb = weights.num_bytes / 1e6
+        self.model: Model = model
+        self.attention: AttentionBackend = PagedAttention(layout, store.pools, getattr(torch, config.dtype))
+        self.weight_mb = config.num_parameters * DTYPE_BYTES[config.dtype] / 1e6
+        if weights is not None:
+            self.model = NativeModel(model, weights, layout, store.pools, kernels=kernels, max_tokens=MAX_TOKENS)
+            self.attention = NativeAttention()
+            self.weight_mb = weights.num_bytes / 1e6
 
+    @torch.inference_mode()
     def scores(self, ids: list[int]) -> torch.Tensor:
         table = np.arange(1, 2 + len(ids) // BLOCK, dtype=np.int32)[None]
         spans = Spans(np.array([0, len(ids)]), np.array([0]), (table,) * self.num_groups)
         tokens, positions = torch.tensor(ids), torch.arange(len(ids))
-        return self.model.logits(self.model(Batch(tokens, positions, NativeAttention().prepare(spans))))
+        return self.model.logits(self.model(Batch(tokens, positions, self.attention.prepare(spans)))).float()
 
 
 def passages(model: str, directory: Path, text: Path | None, num: int) -> list[list[int]]:
@@ -67,7 +83,7 @@ def passages(model: str, directory: Path, text: Path | None, num: int) -> list[l
         tokenizer = load_tokenizer(directory)
         lines = [line for line in text.read_text(encoding="utf-8").splitlines() if line.strip()]
         return [tokenizer.encode(line)[:MAX_TOKENS] for line in lines[:num]]
-    with LLM(model, dtype="bfloat16", max_model_len=MAX_TOKENS) as llm:
+    with LLM(model, max_model_len=MAX_TOKENS) as llm:
         params = [SamplingParams(temperature=0.8, seed=n, max_tokens=300, ignore_eos=True) for n in range(num)]
         beginnings = [BEGINNINGS[n % len(BEGINNINGS)] for n in range(num)]
         outputs = llm.generate(beginnings, params)
@@ -100,20 +116,21 @@ def main() -> None:
     parser.add_argument("--model", default="penstock-tiny")
     parser.add_argument("--text", type=Path, help="passages to predict, one per line")
     parser.add_argument("--num-passages", type=int, default=64)
-    parser.add_argument("--kernels", default=usable_kernels()[0])
+    parser.add_argument("--kernels", default=usable_kernels()[0], choices=[*usable_kernels(), "torch"])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     directory = model_directory(args.model)
     texts = passages(args.model, directory, args.text, args.num_passages)
-    reference = Forced(directory, "none", args.kernels)
+    reference = Forced(directory, "none", "bfloat16", args.kernels)
     lines: list[dict[str, Any]] = []
-    for scheme in QUANTIZATION:
-        if scheme == "none":
+    for scheme, kv_dtype in SCHEMES:
+        if args.kernels == "torch" and scheme != "none":
             continue
-        other = Forced(directory, scheme, args.kernels)
-        facts = {"model": args.model, "scheme": scheme, "weight_mb": round(other.weight_mb, 1)}
+        other = Forced(directory, scheme, kv_dtype, args.kernels)
+        facts = {"model": directory.name, "scheme": scheme, "kv_cache_dtype": kv_dtype}
         text = "its own" if args.text is None else args.text.name
-        lines.append({**facts, **compare(reference, other, texts), "text": text, "kernels": args.kernels})
+        figures = {"weight_mb": round(other.weight_mb, 1), **compare(reference, other, texts)}
+        lines.append({**facts, **figures, "text": text, "kernels": args.kernels})
         print(json.dumps(lines[-1]), flush=True)
     if args.out:
         write_json(args.out, {**machine(), "lines": lines})

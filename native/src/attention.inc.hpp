@@ -2,52 +2,125 @@
 //
 // A block's keys are packed as a weight matrix [tokens, D], its values as one [D, tokens]: the products of
 // gemm_*.inc.hpp serve both. A span's scores are held at once, so its softmax needs no running maximum.
+//
+// Over int8 the products are of integers: queries and probabilities become int16, one scale per row (and span), and the
+// sums of a span are exact in int32. Scores then take the scale of their key; probabilities have taken that of their
+// value.
 namespace penstock::PENSTOCK_ISA {
 
 constexpr int ATTEND_ROWS = 6;  // query rows whose sums fit the registers
+constexpr float WORD_MAX = 32767.0f;
+static_assert(32767LL * 127 * ATTENTION_SPAN < 1LL << 31, "a span's sums of int16 times int8 fit int32");
 
 struct AttendScratch {
     alignas(64) float scores[ATTEND_ROWS][ATTENTION_SPAN];
     alignas(64) bf16 chances[ATTEND_ROWS][ATTENTION_SPAN];
     alignas(64) bf16 queries[ATTEND_ROWS][256 + 32];
+    float query_scales[ATTEND_ROWS];
+    alignas(64) float key_scales[ATTENTION_SPAN];
+    alignas(64) float value_scales[ATTENTION_SPAN];
 };
 
-// Softmax over what row `r` sees of the span: chances[r], rounded to bf16, and the sum of the unrounded ones.
-static inline void soften(AttendScratch& s, int r, int first, int last, int begin, int num, float scale, float* max_out, float* sum_out) {
-    float* scores = s.scores[r];
+// The scales of `num` blocks of int8, of keys or values, float32 [num * 32].
+static inline void load_scales(const char* heads, std::size_t block_bytes, const std::int32_t* blocks, int num, int dim,
+                               float* to) {
+    for (int b = 0; b < num; b++) {
+        const bf16* scales = reinterpret_cast<const bf16*>(heads + blocks[b] * block_bytes + KV_BLOCK * dim);
+        for (int i = 0; i < KV_BLOCK; i += 16) store(to + b * KV_BLOCK + i, load(scales + i));
+    }
+}
+
+// The largest magnitude of a head; NaN for one that holds a NaN or an infinity.
+static inline float magnitude(const bf16* x, int dim) {
+    std::int32_t top = 0;  // of the bits, which order as magnitudes do: numbers, then infinity, then NaNs
+    for (int i = 0; i < dim; i++) {
+        std::int32_t bits = x[i] & 0x7fff;
+        top = bits > top ? bits : top;
+    }
+    return top < 0x7f80 ? widen(static_cast<bf16>(top)) : __builtin_nanf("");
+}
+
+// To nearest, ties to even, for magnitudes below 2^22.
+static inline vi whole(vf x) {
+    vf magic = all(12582912.0f);
+    return __builtin_convertvector((x + magic) - magic, vi);
+}
+static inline void store_words(bf16* to, vf x) {
+    vh words = __builtin_convertvector(as<vu>(whole(x)), vh);
+    __builtin_memcpy(to, &words, sizeof words);
+}
+
+constexpr float LEAST_SCALE = 0x1p-100f;  // that of zeros: its inverse is still a number
+
+// A query as int16; returns its scale. One that is no number gets zeros and a NaN.
+static inline float to_words(const bf16* x, int dim, bf16* out) {
+    float scale = magnitude(x, dim) / WORD_MAX;
+    scale = scale < LEAST_SCALE ? LEAST_SCALE : scale;
+    bool is_number = scale == scale;
+    for (int i = 0; i < dim; i += 16) store_words(out + i, is_number ? load(x + i) * (1.0f / scale) : all(0));
+    return scale;
+}
+
+// What row `r` sees of the span: scores[r] times `scale`, -inf elsewhere. Returns the largest.
+template <bool WORDS>
+static inline float mask(AttendScratch& s, int r, int first, int last, int begin, int num, float scale) {
+    float *scores = s.scores[r], factor = WORDS ? s.query_scales[r] * scale : scale;
     vf most = all(-INF);
     vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     for (int i = 0; i < num; i += 16) {
         vi position = lane + (begin + i);
-        vf x = choose((position >= first) & (position <= last), load(scores + i) * scale, all(-INF));
+        vf score = load(scores + i);
+        if constexpr (WORDS) score = __builtin_convertvector(as<vi>(score), vf) * factor * load(s.key_scales + i);
+        else score *= factor;
+        vf x = choose((position >= first) & (position <= last), score, all(-INF));
         store(scores + i, x);
         most = max(x, most);
     }
-    float top = largest(most);
-    if (top == -INF) {
-        for (int i = 0; i < num; i++) s.chances[r][i] = 0;
-        *max_out = -INF;
-        *sum_out = 0;
-        return;
-    }
+    return largest(most);
+}
+
+// Softmax over masked scores: chances[r], rounded to bf16, and the sum of the unrounded ones.
+static inline float soften(AttendScratch& s, int r, int num, float top) {
     vf total = all(0);
     for (int i = 0; i < num; i += 16) {
-        vf p = exp2(load(scores + i) - top);
+        vf p = exp2(load(s.scores[r] + i) - top);
         total += p;
         store(s.chances[r] + i, p);
     }
-    *max_out = top;
-    *sum_out = sum(total);
+    return sum(total);
 }
 
-// Ask for one head of a block, keys or values.
-static inline void fetch(const char* from, int dim) {
-    for (int i = 0; i < dim * KV_BLOCK * 2; i += 64) __builtin_prefetch(from + i, 0, 2);
+// The same over int8: chances[r] are int16, of the probability times its value's scale, and `unit` is what 1 stands
+// for. Below 1 / 65534 of the span's largest they are zero. A value without a number for its scale makes the unit NaN.
+static inline float soften_words(AttendScratch& s, int r, int num, float top, float* unit) {
+    vf total = all(0);
+    vi most = {};  // of the bits, as in `magnitude`
+    for (int i = 0; i < num; i += 16) {
+        vf p = exp2(load(s.scores[r] + i) - top);
+        total += p;
+        vf scaled = choose(p > 0.0f, p * load(s.value_scales + i), all(0));  // what is not seen may be no number
+        store(s.scores[r] + i, scaled);
+        vi bits = as<vi>(scaled), larger = bits > most;
+        most = (larger & bits) | (~larger & most);
+    }
+    std::int32_t bits = 0;
+    for (int i = 0; i < 16; i++) bits = most[i] > bits ? most[i] : bits;
+    float largest_chance = as<float>(bits), inverse = largest_chance > 0 ? WORD_MAX / largest_chance : 0;
+    for (int i = 0; i < num; i += 16) store_words(s.chances[r] + i, load(s.scores[r] + i) * inverse);
+    *unit = largest_chance / WORD_MAX;
+    return sum(total);
 }
 
-static void attend(const AttendPiece& piece) {
-    static thread_local AttendScratch s;
+// Ask for one head of a block, keys or values: a block is a page or less, and no hardware reads ahead into the next.
+static inline void fetch(const char* from, std::size_t bytes) {
+    for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
+}
+
+template <class Pairs, bool WORDS>
+static inline void attend_as(const AttendPiece& piece, AttendScratch& s) {
     int rows = piece.num_tokens * piece.group, dim = piece.head_dim;
+    std::size_t block_bytes = piece.block_bytes, head_bytes = kv_head_bytes(piece.format, dim);
+    const char *keys = piece.pool, *values = piece.pool + piece.value_bytes;
     for (int r0 = 0; r0 < rows; r0 += ATTEND_ROWS) {
         int m = rows - r0 < ATTEND_ROWS ? rows - r0 : ATTEND_ROWS;
         int t0 = r0 / piece.group, t1 = (r0 + m - 1) / piece.group;
@@ -56,7 +129,7 @@ static void attend(const AttendPiece& piece) {
         if (first < piece.span_begin) first = piece.span_begin;
         int begin = first / KV_BLOCK * KV_BLOCK;
         int end = last + 1 < piece.span_end ? last + 1 : piece.span_end;
-        int num_blocks = end > begin ? (end - begin + KV_BLOCK - 1) / KV_BLOCK : 0;
+        int num_blocks = end > begin ? (end - begin + KV_BLOCK - 1) / KV_BLOCK : 0, num = num_blocks * KV_BLOCK;
         float* out = piece.out + static_cast<std::size_t>(r0) * dim;
         if (num_blocks == 0) {
             for (int r = 0; r < m; r++) { piece.max[r0 + r] = -INF; piece.sum[r0 + r] = 0; }
@@ -65,24 +138,59 @@ static void attend(const AttendPiece& piece) {
         }
         for (int r = 0; r < m; r++) {
             int t = (r0 + r) / piece.group, head = (r0 + r) % piece.group;
-            __builtin_memcpy(s.queries[r], piece.q + t * piece.q_stride + static_cast<std::size_t>(head) * dim, dim * sizeof(bf16));
+            const bf16* q = piece.q + t * piece.q_stride + static_cast<std::size_t>(head) * dim;
+            if constexpr (WORDS) s.query_scales[r] = to_words(q, dim, s.queries[r]);
+            else __builtin_memcpy(s.queries[r], q, dim * sizeof(bf16));
         }
         const std::int32_t* blocks = piece.blocks + begin / KV_BLOCK;
         constexpr std::size_t Q_STRIDE = sizeof s.queries[0] / sizeof(bf16);
         for (int b = 0; b < num_blocks; b++) {
-            if (r0 == 0) {  // a block is a page or less: no hardware reads ahead into the next
-                if (b + 1 < num_blocks) fetch(piece.pool + blocks[b + 1] * piece.block_bytes, dim);
-                fetch(piece.pool + piece.value_bytes + blocks[b] * piece.block_bytes, dim);
+            if (r0 == 0) {
+                if (b + 1 < num_blocks) fetch(keys + blocks[b + 1] * block_bytes, head_bytes);
+                fetch(values + blocks[b] * block_bytes, head_bytes);
             }
-            key_product(piece.pool + blocks[b] * piece.block_bytes, s.queries[0], Q_STRIDE, m, dim, s.scores[0] + b * KV_BLOCK, ATTENTION_SPAN);
+            key_product<Pairs>(keys + blocks[b] * block_bytes, s.queries[0], Q_STRIDE, m, dim,
+                               s.scores[0] + b * KV_BLOCK, ATTENTION_SPAN);
         }
+        if constexpr (WORDS) {
+            load_scales(keys, block_bytes, blocks, num_blocks, dim, s.key_scales);
+            load_scales(values, block_bytes, blocks, num_blocks, dim, s.value_scales);
+        }
+        float unit[ATTEND_ROWS] = {};
         for (int r = 0; r < m; r++) {
             int position = piece.position + (r0 + r) / piece.group;
             int from = piece.window ? position - piece.window + 1 : 0;
-            soften(s, r, from, position, begin, num_blocks * KV_BLOCK, piece.scale, piece.max + r0 + r, piece.sum + r0 + r);
+            float top = mask<WORDS>(s, r, from, position, begin, num, piece.scale);
+            piece.max[r0 + r] = top, piece.sum[r0 + r] = 0;
+            if (top == -INF) {
+                for (int i = 0; i < num; i++) s.chances[r][i] = 0;
+                continue;
+            }
+            piece.sum[r0 + r] = WORDS ? soften_words(s, r, num, top, unit + r) : soften(s, r, num, top);
         }
-        value_product(piece.pool + piece.value_bytes, piece.block_bytes, blocks, num_blocks, s.chances[0], ATTENTION_SPAN, m, dim, out);
+        // Values came while keys were computed with; the keys of the next span come while values are: a quarter less
+        // time for one row of heads of 128 over int8.
+        int next = r0 == 0 ? piece.position + piece.num_tokens - piece.span_end : 0;
+        auto keys_ahead = [&](int b, int j, int count) {
+            if (b * KV_BLOCK >= next) return;
+            std::size_t part = head_bytes / (dim / COLUMNS);
+            fetch(keys + piece.blocks[piece.span_end / KV_BLOCK + b] * block_bytes + j * part, count * part);
+        };
+        value_product<Pairs>(values, block_bytes, blocks, num_blocks, s.chances[0], ATTENTION_SPAN, m, dim, out,
+                             keys_ahead);
+        if constexpr (WORDS)
+            for (int r = 0; r < m; r++)
+                for (int i = r * dim; i < (r + 1) * dim; i += 16)
+                    store(out + i, __builtin_convertvector(as<vi>(load(out + i)), vf) * unit[r]);
     }
+}
+
+static void attend(const AttendPiece& piece) {
+    static thread_local AttendScratch of_thread;
+    AttendScratch* s = &of_thread;
+    asm("" : "+r"(s));  // an address like any other, or loops would ask for the thread's own each time around
+    if (piece.format == KVFormat::INT8) attend_as<WordPairs, true>(piece, *s);
+    else attend_as<Bf16Pairs, false>(piece, *s);
 }
 
 static void merge(const float* out, const float* max_of, const float* sum_of, int rows, int dim, float* to, float* to_max,
@@ -102,12 +210,40 @@ static void finish(const float* out, float sum_of, int dim, bf16* to) {
     for (int i = 0; i < dim; i += 16) store(to + i, load(out + i) * factor);
 }
 
-static void write_kv(const bf16* k, const bf16* v, char* k_block, char* v_block, int offset, int dim) {
-    char* keys = k_block + offset / 16 * (dim * 32) + offset % 16 * 4;
-    for (int i = 0; i < dim; i += 2) __builtin_memcpy(keys + i * 32, k + i, 4);
-    char* values = v_block + offset / 2 * 64 + offset % 2 * 2;  // 16 dims are 1 KiB
-    for (int j = 0; j < dim; j += 16)
-        for (int i = 0; i < 16; i++) __builtin_memcpy(values + j * 64 + i * 4, v + j + i, 2);
+// A head as int8; returns its scale, absmax / 127 up to the next bf16. One that is no number gets zeros and a NaN.
+static inline bf16 to_bytes(const bf16* x, int dim, std::int8_t* out) {
+    float exact = magnitude(x, dim) / 127.0f;
+    if (exact != exact) {
+        for (int i = 0; i < dim; i++) out[i] = 0;
+        return 0x7fc0;
+    }
+    bf16 scale = static_cast<bf16>((as<std::uint32_t>(exact > LEAST_SCALE ? exact : LEAST_SCALE) + 0xffffu) >> 16);
+    float inverse = 1.0f / widen(scale);
+    for (int i = 0; i < dim; i += 16) {
+        vb bytes = __builtin_convertvector(whole(load(x + i) * inverse), vb);
+        __builtin_memcpy(out + i, &bytes, sizeof bytes);
+    }
+    return scale;
+}
+
+// What write_kv packs: elements of `Element`, keys in pairs of dimensions, values in pairs of tokens.
+template <class Element>
+static inline void write_pairs(const Element* k, const Element* v, char* k_block, char* v_block, int offset, int dim) {
+    constexpr int PAIR = 2 * sizeof(Element);
+    char* keys = k_block + offset / 16 * (dim * 8 * PAIR) + offset % 16 * PAIR;
+    for (int i = 0; i < dim; i += 2) __builtin_memcpy(keys + i * 8 * PAIR, k + i, PAIR);
+    char* values = v_block + offset / 2 * 16 * PAIR + offset % 2 * sizeof(Element);
+    for (int j = 0; j < dim; j += 16)  // 16 dimensions of 16 pairs
+        for (int i = 0; i < 16; i++) __builtin_memcpy(values + j * 16 * PAIR + i * PAIR, v + j + i, sizeof(Element));
+}
+
+static void write_kv(KVFormat format, const bf16* k, const bf16* v, char* k_block, char* v_block, int offset, int dim) {
+    if (format == KVFormat::BF16) return write_pairs(k, v, k_block, v_block, offset, dim);
+    alignas(64) std::int8_t bytes[2][256];
+    bf16 scales[2] = {to_bytes(k, dim, bytes[0]), to_bytes(v, dim, bytes[1])};
+    write_pairs(bytes[0], bytes[1], k_block, v_block, offset, dim);
+    __builtin_memcpy(k_block + KV_BLOCK * dim + offset * 2, scales, 2);
+    __builtin_memcpy(v_block + KV_BLOCK * dim + offset * 2, scales + 1, 2);
 }
 
 }  // namespace penstock::PENSTOCK_ISA

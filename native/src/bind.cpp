@@ -268,12 +268,14 @@ public:
         return kept_.back()->data();
     }
 
-    int pool(Table<std::uint8_t> bytes, int num_kv_heads, int head_dim, int group, int window) {
-        std::size_t wanted = static_cast<std::size_t>(2) * num_kv_heads * KV_BLOCK * head_dim * sizeof(bf16);
+    int pool(Table<std::uint8_t> bytes, int num_kv_heads, int head_dim, int group, int window, int format) {
+        if (format < 0 || format > static_cast<int>(KVFormat::INT8)) throw std::invalid_argument("no such KV format");
+        std::size_t wanted = 2 * num_kv_heads * kv_head_bytes(static_cast<KVFormat>(format), head_dim);
         if (bytes.shape(1) != wanted) throw std::invalid_argument("a block of the pool has another size than its heads need");
         if (head_dim % COLUMNS != 0 || head_dim > 256) throw std::invalid_argument("head sizes are multiples of 16 up to 256");
         if (reinterpret_cast<std::uintptr_t>(bytes.data()) % 64) throw std::invalid_argument("the pool is not aligned to 64 bytes");
-        pools_.push_back({reinterpret_cast<char*>(bytes.data()), bytes.shape(1), num_kv_heads, head_dim, group, window});
+        pools_.push_back({reinterpret_cast<char*>(bytes.data()), bytes.shape(1), num_kv_heads, head_dim, group, window,
+                          static_cast<KVFormat>(format)});
         num_blocks_.push_back(bytes.shape(0));
         return static_cast<int>(pools_.size()) - 1;
     }
@@ -379,7 +381,7 @@ NB_MODULE(_native, m) {
         .def("buffer", [](BoundProgram& p, int kind, int width) { return p.program().buffer(static_cast<Kind>(kind), width); },
              "kind"_a, "width"_a)
         .def("pool", &BoundProgram::pool, "bytes"_a.noconvert(), "num_kv_heads"_a, "head_dim"_a, "group"_a, "window"_a,
-             nb::keep_alive<1, 2>())
+             "format"_a, nb::keep_alive<1, 2>())
         .def("embed_bf16", [](BoundProgram& p, Table<const std::uint16_t> table, int to) {
                 p.program().embed(table.data(), Kind::BF16, static_cast<int>(table.shape(1)), to);
             }, "table"_a.noconvert(), "to"_a, nb::keep_alive<1, 2>())

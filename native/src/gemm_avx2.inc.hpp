@@ -42,6 +42,18 @@ struct Int8Pairs {
     }
 };
 
+struct Words {  // k pairs of sixteen columns, int16
+    __m256i low, high;
+};
+
+struct WordPairs {  // of int8 keys and values
+    static constexpr int PAIR_BYTES = 32;
+    static inline Words at(const char* w, int p) {
+        const __m128i* from = reinterpret_cast<const __m128i*>(w + p * PAIR_BYTES);
+        return {_mm256_cvtepi8_epi16(_mm_load_si128(from)), _mm256_cvtepi8_epi16(_mm_load_si128(from + 1))};
+    }
+};
+
 struct Int4Pairs {
     static constexpr int PAIR_BYTES = 16;
     static inline __m256 nibbles(__m256i x, int shift) {
@@ -70,6 +82,15 @@ static inline void dot_pair(Sum& sum, const bf16* a, const Pairs& w) {
     sum.high = _mm256_fmadd_ps(odd, w.odd[1], _mm256_fmadd_ps(even, w.even[1], sum.high));
 }
 
+// Of int16; the bits of sum are int32.
+static inline void dot_pair(Sum& sum, const bf16* a, const Words& w) {
+    std::int32_t pair;
+    __builtin_memcpy(&pair, a, sizeof pair);
+    __m256i both = _mm256_set1_epi32(pair);
+    sum.low = as<__m256>(_mm256_add_epi32(as<__m256i>(sum.low), _mm256_madd_epi16(both, w.low)));
+    sum.high = as<__m256>(_mm256_add_epi32(as<__m256i>(sum.high), _mm256_madd_epi16(both, w.high)));
+}
+
 static inline void put(float* c, const Sum& sum) {
     _mm256_storeu_ps(c, sum.low);
     _mm256_storeu_ps(c + 8, sum.high);
@@ -88,7 +109,7 @@ static inline void product(const char* w, const bf16* a, std::size_t stride, int
                            std::size_t c_stride) {
     Sum sum[M] = {};
     for (int p = 0; p < num_pairs; p++) {
-        Pairs pair = W::at(w, p);
+        auto pair = W::at(w, p);
 #pragma GCC unroll 4
         for (int i = 0; i < M; i++) dot_pair(sum[i], a + i * stride + 2 * p, pair);
     }
@@ -115,21 +136,26 @@ static void product_rows(const char* w, const bf16* a, std::size_t stride, int m
     });
 }
 
+// As in product_avx512.inc.hpp.
+template <class Of>
 static void key_product(const char* keys, const bf16* q, std::size_t q_stride, int m, int dim, float* scores,
                         std::size_t stride) {
     for (int half = 0; half < 2; half++)
-        product_rows<Bf16Pairs>(keys + half * dim * 32, q, q_stride, m, dim / 2, scores + half * COLUMNS, stride);
+        product_rows<Of>(keys + half * dim / 2 * Of::PAIR_BYTES, q, q_stride, m, dim / 2, scores + half * COLUMNS,
+                         stride);
 }
 
+template <class Of, class F>
 static void value_product(const char* values, std::size_t block_bytes, const std::int32_t* blocks, int num_blocks,
-                          const bf16* chances, std::size_t stride, int m, int dim, float* out) {
+                          const bf16* chances, std::size_t stride, int m, int dim, float* out, F before) {
     for (int j = 0; j < dim / COLUMNS; j++)
         for (int i = 0; i < m; i++) {
             Sum sum = {};
             for (int b = 0; b < num_blocks; b++) {
-                const char* from = values + blocks[b] * block_bytes + j * 1024;
+                if (i == 0) before(b, j, 1);
+                const char* from = values + blocks[b] * block_bytes + j * (KV_BLOCK / 2 * Of::PAIR_BYTES);
                 for (int pair = 0; pair < KV_BLOCK / 2; pair++)
-                    dot_pair(sum, chances + i * stride + b * KV_BLOCK + 2 * pair, Bf16Pairs::at(from, pair));
+                    dot_pair(sum, chances + i * stride + b * KV_BLOCK + 2 * pair, Of::at(from, pair));
             }
             put(out + i * dim + j * COLUMNS, sum);
         }

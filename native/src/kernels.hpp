@@ -42,6 +42,17 @@ struct Weight {
     const float* bias;         // [n_pad] or null
 };
 
+// What the place of one KV head in a block holds, keys or values: packed so that the products of attention read it in
+// order, whole cache lines.
+enum class KVFormat : int {
+    BF16 = 0,  // K as [D/2][16][2] per 16 tokens, V as [D/16][16 token pairs][16][2]
+    INT8 = 1,  // int8 in the same order, then bf16 [32], a scale per token: element = int8 * scale
+};
+
+static inline constexpr std::size_t kv_head_bytes(KVFormat format, int head_dim) {
+    return static_cast<std::size_t>(KV_BLOCK) * (format == KVFormat::BF16 ? 2 * head_dim : head_dim + 2);
+}
+
 // Rows of activations. BF16, INT8, INT4 weights read bf16, W8A8 and W4A8 read int8 with a scale per row.
 // Rows are `stride` elements apart; elements between K and k_pad are zero.
 struct Rows {
@@ -66,6 +77,7 @@ struct AttendPiece {
     const char* pool;            // this layer's pool at (K, this KV head)
     std::size_t block_bytes;     // from block to block in the pool
     std::size_t value_bytes;     // from K to V of a head
+    KVFormat format;
     float scale;                 // 1 / sqrt(head_dim), times log2(e)
     float* out;                  // [num_tokens * group][D]
     float* max;
@@ -79,9 +91,10 @@ struct Kernels {
     // c[m][cols] = rows x columns [col, col + cols) of the weight, float32, without bias. col and cols multiples of 16.
     void (*gemm)(const Weight& weight, const Rows& rows, int m, int col, int cols, float* c, std::size_t c_stride);
 
-    // Keys and values of one token and one KV head into its place: k and v [D] bf16; K as [D/2][16][2] per 16 tokens,
-    // V as [D/16][16 token pairs][16][2] per 32 tokens.
-    void (*write_kv)(const bf16* k, const bf16* v, char* k_block, char* v_block, int offset, int head_dim);
+    // Keys and values of one token and one KV head, k and v [D] bf16, into its place. INT8: scale = absmax / 127, up to
+    // the next bf16, and nearest steps of it; what holds a NaN or an infinity gets a NaN for its scale.
+    void (*write_kv)(KVFormat format, const bf16* k, const bf16* v, char* k_block, char* v_block, int offset,
+                     int head_dim);
 
     void (*attend)(const AttendPiece& piece);
 

@@ -48,10 +48,23 @@ static PENSTOCK_INLINE __m512 dot_pair(__m512 sum, __m512i a, __m512i w) {
 #endif
 }
 
-// The sums of M rows by BLOCKS blocks, in registers: every loop over them is unrolled.
-template <int M, int BLOCKS>
+// The same of pairs of int16, whose exact sums are int32: their bits lie in the same registers.
+static PENSTOCK_INLINE __m512 dot_words(__m512 sum, __m512i a, __m512i w) {
+#ifdef __AVX512VNNI__
+    return as<__m512>(_mm512_dpwssd_epi32(as<__m512i>(sum), a, w));
+#else
+    return as<__m512>(_mm512_add_epi32(as<__m512i>(sum), _mm512_madd_epi16(a, w)));
+#endif
+}
+
+// The sums of M rows by BLOCKS blocks, in registers: every loop over them is unrolled. WORDS: of int16.
+template <int M, int BLOCKS, bool WORDS = false>
 struct Sums {
     __m512 of[M][BLOCKS];
+
+    static PENSTOCK_INLINE __m512 dot(__m512 sum, __m512i a, __m512i w) {
+        return WORDS ? dot_words(sum, a, w) : dot_pair(sum, a, w);
+    }
 
     PENSTOCK_INLINE void zero() {
         PENSTOCK_UNROLL for (int i = 0; i < M; i++)
@@ -73,14 +86,14 @@ struct Sums {
             PENSTOCK_UNROLL for (int i = 0; i < M; i++) pair[i] = four_bytes(a + i * stride);
             PENSTOCK_UNROLL for (int j = 0; j < BLOCKS; j++) {
                 __m512i weights = w(j);
-                PENSTOCK_UNROLL for (int i = 0; i < M; i++) of[i][j] = dot_pair(of[i][j], pair[i], weights);
+                PENSTOCK_UNROLL for (int i = 0; i < M; i++) of[i][j] = dot(of[i][j], pair[i], weights);
             }
         } else {
             __m512i weights[BLOCKS];
             PENSTOCK_UNROLL for (int j = 0; j < BLOCKS; j++) weights[j] = w(j);
             PENSTOCK_UNROLL for (int i = 0; i < M; i++) {
                 __m512i pair = four_bytes(a + i * stride);
-                PENSTOCK_UNROLL for (int j = 0; j < BLOCKS; j++) of[i][j] = dot_pair(of[i][j], pair, weights[j]);
+                PENSTOCK_UNROLL for (int j = 0; j < BLOCKS; j++) of[i][j] = dot(of[i][j], pair, weights[j]);
             }
         }
     }
@@ -91,6 +104,7 @@ struct Bf16Pairs {
     const char* data;
     std::size_t block_bytes;
     static constexpr int PAIR_BYTES = 64;
+    static constexpr bool WORDS = false;
 
     PENSTOCK_INLINE __m512i pair(int block, int p) const {
         return _mm512_load_si512(data + block * block_bytes + p * PAIR_BYTES);
@@ -152,6 +166,23 @@ struct Int4Pairs {
     }
 };
 
+// Of int8 keys and values, as int16.
+struct WordPairs {
+    const char* data;
+    std::size_t block_bytes;
+    static constexpr int PAIR_BYTES = 32;
+    static constexpr bool WORDS = true;
+
+    PENSTOCK_INLINE __m512i pair(int block, int p) const {
+        const char* at = data + block * block_bytes + p * PAIR_BYTES;
+        return _mm512_cvtepi8_epi16(_mm256_load_si256(reinterpret_cast<const __m256i*>(at)));
+    }
+    template <class S>
+    PENSTOCK_INLINE void add_to(S& sums, const bf16* a, std::size_t stride, int p) const {
+        sums.add(a, stride, [&](int j) { return pair(j, p); });
+    }
+};
+
 template <int N> struct Count { static constexpr int value = N; };
 
 // f(Count<rows>), rows in 1..MOST.
@@ -172,47 +203,52 @@ static PENSTOCK_INLINE void each_tile(int m, F f) {
     }
 }
 
-template <int M>
+// The pairs of a KV block: its keys as two blocks of 16 columns, 16 dimensions of its values as one.
+template <class Pairs, int M>
 static void key_rows(const char* keys, const bf16* q, std::size_t q_stride, int dim, float* scores,
                      std::size_t stride) {
-    Sums<M, 2> sums;
+    Sums<M, 2, Pairs::WORDS> sums;
     sums.zero();
-    for (int p = 0; p < dim / 2; p++)
-        sums.add(q + 2 * p, q_stride, [&](int j) { return _mm512_load_si512(keys + j * dim * 32 + p * 64); });
+    Pairs from{keys, static_cast<std::size_t>(dim) / 2 * Pairs::PAIR_BYTES};
+    for (int p = 0; p < dim / 2; p++) from.add_to(sums, q + 2 * p, q_stride, p);
     sums.put(scores, stride);
 }
 
-// scores[m][32] = queries [m][dim] times the keys of one KV block.
+// scores[m][32] = queries [m][dim] times the keys of one KV block. WordPairs: both are int16, the scores int32.
+template <class Pairs>
 static void key_product(const char* keys, const bf16* q, std::size_t q_stride, int m, int dim, float* scores,
                         std::size_t stride) {
     each_tile(m, [&](auto rows, int row) {
-        key_rows<rows.value>(keys, q + row * q_stride, q_stride, dim, scores + row * stride, stride);
+        key_rows<Pairs, rows.value>(keys, q + row * q_stride, q_stride, dim, scores + row * stride, stride);
     });
 }
 
-template <int M, int BLOCKS>
+template <class Pairs, int M, int BLOCKS, class F>
 static void value_columns(const char* values, std::size_t block_bytes, const std::int32_t* blocks, int num_blocks,
-                          const bf16* chances, std::size_t stride, float* out, int dim) {
-    Sums<M, BLOCKS> sums;
+                          const bf16* chances, std::size_t stride, float* out, int dim, F before) {
+    Sums<M, BLOCKS, Pairs::WORDS> sums;
     sums.zero();
     for (int b = 0; b < num_blocks; b++) {
-        const char* from = values + blocks[b] * block_bytes;
+        Pairs from{values + blocks[b] * block_bytes, KV_BLOCK / 2 * Pairs::PAIR_BYTES};
         const bf16* a = chances + b * KV_BLOCK;
-        for (int p = 0; p < KV_BLOCK / 2; p++)
-            sums.add(a + 2 * p, stride, [&](int j) { return _mm512_load_si512(from + j * 1024 + p * 64); });
+        before(b);
+        for (int p = 0; p < KV_BLOCK / 2; p++) from.add_to(sums, a + 2 * p, stride, p);
     }
     sums.put(out, dim);
 }
 
-// out[m][dim] = chances [m][num_blocks * 32] times the values of these blocks, tokens in ascending order.
+// out[m][dim] = chances [m][num_blocks * 32] times the values of these blocks, tokens in ascending order. For the first
+// tile of rows, before(b, j, count) is called ahead of dimensions [16 j, 16 (j + count)) of block b.
+template <class Pairs, class F>
 static void value_product(const char* values, std::size_t block_bytes, const std::int32_t* blocks, int num_blocks,
-                          const bf16* chances, std::size_t stride, int m, int dim, float* out) {
+                          const bf16* chances, std::size_t stride, int m, int dim, float* out, F before) {
     each_tile(m, [&](auto rows, int row) {
         const bf16* from = chances + row * stride;
         float* to = out + static_cast<std::size_t>(row) * dim;
         auto columns = [&](auto count, int j) {
-            value_columns<rows.value, count.value>(values + j * 1024, block_bytes, blocks, num_blocks, from, stride,
-                                                   to + j * COLUMNS, dim);
+            value_columns<Pairs, rows.value, count.value>(values + j * (KV_BLOCK / 2 * Pairs::PAIR_BYTES), block_bytes,
+                                                          blocks, num_blocks, from, stride, to + j * COLUMNS, dim,
+                                                          [&](int b) { if (row == 0) before(b, j, count.value); });
         };
         int j = 0;
         for (; j + 4 <= dim / COLUMNS; j += 4) columns(Count<4>{}, j);

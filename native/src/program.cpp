@@ -183,7 +183,7 @@ AttendPiece Program::piece_of(const Batch& batch, const Op& op, const Task& task
     piece.blocks = batch.tables[pool.group] + task.row * batch.table_width[pool.group];
     piece.pool = pool.data + task.head * head_bytes;
     piece.block_bytes = pool.block_bytes, piece.value_bytes = pool.block_bytes / 2;
-    piece.scale = op.scale;
+    piece.format = pool.format, piece.scale = op.scale;
     return piece;
 }
 
@@ -274,7 +274,8 @@ void Program::token_heads(const Batch& batch, const Op& op, int row, int token, 
     kernels_.rope(k, op.k_norm, op.eps, cos, sin, dim, op.rotary);
     std::int32_t block = batch.tables[pool.group][row * batch.table_width[pool.group] + position / KV_BLOCK];
     char* place = pool.data + block * pool.block_bytes + head * (pool.block_bytes / 2 / pool.num_kv_heads);
-    kernels_.write_kv(k, k + pool.num_kv_heads * dim, place, place + pool.block_bytes / 2, position % KV_BLOCK, dim);
+    kernels_.write_kv(pool.format, k, k + pool.num_kv_heads * dim, place, place + pool.block_bytes / 2,
+                      position % KV_BLOCK, dim);
 }
 
 int Program::units(const Op& op, int num_tokens) const {

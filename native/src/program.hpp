@@ -33,6 +33,7 @@ struct Pool {
     int num_kv_heads, head_dim;
     int group;   // of block tables
     int window;  // 0: none
+    KVFormat format;
 };
 
 // How each row of a batch chooses its token.

@@ -29,12 +29,12 @@ def test_every_kernel_is_measured(
     data = json.loads(out.read_text(encoding="utf-8"))
     assert data["kernels"] == usable_kernels()[0] and data["read_gb_per_s"] > 0
     rows = data["rows"]
-    assert len(rows) == len(FORMATS) * 4 * 2 + 1
-    assert {row["kernel"] for row in rows} == {*FORMATS, "attention"}
+    assert len(rows) == len(FORMATS) * 4 * 2 + 2
+    assert {row["kernel"] for row in rows} == {*FORMATS, "attention bfloat16", "attention int8"}
     for row in rows:
         assert row["us"] > 0 and row["share_of_roofline"] > 0
     printed = capsys.readouterr().out
-    assert "attention  6/2 x 64, 40" in printed and printed.count("\n") == len(rows) + len(FORMATS) + 2
+    assert "attention int8     6/2 x 64, 40" in printed and printed.count("\n") == len(rows) + len(FORMATS) + 2
 
 
 @needs_native
@@ -43,6 +43,7 @@ def test_every_kernel_is_measured(
     [
         (["--kernels", "abacus"], "no such kernels here"),
         (["--formats", "bf16,int3"], "unknown format int3"),
+        (["--kv-cache-dtypes", "int8,float16"], "unknown dtype float16"),
         (["--rows", "1,x"], "whole numbers"),
         (["--contexts", "0"], "at least 1"),
     ],

@@ -57,6 +57,16 @@ def test_what_the_user_said_stays(tmp_path: Path) -> None:
     assert resolved.layout.block_size == 8
 
 
+def test_an_int8_cache_is_planned_with_its_scales(tmp_path: Path) -> None:
+    """Also by vLLM's name."""
+    for name in ("int8", "int8_per_token_head"):
+        resolved = completed(tmp_path, kv_cache_dtype=name)
+        assert resolved.config.cache.kv_cache_dtype == "int8"
+        [group] = resolved.layout.groups
+        assert group.head_bytes == 32 * (group.head_dim + 2)
+        assert resolved.memory.kv_bytes % group.block_bytes == 0
+
+
 def test_completing_twice_changes_nothing_that_was_decided(tmp_path: Path) -> None:
     once = completed(tmp_path)
     twice = complete(once.config, MACHINE)

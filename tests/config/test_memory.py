@@ -43,8 +43,10 @@ def model(**fields: Any) -> ModelConfig:
 MIXED = model(use_sliding_window=True, sliding_window=512, max_window_layers=2, max_position_embeddings=32768)
 
 
-def plan(shape: ModelConfig, free_bytes: int, *, block_size: int = 32, **options: Any) -> tuple[KVLayout, MemoryPlan]:
-    layout = kv_layout(shape, block_size, "bfloat16")
+def plan(
+    shape: ModelConfig, free_bytes: int, *, block_size: int = 32, kv_dtype: str = "bfloat16", **options: Any
+) -> tuple[KVLayout, MemoryPlan]:
+    layout = kv_layout(shape, block_size, kv_dtype)
     limits = {"max_num_seqs": 32, "max_num_batched_tokens": 512} | options
     return layout, plan_memory(shape, layout, free_bytes, weight_dtype="bfloat16", **limits)
 
@@ -58,6 +60,17 @@ def test_by_hand() -> None:
     assert made.kv_bytes == 100 * 98_304
     assert made.weights_bytes == 2 * model().num_parameters
     assert made.max_full_requests == pytest.approx(1.0)
+
+
+def test_int8_nearly_doubles_the_blocks() -> None:
+    """A head of 64 takes 64 bytes and a scale of 2 where bf16 takes 128: 1.94 times the blocks. Of 128: 1.97 times."""
+    for head_dim, ratio in ((64, 128 / 66), (128, 256 / 130)):
+        shape = model(head_dim=head_dim)
+        _, wide = plan(shape, 16 * GIB, kv_bytes=GIB)
+        layout, made = plan(shape, 16 * GIB, kv_bytes=GIB, kv_dtype="int8")
+        assert layout.groups[0].block_bytes == 6 * 2 * 2 * 32 * (head_dim + 2)
+        assert made.num_blocks[0] / wide.num_blocks[0] == pytest.approx(ratio, rel=1e-3)
+        assert made.activation_bytes > wide.activation_bytes  # plain torch widens what it gathers
 
 
 def test_a_default_plan_is_modest_and_holds_what_can_ever_run() -> None:
@@ -78,10 +91,12 @@ def test_a_default_plan_is_modest_and_holds_what_can_ever_run() -> None:
     step=st.integers(64, 4096),
     wanted=st.none() | st.integers(1, 32768),
     kv_mib=st.none() | st.integers(1, 4000),
+    kv_dtype=st.sampled_from(["bfloat16", "int8"]),
 )
 def test_what_is_planned_fits_and_serves_the_longest_request(
-    free_mib: int, windows: bool, block_size: int, max_num_seqs: int, step: int, wanted: int | None, kv_mib: int | None
-) -> None:
+    free_mib: int, windows: bool, block_size: int, max_num_seqs: int, step: int, wanted: int | None,
+    kv_mib: int | None, kv_dtype: str,
+) -> None:  # fmt: skip
     """Weights, work, processes and KV stay within the share; one request of max_model_len fits each group."""
     shape = MIXED if windows else model(max_position_embeddings=32768)
     options = {
@@ -91,7 +106,7 @@ def test_what_is_planned_fits_and_serves_the_longest_request(
         "kv_bytes": None if kv_mib is None else kv_mib << 20,
     }
     try:
-        layout, made = plan(shape, free_mib << 20, block_size=block_size, **options)
+        layout, made = plan(shape, free_mib << 20, block_size=block_size, kv_dtype=kv_dtype, **options)
     except MemoryPlanError:
         return
     in_all = made.weights_bytes + made.activation_bytes + RUNTIME_BYTES + made.kv_bytes

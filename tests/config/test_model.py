@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 
 from penstock.config.model import (
     SUPPORTED,
+    KVLayout,
     ModelConfigError,
     RopeScaling,
     kv_layout,
@@ -291,11 +293,18 @@ def test_kv_layout_groups_layers_by_window() -> None:
         kv_layout(parse(**fields, max_window_layers=n), 16, d).format for n in (2, 3) for d in ("float32", "bfloat16")
     }
     assert len(formats) == 4
+    packed = KVLayout(tuple(replace(group, packing="paired") for group in layout.groups))
+    eight_bits = kv_layout(config, 16, "int8")
+    assert len({layout.format, packed.format, eight_bits.format}) == 3
+    assert layout.format.split("/")[0] == "full:3x2x16x8:bfloat16:hm:plain"
+    assert eight_bits.format.split("/")[0] == "full:3x2x16x8:int8*bfloat16:hm:plain"
 
 
-def test_extents_tile_a_block() -> None:
-    """Layers, K before V, heads in order: the extents of single heads cover the block without gap or overlap."""
-    group = kv_layout(parse(), 16, "float32").groups[0]
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_extents_tile_a_block(dtype: str) -> None:
+    """Layers, K before V, heads in order: the extents of single heads cover the block without gap or overlap. A head's
+    scales end its extent."""
+    group = kv_layout(parse(), 16, dtype).groups[0]
     position = 0
     for layer in group.layers:
         for part in ("k", "v"):
@@ -304,4 +313,7 @@ def test_extents_tile_a_block() -> None:
                 offset, length = group.extent(layer, part, head, head + 1)
                 assert offset == position
                 position += length
+                scales, scale_bytes = group.scale_extent(layer, part, head)
+                assert (scales - offset, scale_bytes) == ((16 * 8, 16 * 2) if dtype == "int8" else (length, 0))
+                assert scales + scale_bytes == position
     assert position == group.block_bytes

@@ -39,10 +39,11 @@ class Model:
 
     def __init__(self, name: str, directory: Path) -> None:
         self.settings: dict[str, Any] = {"model": "penstock-tiny"}
-        self.windowed = name == "windowed"
+        self.windowed = "windowed" in name
         if self.windowed:
             (directory / "config.json").write_text(json.dumps(WINDOWED))
             self.settings = {"model": str(directory), "tokenizer": "penstock-tiny", "load_format": "dummy"}
+        self.settings["kv_cache_dtype"] = "int8" if "int8" in name else "bfloat16"
         random = np.random.default_rng(3)
         shared = random.integers(16, 8000, 70).tolist()
         lengths = (3, 9, 33, 40, 63, 120)
@@ -65,9 +66,26 @@ class Model:
         return [r.outputs[0].token_ids for r in llm.generate(self.prompts, params, use_tqdm=False)]
 
 
-@pytest.fixture(scope="module", params=["penstock-tiny", "windowed"])
+@pytest.fixture(scope="module", params=["penstock-tiny", "windowed", "penstock-tiny, int8 KV", "windowed, int8 KV"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     return Model(request.param, tmp_path_factory.mktemp("model"))
+
+
+@pytest.mark.parametrize("kernels", ["auto", "torch"])
+def test_an_int8_cache_says_how_it_is_packed(kernels: str) -> None:
+    """Plain torch and native kernels pack blocks differently: neither may take the other's for its own."""
+    settings = {"dtype": "bfloat16", "kv_cache_dtype": "int8", "kv_cache_memory_bytes": "16M", "max_model_len": 256}
+    with LLM("penstock-tiny", cpu_kernels=kernels, **settings) as llm:
+        scheduler = llm._built.engine.scheduler
+        packing = "paired" if kernels == "auto" else "plain"
+        assert scheduler.layout.format == f"full:6x2x32x64:int8*bfloat16:hm:{packing}"
+        params = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True)
+        prompt = "Once upon a time there was a little dog who lived in a small house. " * 4
+        first, again = (llm.generate([prompt], params, use_tqdm=False)[0].outputs[0].token_ids for _ in range(2))
+        assert scheduler.counters.prefix_hits > 0
+    with LLM("penstock-tiny", cpu_kernels=kernels, **settings | {"kv_cache_dtype": "bfloat16"}) as llm:
+        exact = llm.generate([prompt], params, use_tqdm=False)[0].outputs[0].token_ids
+    assert sum(a == b == c for a, b, c in zip(first, again, exact, strict=True)) >= 6
 
 
 @pytest.mark.parametrize("depth", ["off", "on"])

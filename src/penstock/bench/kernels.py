@@ -19,9 +19,9 @@ from penstock.bench.flags import machine, parse, write_json
 from penstock.config.flags import FlagParser
 from penstock.config.hardware import probe
 from penstock.config.load import model_directory
-from penstock.config.model import ModelConfig, load_model_config
+from penstock.config.model import KVGroup, ModelConfig, load_model_config
 from penstock.config.values import ConfigError
-from penstock.nn.kernels.native import BF16, FORMATS, Unsupported, load_native, usable_kernels
+from penstock.nn.kernels.native import BF16, FORMATS, KV_FORMATS, Unsupported, load_native, usable_kernels
 
 STREAMED_BYTES = 320 << 20  # of weights in turns, of keys and values: more than caches hold
 READ_BYTES = 1 << 30
@@ -48,6 +48,9 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--rows", default="1,4,32,128,512", metavar="LIST", help="rows of a product [1,4,32,128,512]")
     parser.add_argument("--contexts", default="128,1024,8192", metavar="LIST", help="[128,1024,8192]")
     parser.add_argument("--batches", default="1,32", metavar="LIST", help="decoding rows of attention [1,32]")
+    parser.add_argument(
+        "--kv-cache-dtypes", default=",".join(KV_FORMATS), metavar="LIST", help="of attention [bfloat16,int8]"
+    )
     parser.add_argument("--kernels", default=None, metavar="NAME", help="instruction set [the best here]")
     parser.add_argument("--num-threads", type=int, default=None, metavar="N", help="[the cores of this process]")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="measurements; the median counts [5]")
@@ -67,12 +70,15 @@ def main(arguments: list[str]) -> int:
     formats = options.formats.split(",")
     if unknown := [name for name in formats if name not in FORMATS]:
         raise ConfigError(f"unknown format {unknown[0]}; there are {', '.join(FORMATS)}", "--formats")
+    kv_dtypes = options.kv_cache_dtypes.split(",")
+    if unknown := [name for name in kv_dtypes if name not in KV_FORMATS]:
+        raise ConfigError(f"unknown dtype {unknown[0]}; there are {', '.join(KV_FORMATS)}", "--kv-cache-dtypes")
     ceilings = bench.ceilings(formats)
     print(f"{bench.kernels} kernels, {bench.num_threads} threads; reads {ceilings.read / 1e9:.1f} GB/s")
     for name, rate in ceilings.products.items():
         print(f"  products of {name} from the nearest cache: {rate / 1e9:.0f} G operations/s")
     rows: list[dict[str, Any]] = []
-    print(f"{'kernel':<10} {'shape':<22} {'rows':>5} {'us':>9} {'GB/s':>7} {'Gop/s':>7} {'of roofline':>12}")
+    print(f"{'kernel':<18} {'shape':<22} {'rows':>5} {'us':>9} {'GB/s':>7} {'Gop/s':>7} {'of roofline':>12}")
     for name in formats:
         for num_out, num_in in shapes(config):
             for num_rows in _numbers(options.rows, "--rows"):
@@ -80,8 +86,9 @@ def main(arguments: list[str]) -> int:
                 _tell(rows[-1])
     for batch in _numbers(options.batches, "--batches"):
         for context in _numbers(options.contexts, "--contexts"):
-            rows.append(bench.attention(config, batch, context, ceilings))
-            _tell(rows[-1])
+            for kv_dtype in kv_dtypes:
+                rows.append(bench.attention(config, kv_dtype, batch, context, ceilings))
+                _tell(rows[-1])
     if options.output_json:
         facts = {"kernels": bench.kernels, "num_threads": bench.num_threads, "read_gb_per_s": ceilings.read / 1e9}
         write_json(options.output_json, {**machine(), **facts, "model": options.model, "rows": rows})
@@ -126,19 +133,21 @@ class Bench:
         return _row(name, f"{num_out} x {num_in}", num_rows, seconds, num_bytes, 2.0 * num_out * num_in * num_rows,
                     ceilings.read, ceilings.products[name])  # fmt: skip
 
-    def attention(self, config: ModelConfig, batch: int, context: int, ceilings: Ceilings) -> dict[str, Any]:
+    def attention(
+        self, config: ModelConfig, kv_dtype: str, batch: int, context: int, ceilings: Ceilings
+    ) -> dict[str, Any]:
         """One layer's attention of `batch` decoding rows, each with `context` tokens of its own."""
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         blocks = -(-context // BLOCK)
-        block_bytes = 2 * kv_heads * BLOCK * dim * 2
-        num_bytes = batch * context * 2 * kv_heads * dim * 2
+        block_bytes = KVGroup(0, "full", (0,), None, BLOCK, kv_heads, dim, kv_dtype).layer_bytes
+        num_bytes = batch * context * block_bytes / BLOCK
         layers = max(2, min(64, STREAMED_BYTES // (batch * blocks * block_bytes)))
         program = self._native.Program(self.kernels, self._team, batch)
         qkv, to = program.buffer(BF16, (heads + 2 * kv_heads) * dim), program.buffer(BF16, heads * dim)
         kept = []
         for _ in range(layers):
             bytes_of_pool = torch.zeros(1 + batch * blocks, block_bytes, dtype=torch.uint8).numpy()
-            pool = program.pool(bytes_of_pool, kv_heads, dim, 0, 0)
+            pool = program.pool(bytes_of_pool, kv_heads, dim, 0, 0, KV_FORMATS[kv_dtype])
             program.attend(qkv, heads, pool, 1.0, to)
             kept.append(bytes_of_pool)
         table = np.arange(1, 1 + batch * blocks, dtype=np.int32).reshape(batch, blocks)
@@ -149,7 +158,7 @@ class Bench:
         operations = 4.0 * batch * context * heads * dim
         rate = ceilings.products.get("bf16") or self._native.product_rate(self.kernels, self._team, FORMATS["bf16"])
         shape = f"{heads}/{kv_heads} x {dim}, {context}"
-        return _row("attention", shape, batch, seconds, num_bytes, operations, ceilings.read, rate)
+        return _row(f"attention {kv_dtype}", shape, batch, seconds, num_bytes, operations, ceilings.read, rate)
 
     def _median(self, program: Any, operation: str, run: Any) -> float:
         run()
@@ -179,7 +188,7 @@ def _row(
 
 def _tell(row: dict[str, Any]) -> None:
     print(
-        f"{row['kernel']:<10} {row['shape']:<22} {row['rows']:>5} {row['us']:>9.1f} {row['gb_per_s']:>7.1f} "
+        f"{row['kernel']:<18} {row['shape']:<22} {row['rows']:>5} {row['us']:>9.1f} {row['gb_per_s']:>7.1f} "
         f"{row['g_operations_per_s']:>7.0f} {row['share_of_roofline']:>7.0%} {row['bound']}"
     )
     sys.stdout.flush()

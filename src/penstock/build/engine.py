@@ -37,6 +37,7 @@ from penstock.nn.kernels.native import (
     Unsupported,
     check_layout,
     load_native,
+    packed_layout,
     usable_kernels,
 )
 from penstock.nn.models import create_model, model_routes
@@ -107,7 +108,8 @@ def build_engine(resolved: Resolved, progress: ProgressCallback, stages: Stages)
         )
     stages.done("load weights")
     progress("allocating KV", 0, 0)
-    layout, num_blocks = resolved.layout, resolved.memory.num_blocks
+    layout = resolved.layout if weights is None else packed_layout(resolved.layout)
+    num_blocks = resolved.memory.num_blocks
     max_num_seqs = config.scheduler.max_num_seqs
     store = KVStore(layout, num_blocks, device)
     table = RequestTable(max_num_seqs, config.model.max_model_len, len(layout.groups), layout.block_size)

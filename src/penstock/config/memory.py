@@ -22,7 +22,8 @@ CPU_KV_BYTES = 8 << 30
 # Length for which the blocks that remain after one longest request are split over KV groups: window groups are full
 # soon and full groups are not, so splitting for the longest request would starve short ones of window blocks.
 TYPICAL_TOKENS = 4096
-# Attention gathers the context of the rows of a step layer by layer, padded by up to a quarter.
+# Attention gathers the context of the rows of a step layer by layer, padded by up to a quarter; what a narrower cache
+# holds is then widened to the dtype of the weights.
 GATHER_PADDING = 1.25
 LAYER_BYTES = {"int8": 1.0, "w8a8": 1.0, "int4": 0.5 + 4 / 128, "w4a8": 0.5 + 4 / 128}  # per quantized parameter
 
@@ -80,7 +81,7 @@ def plan_memory(
     def kv_room(num_tokens: int) -> int:
         """Bytes that KV may take when requests are `num_tokens` long."""
         room = usable - sizes.weights - RUNTIME_BYTES - sizes.activations(num_tokens)
-        room = int(room / (1 + GATHER_PADDING / len(model.layer_windows)))
+        room = int(room / (1 + sizes.gather_share))
         if kv_bytes is not None:
             return min(room, kv_bytes)
         if device == "cpu":
@@ -108,7 +109,7 @@ def plan_memory(
     num_blocks = _split(sizes, layout, budget, wanted)
     used = sum(n * group.block_bytes for n, group in zip(num_blocks, layout.groups, strict=True))
     full = min((n - 1) / need for n, need in zip(num_blocks, sizes.blocks(wanted), strict=True))
-    activation = sizes.activations(wanted) + int(used * GATHER_PADDING / len(model.layer_windows))
+    activation = sizes.activations(wanted) + int(used * sizes.gather_share)
     return MemoryPlan(
         num_blocks=num_blocks,
         max_model_len=wanted,
@@ -177,6 +178,9 @@ class _Sizes:
         self.step_tokens = step_tokens
         self.weights = weight_bytes(model, weight_dtype, quantization)
         self.null_bytes = sum(group.block_bytes for group in layout.groups)
+        widened = max(self.item / DTYPE_BYTES[group.dtype] for group in layout.groups)
+        copies = 1 + widened if widened > 1 else 1
+        self.gather_share = GATHER_PADDING * copies / len(model.layer_windows)  # of the bytes of the KV cache
 
     def blocks(self, num_tokens: int) -> tuple[int, ...]:
         return tuple(request_blocks(group, num_tokens, self.step_tokens) for group in self.layout.groups)
@@ -226,7 +230,7 @@ def _shortage(sizes: _Sizes, wanted: int, longest: int, kv_bytes: int | None, us
     fixed = sizes.weights + RUNTIME_BYTES
     request = sizes.request(wanted)
     kv = max(request, kv_bytes or 0)
-    gather = int(kv * GATHER_PADDING / len(sizes.model.layer_windows))
+    gather = int(kv * sizes.gather_share)
     needed = fixed + sizes.activations(wanted) + kv + gather
     if kv_bytes is not None and request > kv_bytes and needed - kv + kv_bytes <= usable:
         text = f"one request of {wanted} tokens needs {format_bytes(request)} of KV, given are {format_bytes(kv_bytes)}"
@@ -240,7 +244,7 @@ def _shortage(sizes: _Sizes, wanted: int, longest: int, kv_bytes: int | None, us
     )
     if longest >= wanted and kv_bytes is not None:
         most = usable - fixed - sizes.activations(wanted)
-        most = int(most / (1 + GATHER_PADDING / len(sizes.model.layer_windows)))
+        most = int(most / (1 + sizes.gather_share))
         return f"{text}; --kv-cache-memory-bytes {most >> 20}M would fit"
     if longest:
         return f"{text}; --max-model-len {_round_down(longest)} would fit"

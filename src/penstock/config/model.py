@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
+# KV cache dtype -> dtype of the scale that each token and head has of its own, for keys and for values.
+KV_SCALES = {"int8": "bfloat16"}
 
 
 class ModelConfigError(ValueError):
@@ -80,6 +82,10 @@ class KVGroup:
 
     kind "full": every position is kept. kind "window": only the last `window` positions are ever read, so earlier
     blocks can be given back while the request runs.
+
+    packing: the order of elements in the place of one head, which its scales follow: [block_size], one per token.
+    "plain": [block_size, head_dim]. "paired", what native kernels read, 32 tokens a block: keys as
+    [2][head_dim / 2][16 tokens][2], values as [head_dim / 16][16 token pairs][16][2].
     """
 
     index: int
@@ -90,11 +96,28 @@ class KVGroup:
     num_kv_heads: int
     head_dim: int
     dtype: str
+    packing: str = "plain"
+
+    @property
+    def data_bytes(self) -> int:
+        """Bytes of the elements of one head, keys or values, in one block."""
+        return self.block_size * self.head_dim * DTYPE_BYTES[self.dtype]
+
+    @property
+    def scale_dtype(self) -> str | None:
+        """Of the scales that follow a head's elements: element = stored number * scale. None: there are none."""
+        return KV_SCALES.get(self.dtype)
+
+    @property
+    def head_bytes(self) -> int:
+        """Bytes of one head, keys or values, in one block: its elements, then its scales."""
+        scale_bytes = 0 if self.scale_dtype is None else DTYPE_BYTES[self.scale_dtype]
+        return self.data_bytes + self.block_size * scale_bytes
 
     @property
     def layer_bytes(self) -> int:
-        """Bytes of one block in one layer: K then V, each head-major [num_kv_heads, block_size, head_dim]."""
-        return 2 * self.num_kv_heads * self.block_size * self.head_dim * DTYPE_BYTES[self.dtype]
+        """Bytes of one block in one layer: K then V, each head-major, head after head."""
+        return 2 * self.num_kv_heads * self.head_bytes
 
     @property
     def block_bytes(self) -> int:
@@ -102,20 +125,29 @@ class KVGroup:
         return self.layer_bytes * len(self.layers)
 
     def extent(self, layer: int, part: str, head_start: int, head_end: int) -> tuple[int, int]:
-        """(offset, length) in bytes of heads [head_start, head_end) of `part` ("k" or "v") of `layer` in a block.
+        """(offset, length) in bytes of heads [head_start, head_end) of `part` ("k" or "v") of `layer` in a block,
+        their scales included.
 
         The block is seen page-first: its layers one behind the other, in the order of `layers`. Devices keep the
         pool layer-first; there the offset within one layer's block is `extent(...) % layer_bytes`.
         """
-        head = self.block_size * self.head_dim * DTYPE_BYTES[self.dtype]
-        half = self.num_kv_heads * head
+        half = self.num_kv_heads * self.head_bytes
         base = self.layers.index(layer) * self.layer_bytes + (half if part == "v" else 0)
-        return base + head_start * head, (head_end - head_start) * head
+        return base + head_start * self.head_bytes, (head_end - head_start) * self.head_bytes
+
+    def scale_extent(self, layer: int, part: str, head: int) -> tuple[int, int]:
+        """(offset, length) in bytes of the scales of one head, inside its extent; length 0 where there are none."""
+        offset, length = self.extent(layer, part, head, head + 1)
+        return offset + self.data_bytes, length - self.data_bytes
 
 
 @dataclass(frozen=True, slots=True)
 class KVLayout:
-    """All KV groups of a model. `format` names the byte layout; it enters the root of every block hash."""
+    """All KV groups of a model.
+
+    `format` names the byte layout: who reads another one must refuse these blocks. It enters the root of every block
+    hash.
+    """
 
     groups: tuple[KVGroup, ...]
 
@@ -127,7 +159,8 @@ class KVLayout:
     @property
     def format(self) -> str:
         return "/".join(
-            f"{g.kind}{g.window or ''}:{len(g.layers)}x{g.num_kv_heads}x{g.block_size}x{g.head_dim}:{g.dtype}:hm"
+            f"{g.kind}{g.window or ''}:{len(g.layers)}x{g.num_kv_heads}x{g.block_size}x{g.head_dim}"
+            f":{g.dtype}{f'*{g.scale_dtype}' if g.scale_dtype else ''}:hm:{g.packing}"
             for g in self.groups
         )
 
@@ -138,7 +171,7 @@ class KVLayout:
 
 
 def kv_layout(model: ModelConfig, block_size: int, dtype: str) -> KVLayout:
-    """Group the layers by window. `dtype` is the KV cache's; `block_size` in tokens."""
+    """Group the layers by window, packed plainly. `dtype` is the KV cache's; `block_size` in tokens."""
     windows = sorted(set(model.layer_windows), key=lambda w: (w is not None, w or 0))
     return KVLayout(
         tuple(

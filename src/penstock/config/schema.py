@@ -35,6 +35,8 @@ def setting(default: Any, text: str, **extra: Any) -> Any:
 DTYPE_SYNONYMS = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
 QUANTIZATIONS = ("none", "int8", "w8a8", "int4", "w4a8")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+KV_DTYPES = (*DTYPES, "int8")
+KV_DTYPE_SYNONYMS = {**DTYPE_SYNONYMS, "int8_per_token_head": "int8"}  # vLLM's name
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +112,10 @@ class CacheOptions:
         aliases=("--page-size",),
     )
     kv_cache_dtype: str = setting(
-        "auto", "of the KV cache; auto: as the weights", choices=DTYPES, synonyms=DTYPE_SYNONYMS
+        "auto",
+        "of the KV cache; auto: as the weights; int8: half the memory of bfloat16, a scale per token and head",
+        choices=KV_DTYPES,
+        synonyms=KV_DTYPE_SYNONYMS,
     )
     kv_cache_memory_bytes: int | None = setting(
         None,

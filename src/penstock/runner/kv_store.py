@@ -17,7 +17,10 @@ HUGE_PAGE_BYTES = 2 << 20
 
 
 class KVStore:
-    """`pools[layer]`: [num_blocks, 2, Hkv, block_size, D], zero-filled (an unwritten value must not be a NaN)."""
+    """`pools[layer]`: [num_blocks, 2, Hkv, block_size, D], zero-filled (an unwritten value must not be a NaN).
+
+    With scales: int8 [num_blocks, 2, Hkv, head_bytes], each head's elements and then its scales, as bytes.
+    """
 
     def __init__(self, layout: KVLayout, num_blocks: tuple[int, ...], device: torch.device) -> None:
         self.layout = layout
@@ -29,7 +32,8 @@ class KVStore:
         }
         for layer in range(len(by_layer)):
             group, blocks = by_layer[layer]
-            shape = (blocks, 2, group.num_kv_heads, group.block_size, group.head_dim)
+            head = (group.block_size, group.head_dim) if group.scale_dtype is None else (group.head_bytes,)
+            shape = (blocks, 2, group.num_kv_heads, *head)
             self.pools.append(_zeros(shape, getattr(torch, group.dtype)).to(device))
 
     @property

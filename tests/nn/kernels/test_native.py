@@ -309,7 +309,9 @@ def test_what_cannot_be_computed_is_said_before_a_weight_is_touched() -> None:
         ({"head_dim": 24}, SIZE, "bfloat16", "heads of a multiple of 16"),
         ({"head_dim": 272}, SIZE, "bfloat16", "up to 256"),
         ({}, 16, "bfloat16", "blocks of 32 tokens"),
-        ({}, SIZE, "float32", "a bfloat16 KV cache"),
+        ({}, 16, "int8", "blocks of 32 tokens"),
+        ({"head_dim": 8}, SIZE, "int8", "heads of a multiple of 16"),
+        ({}, SIZE, "float32", "a KV cache of bfloat16 or int8, not float32"),
     ],
 )
 def test_caches_that_cannot_be_used_are_refused(

@@ -1,6 +1,7 @@
 """Attention over a paged, head-major KV cache, for ragged batches that mix prompts and decodes. Plain torch.
 
-Knows blocks, windows and spans; knows no request. Pool of one layer: [num_blocks, 2, Hkv, block_size, D], K then V.
+Knows blocks, windows and spans; knows no request. Pool of one layer: [num_blocks, 2, Hkv, block_size, D], K then V; in
+int8 [num_blocks, 2, Hkv, bytes], its bytes being a head's numbers [block_size, D] and then bf16 scales [block_size].
 Exactness: E1 across batch mixes and chunkings, because torch's matrix product depends on the shape of the batch.
 """
 
@@ -18,6 +19,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from penstock.config.model import KVGroup, KVLayout
 from penstock.nn.doors import PreparedAttention, Spans
 
+LEAST_SCALE = 2.0**-100  # of int8 keys and values: its inverse is still a number
 MAX_SCORES = 1 << 24  # query x key scores in one call: bounds the memory of masks
 
 
@@ -39,12 +41,32 @@ def attention_reference(q: Tensor, k: Tensor, v: Tensor, start: int, window: int
     return out
 
 
+def quantize_heads(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Whole numbers and their scale: `x` is about numbers * scale. E3: off by at most half a scale, absmax / 254.
+
+    Shapes: x [..., D]; numbers int8 [..., D] in [-127, 127], to nearest, ties to even; scale bf16 [...], absmax / 127
+    up to the next bf16, so that nothing is cut off. A head that holds a NaN or an infinity gets zeros and a NaN.
+    """
+    top = x.abs().amax(-1).float()
+    exact = (top / 127).clamp(min=LEAST_SCALE)
+    scale = ((exact.view(torch.int32) + 0xFFFF) >> 16 << 16).view(torch.float32)
+    numbers = (x.float() * (1 / scale).unsqueeze(-1)).round()
+    is_number = top.isfinite()
+    numbers = torch.where(is_number.unsqueeze(-1), numbers, 0)
+    return numbers.to(torch.int8), torch.where(is_number, scale, math.nan).bfloat16()
+
+
+def dequantize_heads(numbers: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """numbers int8 [..., D] and scale bf16 [...] to [..., D]; exact in float32, rounded once in a narrower dtype."""
+    return numbers.to(dtype) * scale.to(dtype).unsqueeze(-1)
+
+
 @dataclass(slots=True)
 class _Call:
     """Rows with equally many tokens and about equal context, computed together: n rows of m tokens.
 
     tokens: where they stand in the batch. key_rows: rows of the pool seen as [num_blocks * 2 * Hkv, block_size * D]
-    that hold K; those of V follow Hkv further on. None: nothing is cached, keys are the batch's own.
+    that hold K, without scales; those of V follow Hkv further on. None: nothing is cached, keys are the batch's own.
     mask: additive, [n or 1, 1, m (x group), L]; None: causal (no cache) or everything visible.
     """
 
@@ -154,6 +176,34 @@ class _GroupStep:
         return torch.zeros(visible.shape, dtype=self.dtype).masked_fill_(~visible, -math.inf).unsqueeze(1)
 
 
+class _Pages:
+    """The pool of one layer, head by head: page p holds [size, dim], keys or values of one head in one block."""
+
+    def __init__(self, pool: Tensor, size: int, dim: int) -> None:
+        self._pages = pool.view(pool.shape[0] * 2 * pool.shape[2], -1)
+        self._numbers = self._pages[:, : size * dim].unflatten(1, (size, dim))
+        self._scales = self._pages[:, size * dim :].view(torch.bfloat16) if pool.dtype == torch.int8 else None
+
+    def write(self, rows: Tensor, x: Tensor) -> Tensor:
+        """Store x [T, Hkv, dim] in rows [T * Hkv], counted as page * size + slot. Result: what reads will give."""
+        size, dim = self._numbers.shape[1:]
+        if self._scales is None:
+            narrow = x.to(self._pages.dtype)
+            self._pages.view(-1, dim).index_copy_(0, rows, narrow.reshape(-1, dim))
+            return narrow.to(x.dtype)
+        numbers, scales = quantize_heads(x)
+        places = rows // size, rows % size
+        self._numbers[places], self._scales[places] = numbers.view(-1, dim), scales.view(-1)
+        return dequantize_heads(numbers, scales, x.dtype)
+
+    def read(self, pages: Tensor, dtype: torch.dtype) -> Tensor:
+        """[pages, size, dim]."""
+        if self._scales is None:
+            return self._pages.index_select(0, pages).to(dtype)
+        numbers, scales = self._numbers.index_select(0, pages), self._scales.index_select(0, pages)
+        return dequantize_heads(numbers, scales, dtype)
+
+
 class _Step:
     """One step's attention, run once per layer."""
 
@@ -165,14 +215,10 @@ class _Step:
         """q [T, Hq, D], k and v [T, Hkv, D] of the backend's dtype; writes k, v, then attends. Result [T, Hq * D]."""
         step = self._groups[self._backend._group_of[layer]]
         pool = self._backend.pools[layer]
-        heads, size, dim = k.shape[1], step.group.block_size, k.shape[2]
-        flat = pool.view(-1, dim)
-        narrow_k, narrow_v = k.to(pool.dtype), v.to(pool.dtype)
-        flat.index_copy_(0, step.write_rows, narrow_k.reshape(-1, dim))
-        flat.index_copy_(0, step.write_rows + heads * size, narrow_v.reshape(-1, dim))
-        if pool.dtype != k.dtype:
-            k, v = narrow_k.to(k.dtype), narrow_v.to(v.dtype)
-        pages = pool.view(-1, size * dim)
+        heads, size = k.shape[1], step.group.block_size
+        pages = _Pages(pool, size, k.shape[2])
+        k = pages.write(step.write_rows, k)
+        v = pages.write(step.write_rows + heads * size, v)
         if len(step.calls) == 1:
             return self._attend(step.calls[0], pages, q, k, v).reshape(q.shape[0], -1)
         out = torch.empty_like(q)
@@ -181,7 +227,7 @@ class _Step:
         return out.view(q.shape[0], -1)
 
     @staticmethod
-    def _attend(call: _Call, pages: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _attend(call: _Call, pages: _Pages, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """One set of rows; result [n * m, Hq, D]."""
         n, m, heads, dim = call.n, call.m, k.shape[1], q.shape[2]
         group = q.shape[1] // heads
@@ -194,8 +240,8 @@ class _Step:
                 q4, k4, v4, attn_mask=call.mask, is_causal=call.mask is None, enable_gqa=group > 1
             )
             return out.transpose(1, 2).reshape(n * m, -1, dim)
-        keys = pages.index_select(0, call.key_rows).view(n, heads, -1, dim).to(q.dtype)
-        values = pages.index_select(0, call.key_rows + heads).view(n, heads, -1, dim).to(q.dtype)
+        keys = pages.read(call.key_rows, q.dtype).view(n, heads, -1, dim)
+        values = pages.read(call.key_rows + heads, q.dtype).view(n, heads, -1, dim)
         # The queries of one KV head stand together, so that no key is copied for each of them.
         q4 = q.view(n, m, heads, group, dim).permute(0, 2, 3, 1, 4).reshape(n, heads, group * m, dim)
         mask = call.mask

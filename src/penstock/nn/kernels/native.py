@@ -15,7 +15,7 @@ import logging
 import math
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -36,6 +36,8 @@ except ImportError as missing:
     why_missing = str(missing)
 
 FORMATS = {"bf16": 0, "int8": 1, "w8a8": 2, "int4": 3, "w4a8": 4}  # as native/src/kernels.hpp numbers them
+KV_FORMATS = {"bfloat16": 0, "int8": 1}
+KV_PACKING = "paired"  # as KVGroup names the order of both
 F32, BF16 = 0, 1
 COLUMNS = 16  # output columns of a packed block
 
@@ -259,12 +261,18 @@ def check_layout(layout: KVLayout) -> None:
     """Raise Unsupported for a KV cache that native kernels cannot use."""
     block = load_native().KV_BLOCK
     for group in layout.groups:
-        if group.dtype != "bfloat16":
-            raise Unsupported(f"native kernels need a bfloat16 KV cache, not {group.dtype}")
+        if group.dtype not in KV_FORMATS:
+            raise Unsupported(f"native kernels need a KV cache of {' or '.join(KV_FORMATS)}, not {group.dtype}")
         if group.block_size != block:
             raise Unsupported(f"native kernels need blocks of {block} tokens, not {group.block_size}")
         if group.head_dim % COLUMNS or group.head_dim > 256:
             raise Unsupported(f"native kernels need heads of a multiple of 16 up to 256, not {group.head_dim}")
+
+
+def packed_layout(layout: KVLayout) -> KVLayout:
+    """The layout with the order of elements that native kernels write and read. Raises Unsupported as check_layout."""
+    check_layout(layout)
+    return KVLayout(tuple(replace(group, packing=KV_PACKING) for group in layout.groups))
 
 
 @dataclass(frozen=True, slots=True)
@@ -329,7 +337,8 @@ class _Recorder:
         for group in layout.groups:
             for layer in group.layers:
                 flat = pools[layer].view(torch.uint8).view(pools[layer].shape[0], -1).numpy()
-                number = program.pool(flat, group.num_kv_heads, group.head_dim, group.index, group.window or 0)
+                shape = group.num_kv_heads, group.head_dim, group.index, group.window or 0
+                number = program.pool(flat, *shape, KV_FORMATS[group.dtype])
                 self._pools[layer] = (number, group.head_dim)
                 self.kept.append(flat)
 
