@@ -34,7 +34,8 @@ from torch import Tensor
 from penstock.core.plan import Admitted
 from penstock.core.request import SamplingParams
 from penstock.nn.kernels import philox
-from penstock.nn.kernels.sampling import RowParams, choose_reference
+from penstock.nn.kernels.edits import RowParams
+from penstock.nn.kernels.sampling import DenseScores, choose_reference
 from penstock.runner.sampler import Sampler
 
 RESULT = Path(__file__).resolve().parent / "results" / "sampling.json"
@@ -138,9 +139,9 @@ def run_case(scores: Tensor, fields: dict[str, Any], repeats: int) -> dict[str, 
     params = SamplingParams(**fields)
     sampler = sampler_of(num_rows, size, fields)
     slots, positions = np.arange(num_rows), np.full(num_rows, FIRST_POSITION)
-    check(scores, sampler.sample(scores, slots, positions).token_ids, params)
+    check(scores, sampler.sample(DenseScores(scores), slots, positions).token_ids, params)
     methods: dict[str, Callable[[], object]] = {
-        "penstock": lambda: sampler.sample(scores, slots, positions),
+        "penstock": lambda: sampler.sample(DenseScores(scores), slots, positions),
         "full_sort": lambda: full_sort(scores, params),
     }
     if params.temperature > 0 and params.top_k <= 0 and params.top_p >= 1:

@@ -42,6 +42,7 @@ from penstock.engine.messages import AddRequest, Tokens
 from penstock.engine.ranks import InlineExecutor
 from penstock.nn.doors import Batch, Spans
 from penstock.nn.kernels.attention import PagedAttention
+from penstock.nn.kernels.sampling import DenseScores
 from penstock.runner.inputs import RequestTable
 from penstock.runner.kv_store import KVStore
 from penstock.runner.runner import Runner
@@ -79,6 +80,9 @@ class NullModel:
         scores = self._scores[hidden[:, 0]]
         self.seconds += time.thread_time() - begin
         return scores
+
+    def scores(self, hidden: Tensor) -> DenseScores:
+        return DenseScores(self.logits(hidden))
 
 
 class NullAttention:

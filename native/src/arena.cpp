@@ -13,7 +13,7 @@
 namespace penstock {
 
 namespace {
-constexpr std::size_t PAGE = 4096, HUGE_PAGE = 2 << 20;
+constexpr std::size_t LINE = 64, HUGE_PAGE = 2 << 20;
 
 std::size_t up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
 }  // namespace
@@ -33,9 +33,9 @@ Arena::~Arena() {
     munmap(mapping_, mapping_bytes_);
 }
 
-void* Arena::take(std::size_t bytes) {
+char* Arena::take(std::size_t bytes) {
     std::lock_guard held(lock_);
-    std::size_t size = up(bytes, PAGE);
+    std::size_t size = up(bytes, LINE);
     if (size > bytes_ - taken_) return nullptr;
     taken_ += size;
     return begin_ + taken_ - size;

@@ -18,8 +18,8 @@ public:
     Arena(const Arena&) = delete;
     Arena& operator=(const Arena&) = delete;
 
-    // Zeroed memory aligned to a page; nullptr when there is not enough left. From any thread.
-    void* take(std::size_t bytes);
+    // Zeroed memory aligned to a cache line; nullptr when there is not enough left. From any thread.
+    char* take(std::size_t bytes);
 
     // Nothing is taken any more: ends the thread and gives back what was made ready in vain.
     void finish();

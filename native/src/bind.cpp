@@ -11,11 +11,9 @@
 #include <sys/mman.h>
 
 #include <algorithm>
-#include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
-#include <new>
 #include <optional>
 #include <stdexcept>
 #include <vector>
@@ -24,6 +22,7 @@
 #include "ceilings.hpp"
 #include "cpu.hpp"
 #include "pack.hpp"
+#include "pages.hpp"
 #include "program.hpp"
 
 namespace nb = nanobind;
@@ -48,21 +47,14 @@ const Kernels& kernels_named(const std::string& name) {
 class PackedWeight {
 public:
     PackedWeight(int format, int n, int k, std::shared_ptr<Arena> arena)
-        : bytes_(packed_bytes(static_cast<Format>(format), n, k)), arena_(std::move(arena)) {
+        : bytes_(packed_bytes(static_cast<Format>(format), n, k)) {
         weight_.format = static_cast<Format>(format);
         bool groups = weight_.format == Format::INT4 || weight_.format == Format::W4A8;
         weight_.n = n, weight_.k = k;
         weight_.n_pad = static_cast<int>(up(n, COLUMNS)), weight_.k_pad = static_cast<int>(up(k, groups ? GROUP : K_ALIGN));
-        data_ = arena_ ? arena_->take(bytes_) : nullptr;
-        if (!data_) {  // no arena, or it is full
-            arena_ = nullptr;
-            constexpr std::size_t HUGE_PAGE = 2 << 20;
-            std::size_t align = bytes_ < HUGE_PAGE ? 4096 : HUGE_PAGE;
-            data_ = std::aligned_alloc(align, up(bytes_, align));
-            if (!data_) throw std::bad_alloc();
-            if (align == HUGE_PAGE) madvise(data_, up(bytes_, align), MADV_HUGEPAGE);
-        }
-        weight_.data = data_;
+        if (char* at = arena ? arena->take(bytes_) : nullptr) data_ = std::shared_ptr<char>(std::move(arena), at);
+        else data_ = pages(bytes_);  // no arena, or it is full
+        weight_.data = data_.get();
         if (weight_.format != Format::BF16) {
             scale_.assign(groups ? static_cast<std::size_t>(weight_.n_pad) * (weight_.k_pad / GROUP) : weight_.n_pad, 0.0f);
             weight_.scale = scale_.data();
@@ -71,9 +63,6 @@ public:
             sums_.assign(weight_.n_pad, 0);
             weight_.sums = sums_.data();
         }
-    }
-    ~PackedWeight() {
-        if (!arena_) std::free(data_);
     }
     PackedWeight(const PackedWeight&) = delete;
 
@@ -171,12 +160,11 @@ private:
     }
 
     void* block_of(int column) {
-        return static_cast<char*>(data_) + column / COLUMNS * packed_bytes(weight_.format, COLUMNS, weight_.k);
+        return data_.get() + column / COLUMNS * packed_bytes(weight_.format, COLUMNS, weight_.k);
     }
 
     std::size_t bytes_;
-    std::shared_ptr<Arena> arena_;  // of data_, if not from the heap
-    void* data_;
+    std::shared_ptr<char> data_;
     Weight weight_{};
     std::vector<float> scale_, bias_;
     std::vector<std::int32_t> sums_;
@@ -187,6 +175,95 @@ std::vector<float> padded(Array<float> values) {
     std::vector<float> copy(up(values.shape(0), COLUMNS), 0.0f);
     std::copy_n(values.data(), values.shape(0), copy.data());
     return copy;
+}
+
+// The edits of N rows: flat lists, row r has [starts[r], starts[r + 1]) of each. Copied and checked once.
+class Edits {
+public:
+    template <class T> using List = std::vector<T>;
+
+    Edits(int vocab_size, Array<std::int64_t> bias_starts, Array<std::int64_t> bias_ids, Array<float> bias,
+          Array<bool> limited, Array<std::int64_t> allowed_starts, Array<std::int64_t> allowed_ids,
+          Array<std::int64_t> banned_starts, Array<std::int64_t> banned_ids, Array<std::int64_t> occurred_starts,
+          Array<std::int64_t> occurred_ids, Array<float> counts, Table<const float> penalties)
+        : bias_ids_(ids(bias_ids, vocab_size)), allowed_ids_(ids(allowed_ids, vocab_size)),
+          banned_ids_(ids(banned_ids, vocab_size)), occurred_ids_(ids(occurred_ids, vocab_size)), bias_(list(bias)), counts_(list(counts)) {
+        std::size_t num_rows = limited.shape(0);
+        bool fits = bias_.size() == bias_ids_.size() && counts_.size() == occurred_ids_.size() &&
+                    penalties.shape(0) == num_rows && penalties.shape(1) == 3;
+        if (!fits) throw std::invalid_argument("the lists of edits do not match");
+        check(bias_starts, num_rows, bias_ids_.size()), check(allowed_starts, num_rows, allowed_ids_.size());
+        check(banned_starts, num_rows, banned_ids_.size()), check(occurred_starts, num_rows, occurred_ids_.size());
+        auto span = [](const Array<std::int64_t>& starts, std::size_t r) { return starts.data()[r + 1] - starts.data()[r]; };
+        static const std::int64_t NOTHING = 0;  // a list that allows no token is not "no list"
+        for (std::size_t r = 0; r < num_rows; r++) {
+            const float* factors = penalties.data() + 3 * r;
+            const std::int64_t* allowed = allowed_ids_.empty() ? &NOTHING : allowed_ids_.data() + allowed_starts.data()[r];
+            rows_.push_back({bias_ids_.data() + bias_starts.data()[r], bias_.data() + bias_starts.data()[r], span(bias_starts, r),
+                             limited.data()[r] ? allowed : nullptr, span(allowed_starts, r),
+                             banned_ids_.data() + banned_starts.data()[r], span(banned_starts, r),
+                             occurred_ids_.data() + occurred_starts.data()[r], counts_.data() + occurred_starts.data()[r],
+                             span(occurred_starts, r), factors[0], factors[1], factors[2]});
+        }
+    }
+    Edits(const Edits&) = delete;
+
+    const std::vector<RowEdits>& rows() const { return rows_; }
+
+private:
+    template <class T> static List<T> list(const Array<T>& values) { return {values.data(), values.data() + values.shape(0)}; }
+
+    static List<std::int64_t> ids(const Array<std::int64_t>& values, int vocab_size) {
+        List<std::int64_t> found = list(values);
+        for (std::int64_t id : found)
+            if (id < 0 || id >= vocab_size) throw std::invalid_argument("a token id outside of the vocabulary");
+        return found;
+    }
+
+    static void check(const Array<std::int64_t>& starts, std::size_t num_rows, std::size_t num_ids) {
+        bool fits = starts.shape(0) == num_rows + 1 && starts.data()[0] == 0 &&
+                    starts.data()[num_rows] == static_cast<std::int64_t>(num_ids) &&
+                    std::is_sorted(starts.data(), starts.data() + num_rows + 1);
+        if (!fits) throw std::invalid_argument("the starts of edits do not match their lists");
+    }
+
+    List<std::int64_t> bias_ids_, allowed_ids_, banned_ids_, occurred_ids_;
+    List<float> bias_, counts_;
+    List<RowEdits> rows_;
+};
+
+// What N rows ask for when their tokens are chosen.
+struct Asked {
+    Asked(Array<float> temperature, Array<std::int64_t> top_k, Array<double> top_p, Array<double> min_p,
+          Array<std::uint64_t> seeds, Array<std::int64_t> positions, const Edits* edits)
+        : edits(edits) {
+        std::size_t num_rows = temperature.shape(0);
+        for (std::size_t length : {top_k.shape(0), top_p.shape(0), min_p.shape(0), seeds.shape(0), positions.shape(0),
+                                   edits ? edits->rows().size() : num_rows})
+            if (length != num_rows) throw std::invalid_argument("the arrays of what rows ask for differ in length");
+        for (std::size_t r = 0; r < num_rows; r++)
+            wishes.push_back({temperature.data()[r], top_k.data()[r], top_p.data()[r], min_p.data()[r], seeds.data()[r],
+                              positions.data()[r]});
+    }
+    std::vector<Wish> wishes;
+    const Edits* edits;
+};
+
+// Tokens from scores [N][vocab_size] that somebody else computed.
+void choose_from(const std::string& kernels, Table<const float> scores, const Asked& asked,
+                 nb::ndarray<std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> tokens) {
+    std::size_t num_rows = scores.shape(0), size = scores.shape(1);
+    if (asked.wishes.size() != num_rows || tokens.shape(0) != num_rows || size == 0)
+        throw std::invalid_argument("the arrays to choose from do not match");
+    const Kernels& table = kernels_named(kernels);
+    nb::gil_scoped_release unlocked;
+    RowChooser chooser;
+    std::vector<float> row(up(size, NOISE_GROUP));
+    for (std::size_t r = 0; r < num_rows; r++) {
+        std::copy_n(scores.data() + r * size, size, row.data());
+        if (asked.edits) edit_scores(asked.edits->rows()[r], row.data(), static_cast<int>(size));
+        tokens.data()[r] = chooser.choose(table, row.data(), static_cast<int>(size), asked.wishes[r]);
+    }
 }
 
 class BoundProgram {
@@ -226,6 +303,19 @@ public:
         }
         nb::gil_scoped_release unlocked;
         program_.run(batch);
+    }
+
+    void choose(const PackedWeight& w, Table<const std::uint16_t> hidden, const Asked& asked, Array<std::int64_t> raw_rows,
+                Table<float> raw, nb::ndarray<std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> tokens) {
+        std::size_t num_rows = hidden.shape(0), n = w.weight().n;
+        bool fits = static_cast<int>(hidden.shape(1)) == w.weight().k && asked.wishes.size() == num_rows &&
+                    tokens.shape(0) == num_rows && raw.shape(0) == raw_rows.shape(0) && raw.shape(1) == n;
+        if (!fits) throw std::invalid_argument("the arrays to choose from do not match");
+        Choosing how{asked.wishes, asked.edits ? asked.edits->rows() : std::vector<RowEdits>{}, {}};
+        if (raw_rows.shape(0)) how.raw.assign(num_rows, nullptr);
+        for (std::size_t i = 0; i < raw_rows.shape(0); i++) how.raw.at(raw_rows.data()[i]) = raw.data() + i * n;
+        nb::gil_scoped_release unlocked;
+        program_.choose(w.weight(), hidden.data(), static_cast<int>(num_rows), how, tokens.data());
     }
 
 private:
@@ -283,6 +373,22 @@ NB_MODULE(_native, m) {
         .def_prop_ro("k", [](const PackedWeight& w) { return w.weight().k; })
         .def_prop_ro("num_bytes", &PackedWeight::num_bytes);
 
+    nb::class_<Edits>(m, "Edits")
+        .def(nb::init<int, Array<std::int64_t>, Array<std::int64_t>, Array<float>, Array<bool>, Array<std::int64_t>,
+                      Array<std::int64_t>, Array<std::int64_t>, Array<std::int64_t>, Array<std::int64_t>, Array<std::int64_t>,
+                      Array<float>, Table<const float>>(),
+             "vocab_size"_a, "bias_starts"_a.noconvert(), "bias_ids"_a.noconvert(), "bias"_a.noconvert(), "limited"_a.noconvert(),
+             "allowed_starts"_a.noconvert(), "allowed_ids"_a.noconvert(), "banned_starts"_a.noconvert(),
+             "banned_ids"_a.noconvert(), "occurred_starts"_a.noconvert(), "occurred_ids"_a.noconvert(), "counts"_a.noconvert(),
+             "penalties"_a.noconvert());
+
+    nb::class_<Asked>(m, "Asked")
+        .def(nb::init<Array<float>, Array<std::int64_t>, Array<double>, Array<double>, Array<std::uint64_t>,
+                      Array<std::int64_t>, const Edits*>(),
+             "temperature"_a.noconvert(), "top_k"_a.noconvert(), "top_p"_a.noconvert(), "min_p"_a.noconvert(),
+             "seeds"_a.noconvert(), "positions"_a.noconvert(), "edits"_a.none(), nb::keep_alive<1, 8>());
+    m.def("choose_from", &choose_from, "kernels"_a, "scores"_a.noconvert(), "asked"_a, "tokens"_a.noconvert());
+
     nb::class_<BoundProgram>(m, "Program")
         .def(nb::init<const std::string&, Team&, int>(), "kernels"_a, "team"_a, "max_tokens"_a, nb::keep_alive<1, 3>())
         .def("buffer", [](BoundProgram& p, int kind, int width) { return p.program().buffer(static_cast<Kind>(kind), width); },
@@ -323,6 +429,8 @@ NB_MODULE(_native, m) {
                 nb::gil_scoped_release unlocked;
                 p.program().head(w.weight(), hidden.data(), static_cast<int>(hidden.shape(0)), out.data());
             }, "weight"_a, "hidden"_a.noconvert(), "out"_a.noconvert())
+        .def("choose", &BoundProgram::choose, "weight"_a, "hidden"_a.noconvert(), "asked"_a, "raw_rows"_a.noconvert(),
+             "raw"_a.noconvert(), "tokens"_a.noconvert())
         .def("seconds", [](BoundProgram& p) { return p.program().seconds(); })
         .def("clear_seconds", [](BoundProgram& p) { p.program().clear_seconds(); });
 }

@@ -19,6 +19,7 @@ constexpr int COLUMNS = 16;         // output columns of a packed block
 constexpr int K_ALIGN = 64;         // K of a weight is padded with zeros to a multiple of this; that of rows, of GROUP
 constexpr int GROUP = 128;          // K elements that share a scale in int4 weights
 constexpr int KV_BLOCK = 32;        // tokens of a KV block
+constexpr int NOISE_GROUP = 128;    // neighbouring token ids that share a first arrival when one is sampled
 constexpr int ATTENTION_SPAN = 512; // positions whose softmax is summed on its own, then merged
 
 // What a packed matrix [N, K] holds. n_pad = N up to a multiple of 16, k_pad = K up to a multiple of 64; what is added
@@ -108,6 +109,16 @@ struct Kernels {
 
     // out[j] = bf16(c[j] (+ bias[j]))
     void (*store)(bf16* out, const float* c, const float* bias, int cols);
+
+    // Lane j of best and at [16]: the largest score so far of columns j, j + 16, ... and the lowest of them that has
+    // it. Takes in c [cols], columns `column` onwards, a multiple of 16. NaN is larger than all and stays.
+    void (*best)(const float* c, int cols, int column, float* best, std::int32_t* at);
+
+    // The largest of each NOISE_GROUP scores; whether one of the scores is NaN.
+    bool (*peaks)(const float* scores, int groups, float* out);
+
+    // out[i] = exp((scores[i] - best) * inverse_temperature), of groups of NOISE_GROUP; returns their sum.
+    double (*weigh)(const float* scores, int groups, float best, float inverse_temperature, float* out);
 };
 
 // nullptr where this build or this machine lacks the instruction set.

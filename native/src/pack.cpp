@@ -37,7 +37,7 @@ void pack_elements(Format format, const T* rows, std::size_t stride, const std::
     std::size_t block = up(k, K_ALIGN) * COLUMNS;
     for (int j = begin; j < end; j += COLUMNS) {
         T* at = to + j / COLUMNS * block;
-        std::memset(at, 0, block * sizeof(T));
+        if (n - j < COLUMNS || k % K_ALIGN) std::memset(at, 0, block * sizeof(T));
         for (int c = 0; c < COLUMNS && j + c < n; c++) {
             const T* from = rows + (order ? order[j + c] : j + c) * stride;
             if (format == Format::BF16) {  // pairs at once: loading waits for this

@@ -19,8 +19,6 @@ namespace {
 constexpr int QUERY_ROWS = 48;          // query rows of an attention task: keys and values come from L2 once for six
 constexpr std::size_t ALIGN = 2 << 20;  // of buffers: huge pages
 
-std::size_t up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
-
 std::unique_ptr<char, void (*)(void*)> zeros(std::size_t bytes) {
     std::size_t size = up(bytes, bytes < ALIGN ? 4096 : ALIGN);
     void* data = std::aligned_alloc(bytes < ALIGN ? 4096 : ALIGN, size);
@@ -33,8 +31,6 @@ std::unique_ptr<char, void (*)(void*)> zeros(std::size_t bytes) {
 double now() {
     return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
 }
-
-bool wants_ints(const Weight& weight) { return weight.format == Format::W8A8 || weight.format == Format::W4A8; }
 
 float widen(bf16 x) {
     std::uint32_t u = static_cast<std::uint32_t>(x) << 16;
@@ -141,28 +137,6 @@ Rows Program::input(const Op& op) const {
     }
     const Ints& ints = ints_[op.ints];
     return {ints.data.get(), ints.stride, ints.scale.data(), ints.sums.data(), ints.sums_stride};
-}
-
-static Rows from_row(const Rows& rows, int row) {
-    std::size_t size = rows.scale ? 1 : 2;
-    return {static_cast<const char*>(rows.data) + row * rows.stride * size, rows.stride,
-            rows.scale ? rows.scale + row : nullptr, rows.sums ? rows.sums + row * rows.sums_stride : nullptr,
-            rows.sums_stride};
-}
-
-// Units of columns; for each, all rows in pieces whose results lie in L1 until `then(row, rows, column, c, stride)`.
-template <class Then>
-void Program::product(const Weight& weight, const Rows& rows, int num_rows, int member, Deal& deal, Then then) {
-    int columns = columns_per_unit(weight), exhausted = 0;
-    float* c = reinterpret_cast<float*>(scratch(member, sizeof(float) * kernels_.rows_at_once * columns));
-    for (int unit; (unit = deal.next(member, team_.size(), exhausted)) >= 0;) {
-        int column = unit * columns, width = std::min(columns, weight.n_pad - column);
-        for (int row = 0; row < num_rows; row += kernels_.rows_at_once) {
-            int now = std::min(kernels_.rows_at_once, num_rows - row);
-            kernels_.gemm(weight, from_row(rows, row), now, column, width, c, columns);
-            for (int r = 0; r < now; r++) then(row + r, column, width, c + r * columns);
-        }
-    }
 }
 
 void Program::plan_attention(const Batch& batch, const Op& op) {
@@ -417,42 +391,6 @@ void Program::run(const Batch& batch) {
 void Program::read(int buffer, int num_rows, bf16* out) const {
     const Buffer& from = buffers_[buffer];
     for (int i = 0; i < num_rows; i++) std::memcpy(out + static_cast<std::size_t>(i) * from.width, from.half(i), from.width * sizeof(bf16));
-}
-
-void Program::head(const Weight& weight, const bf16* hidden, int num_rows, float* out) {
-    Rows rows{};
-    std::size_t stride = up(weight.k, GROUP) + 32;
-    std::vector<bf16> padded;
-    Ints* ints = nullptr;
-    if (wants_ints(weight)) {
-        auto found = ints_of_.find(weight.k);
-        if (found == ints_of_.end()) found = ints_of_.emplace(weight.k, ints_for(weight.k)).first;
-        ints = &ints_[found->second];
-        rows = {ints->data.get(), ints->stride, ints->scale.data(), ints->sums.data(), ints->sums_stride};
-    } else {
-        padded.assign(stride * num_rows, 0);
-        rows = {padded.data(), stride, nullptr, nullptr, 0};
-    }
-    if (num_rows > max_tokens_) throw std::invalid_argument("more rows than the program has room for");
-    for (int r = 0; r < num_rows; r++) {
-        const bf16* from = hidden + static_cast<std::size_t>(r) * weight.k;
-        if (ints)
-            ints->scale[r] = kernels_.quantize(from, weight.k, reinterpret_cast<std::int8_t*>(ints->data.get()) + r * ints->stride,
-                                               ints->sums.data() + r * ints->sums_stride);
-        else
-            std::memcpy(padded.data() + r * stride, from, weight.k * sizeof(bf16));
-    }
-    int columns = columns_per_unit(weight);
-    head_deal_.reset((weight.n_pad + columns - 1) / columns);
-    team_.run([&](int member) {
-        product(weight, rows, num_rows, member, head_deal_, [&](int row, int column, int width, float* c) {
-            int used = std::min(width, weight.n - column);
-            float* to = out + static_cast<std::size_t>(row) * weight.n + column;
-            if (used > 0) std::memcpy(to, c, used * sizeof(float));
-            if (weight.bias)
-                for (int i = 0; i < used; i++) to[i] += weight.bias[column + i];
-        });
-    });
 }
 
 std::vector<std::pair<std::string, double>> Program::seconds() const {

@@ -4,11 +4,13 @@
 // are, and in which order, is told by the layers of `penstock.nn`. Owns activations; weights and pools belong to the
 // caller, who keeps them alive.
 #pragma once
+#include <algorithm>
 #include <map>
 #include <memory>
 #include <string>
 #include <vector>
 
+#include "choose.hpp"
 #include "kernels.hpp"
 #include "team.hpp"
 
@@ -31,6 +33,13 @@ struct Pool {
     int num_kv_heads, head_dim;
     int group;   // of block tables
     int window;  // 0: none
+};
+
+// How each row of a batch chooses its token.
+struct Choosing {
+    std::vector<Wish> wishes;
+    std::vector<RowEdits> edits;  // empty: none for all rows
+    std::vector<float*> raw;      // where a row's scores go before they are edited, [weight.n], or null; empty: nowhere
 };
 
 // Buffers are rows of a width, float32 (the residual stream) or bf16, padded so that no stride is a power of two.
@@ -59,8 +68,10 @@ public:
     void run(const Batch& batch);
     // The first rows of a bf16 buffer, [num_rows][width].
     void read(int buffer, int num_rows, bf16* out) const;
-    // hidden [num_rows][weight.k] to float32 [num_rows][weight.n]. No part of the recorded list.
+    // No part of the recorded list; hidden [num_rows][weight.k]. All scores, float32 [num_rows][weight.n] ...
     void head(const Weight& weight, const bf16* hidden, int num_rows, float* out);
+    // ... or the chosen tokens [num_rows] alone. Greedy rows keep no scores; of the others SCORE_ROWS are held at once.
+    void choose(const Weight& weight, const bf16* hidden, int num_rows, const Choosing& how, std::int64_t* tokens);
 
     // (operation, seconds since the last clear_seconds), waiting for the slowest member included.
     std::vector<std::pair<std::string, double>> seconds() const;
@@ -105,6 +116,10 @@ private:
         std::vector<float> partial;  // results of tasks that are one span each
     };
 
+    static constexpr int SCORE_ROWS = 64;  // weights read once for as many rows cost no more than computing with them
+
+    Rows head_rows(const Weight& weight, const bf16* hidden, int num_rows);
+    void choose_some(const Weight& weight, const Rows& rows, const Choosing& how, int begin, int end, std::int64_t* tokens);
     void record_linear(What what, const Weight& weight, int from, int to);
     int ints_for(int width);
     int quantized(const Weight& weight, int from);
@@ -130,10 +145,43 @@ private:
     std::map<int, int> ints_of_;  // width -> ints_
     std::vector<Op> ops_;
     std::vector<Deal> deals_;
-    Deal head_deal_;
+    Deal head_deal_, choosing_;
+    std::vector<bf16> head_rows_;
+    std::unique_ptr<char, void (*)(void*)> scores_{nullptr, nullptr};
+    std::size_t scores_bytes_ = 0;
+    std::vector<int> stored_;                 // of each row being chosen for: its place in scores_, or -1
+    std::vector<float> tops_;                 // of greedy rows, per member: what Kernels::best gathers
+    std::vector<std::int32_t> tops_at_;
+    std::vector<RowChooser> choosers_;        // per member
     std::vector<std::vector<char>> scratch_;  // per member
     std::map<int, Attention> attention_;      // by KV group
     std::vector<int> row_of_;                 // of each token of the step
 };
+
+inline std::size_t up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
+
+inline bool wants_ints(const Weight& weight) { return weight.format == Format::W8A8 || weight.format == Format::W4A8; }
+
+inline Rows from_row(const Rows& rows, int row) {
+    std::size_t size = rows.scale ? 1 : 2;
+    return {static_cast<const char*>(rows.data) + row * rows.stride * size, rows.stride,
+            rows.scale ? rows.scale + row : nullptr, rows.sums ? rows.sums + row * rows.sums_stride : nullptr,
+            rows.sums_stride};
+}
+
+// Units of columns; for each, all rows in pieces whose results lie in L1 until `then(row, column, width, c)`.
+template <class Then>
+void Program::product(const Weight& weight, const Rows& rows, int num_rows, int member, Deal& deal, Then then) {
+    int columns = columns_per_unit(weight), exhausted = 0;
+    float* c = reinterpret_cast<float*>(scratch(member, sizeof(float) * kernels_.rows_at_once * columns));
+    for (int unit; (unit = deal.next(member, team_.size(), exhausted)) >= 0;) {
+        int column = unit * columns, width = std::min(columns, weight.n_pad - column);
+        for (int row = 0; row < num_rows; row += kernels_.rows_at_once) {
+            int now = std::min(kernels_.rows_at_once, num_rows - row);
+            kernels_.gemm(weight, from_row(rows, row), now, column, width, c, columns);
+            for (int r = 0; r < now; r++) then(row + r, column, width, c + r * columns);
+        }
+    }
+}
 
 }  // namespace penstock

@@ -1,4 +1,5 @@
-// What is done row by row between the products: norms, rope, activation, rounding, quantization.
+// What is done row by row between the products: norms, rope, activation, rounding, quantization; and what choosing a token
+// needs of a row of scores.
 namespace penstock::PENSTOCK_ISA {
 
 static void rms_norm(const float* x, const float* weight, int n, float eps, bf16* out) {
@@ -78,6 +79,52 @@ static void store_rounded(bf16* out, const float* c, const float* bias, int cols
         if (bias) y += load(bias + i);
         store(out + i, y);
     }
+}
+
+static void best(const float* c, int cols, int column, float* largest_so_far, std::int32_t* at) {
+    const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    vf top = load(largest_so_far);
+    vi where;
+    __builtin_memcpy(&where, at, sizeof where);
+    for (int i = 0; i < cols; i += 16) {
+        vi here = lanes + (column + i);
+        vf x = i + 16 <= cols ? load(c + i) : choose(lanes_below(cols - i), load_part(c + i, cols - i), all(-INF));
+        vi better = (x > top) | (x != x) | ((x == top) & (here < where));
+        top = choose(better, x, top);
+        where = (better & here) | (~better & where);
+    }
+    store(largest_so_far, top);
+    __builtin_memcpy(at, &where, sizeof where);
+}
+
+static bool peaks(const float* scores, int groups, float* out) {
+    vi broken = all_int(0);
+    for (int g = 0; g < groups; g++) {
+        vf top = all(-INF);
+        for (int i = 0; i < NOISE_GROUP; i += 16) {
+            vf x = load(scores + g * NOISE_GROUP + i);
+            broken |= x != x;
+            top = max(x, top);
+        }
+        out[g] = largest(top);
+    }
+    std::int32_t any = 0;
+    for (int i = 0; i < 16; i++) any |= broken[i];
+    return any != 0;
+}
+
+static double weigh(const float* scores, int groups, float best_score, float inverse_temperature, float* out) {
+    double total = 0;
+    for (int g = 0; g < groups; g++) {
+        vf mass = all(0);
+        for (int i = 0; i < NOISE_GROUP; i += 16) {
+            vf weight = exp2((load(scores + g * NOISE_GROUP + i) - best_score) * (inverse_temperature * LOG2_E));
+            store(out + g * NOISE_GROUP + i, weight);
+            mass += weight;
+        }
+        total += sum(mass);
+    }
+    return total;
 }
 
 }  // namespace penstock::PENSTOCK_ISA

@@ -5,6 +5,7 @@ import numpy.typing as npt
 
 Words = npt.NDArray[np.uint16]  # bf16
 Floats = npt.NDArray[np.float32]
+Doubles = npt.NDArray[np.float64]
 Longs = npt.NDArray[np.int64]
 
 KV_BLOCK: int
@@ -40,6 +41,38 @@ class PackedWeight:
     @property
     def num_bytes(self) -> int: ...
 
+class Edits:
+    def __init__(
+        self,
+        vocab_size: int,
+        bias_starts: Longs,
+        bias_ids: Longs,
+        bias: Floats,
+        limited: npt.NDArray[np.bool_],
+        allowed_starts: Longs,
+        allowed_ids: Longs,
+        banned_starts: Longs,
+        banned_ids: Longs,
+        occurred_starts: Longs,
+        occurred_ids: Longs,
+        counts: Floats,
+        penalties: Floats,
+    ) -> None: ...
+
+class Asked:
+    def __init__(
+        self,
+        temperature: Floats,
+        top_k: Longs,
+        top_p: Doubles,
+        min_p: Doubles,
+        seeds: npt.NDArray[np.uint64],
+        positions: Longs,
+        edits: Edits | None,
+    ) -> None: ...
+
+def choose_from(kernels: str, scores: Floats, asked: Asked, tokens: Longs) -> None: ...
+
 class Program:
     def __init__(self, kernels: str, team: Team, max_tokens: int) -> None: ...
     def buffer(self, kind: int, width: int) -> int: ...
@@ -72,5 +105,8 @@ class Program:
     ) -> None: ...
     def read(self, buffer: int, out: Words) -> None: ...
     def head(self, weight: PackedWeight, hidden: Words, out: Floats) -> None: ...
+    def choose(
+        self, weight: PackedWeight, hidden: Words, asked: Asked, raw_rows: Longs, raw: Floats, tokens: Longs
+    ) -> None: ...
     def seconds(self) -> list[tuple[str, float]]: ...
     def clear_seconds(self) -> None: ...

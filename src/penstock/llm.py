@@ -1,7 +1,7 @@
 """Offline use: `LLM(model=...).generate(prompts, params)` and `.chat(messages, params)`, as in vLLM.
 
 The engine runs in this process; prompts go through the very front end and scheduler that the server uses. No HTTP.
-torch is imported when the first LLM is made, and its number of threads is as the caller left it whenever none of these run.
+torch is imported when the first LLM is made; its number of threads is as the caller left it except while one computes.
 """
 
 from __future__ import annotations

@@ -11,14 +11,29 @@ from torch import Tensor
 
 from penstock.core.plan import Admitted
 from penstock.core.request import SamplingParams
-from penstock.nn.kernels.sampling import RowParams, choose_reference
+from penstock.nn.doors import Scores
+from penstock.nn.kernels.edits import RowParams
+from penstock.nn.kernels.native import NativeScores, usable_kernels
+from penstock.nn.kernels.sampling import DenseScores, choose_reference
 from penstock.runner.sampler import Sampler
 
 VOCAB = 300
+chosen_by = "torch"
 
 
 def admitted(params: SamplingParams, prompt=(1, 2, 3), output=(), seed=7, stop_ids=()) -> Admitted:
     return Admitted("r", (*prompt, *output), len(prompt), params, seed, frozenset(stop_ids))
+
+
+@pytest.fixture(autouse=True, params=["torch", *usable_kernels()])
+def chooser(request) -> None:
+    """Every test chooses with plain torch and with every native sampler of this machine."""
+    global chosen_by
+    chosen_by = request.param
+
+
+def scores_of(scores: Tensor) -> Scores:
+    return DenseScores(scores) if chosen_by == "torch" else NativeScores(scores, chosen_by)
 
 
 def sampler_of(*requests: Admitted, vocab: int = VOCAB) -> Sampler:
@@ -31,7 +46,9 @@ def sampler_of(*requests: Admitted, vocab: int = VOCAB) -> Sampler:
 def sample_one(request: Admitted, scores: list[float] | Tensor):
     """The output for one request at the position after its tokens."""
     row = torch.as_tensor(scores, dtype=torch.float32).clone()[None]
-    return sampler_of(request, vocab=row.shape[1]).sample(row, np.array([0]), np.array([len(request.token_ids)]))
+    return sampler_of(request, vocab=row.shape[1]).sample(
+        scores_of(row), np.array([0]), np.array([len(request.token_ids)])
+    )
 
 
 def edited(request: Admitted, scores: Tensor) -> Tensor:
@@ -111,7 +128,7 @@ def test_any_batch_gives_each_request_its_own_token(batch, seed):
     edits followed by the sorting reference."""
     scores = torch.from_numpy(np.random.default_rng(seed).normal(0, 3, (len(batch), VOCAB)).astype(np.float32))
     positions = np.array([len(request.token_ids) for request in batch])
-    together = sampler_of(*batch).sample(scores.clone(), np.arange(len(batch)), positions)
+    together = sampler_of(*batch).sample(scores_of(scores.clone()), np.arange(len(batch)), positions)
     assert together.failed == {}
     for row, request in enumerate(batch):
         alone = sample_one(request, scores[row])
@@ -140,7 +157,7 @@ def test_accepting_tokens_equals_being_admitted_with_them(request_, later):
         one_by_one.accept(0, token_id)
     at_once.accept(np.zeros(len(later), np.int64), np.array(later))
     for sampler in (one_by_one, at_once):
-        found = sampler.sample(scores.clone(), np.array([0]), at)
+        found = sampler.sample(scores_of(scores.clone()), np.array([0]), at)
         assert found.token_ids.tolist() == expected.token_ids.tolist()
         assert found.logprobs == expected.logprobs
 
@@ -167,7 +184,8 @@ def test_min_tokens_forbids_the_stop_ids_until_then():
     request = admitted(SamplingParams(temperature=0, min_tokens=2), stop_ids={3})
     sampler = sampler_of(request, vocab=5)
     scores = torch.tensor([[0, 0, 1, 9, 0.0]])
-    tokens = [int(sampler.sample(scores.clone(), np.array([0]), np.array([at])).token_ids[0]) for at in (3, 4, 5)]
+    outputs = [sampler.sample(scores_of(scores.clone()), np.array([0]), np.array([at])) for at in (3, 4, 5)]
+    tokens = [int(output.token_ids[0]) for output in outputs]
     assert tokens == [2, 2, 3]
 
 
@@ -188,7 +206,7 @@ def test_bad_words_need_their_whole_beginning_in_the_output():
         for token_id in output:
             sampler.accept(0, token_id)
         at = np.array([len(prompt) + len(output)])
-        assert sampler.sample(torch.tensor([scores]), np.array([0]), at).token_ids[0] == expected
+        assert sampler.sample(scores_of(torch.tensor([scores])), np.array([0]), at).token_ids[0] == expected
 
 
 def test_ids_outside_the_vocabulary_are_ignored():
@@ -205,7 +223,7 @@ def test_ids_outside_the_vocabulary_are_ignored():
     sampler = sampler_of(request, admitted(SamplingParams(temperature=0)), vocab=10)
     scores = torch.zeros(2, 10)
     scores[1, 7] = 0.5
-    assert sampler.sample(scores, np.array([0, 1]), np.array([3, 3])).token_ids.tolist() == [4, 7]
+    assert sampler.sample(scores_of(scores), np.array([0, 1]), np.array([3, 3])).token_ids.tolist() == [4, 7]
 
 
 def test_logprobs_are_of_the_scores_as_they_came():
@@ -249,7 +267,7 @@ def test_a_row_that_cannot_be_sampled_fails_alone():
     ]
     scores = torch.from_numpy(np.random.default_rng(0).normal(0, 3, (4, VOCAB)).astype(np.float32))
     scores[1, 17] = torch.nan
-    output = sampler_of(*batch).sample(scores.clone(), np.arange(4), np.full(4, 3))
+    output = sampler_of(*batch).sample(scores_of(scores.clone()), np.arange(4), np.full(4, 3))
     assert set(output.failed) == {1, 2}
     assert "NaN" in output.failed[1]
     assert "allowed" in output.failed[2]
@@ -272,7 +290,7 @@ def test_a_released_slot_leaves_nothing_to_the_next():
     sampler.admit(0, plain)
     sampler.accept(0, 2)
     scores = torch.randn(1, VOCAB, generator=torch.Generator().manual_seed(5))
-    output = sampler.sample(scores.clone(), np.array([0]), np.array([4]))
+    output = sampler.sample(scores_of(scores.clone()), np.array([0]), np.array([4]))
     assert output.token_ids[0] == scores.argmax()
     assert output.logprobs == {}
 
@@ -283,10 +301,10 @@ def test_slots_in_any_order_and_an_empty_step():
     sampler = sampler_of(*batch)
     scores = torch.from_numpy(np.random.default_rng(6).normal(0, 1, (5, VOCAB)).astype(np.float32))
     slots = np.array([3, 0, 4, 1, 2], np.int32)
-    tokens = sampler.sample(scores[torch.from_numpy(slots)], slots, np.full(5, 3, np.int32)).token_ids
+    tokens = sampler.sample(scores_of(scores[torch.from_numpy(slots)]), slots, np.full(5, 3, np.int32)).token_ids
     assert tokens.dtype == np.int64
     assert tokens.tolist() == [expected_token(batch[slot], scores[slot]) for slot in slots.tolist()]
-    assert sampler.sample(scores[:0], slots[:0], slots[:0]).token_ids.tolist() == []
+    assert sampler.sample(scores_of(scores[:0]), slots[:0], slots[:0]).token_ids.tolist() == []
 
 
 @pytest.mark.parametrize("seed", [-1, 2**63, 2**64 - 1])

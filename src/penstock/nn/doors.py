@@ -11,6 +11,8 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
+from penstock.nn.kernels.edits import Ids, RowEdits, RowParams
+
 
 @dataclass(slots=True)
 class Spans:
@@ -47,6 +49,15 @@ class Batch:
     token_ids: Tensor
     positions: Tensor
     attention: PreparedAttention
+
+
+class Scores(Protocol):
+    """Scores of N rows for the next token. They may be computed only when somebody chooses from them, once."""
+
+    def choose(self, params: RowParams, edits: RowEdits | None, reported: Ids) -> tuple[Ids, Tensor]:
+        """The token of each row, int64 [N], NOT_A_NUMBER or NO_TOKEN where there is none; and the scores of the
+        rows `reported` [M] before edits, float32 [M, V]. See `kernels/sampling.py` for what is chosen."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from penstock.core.plan import Logprobs, Row, StepPlan, StepResult
-from penstock.nn.doors import AttentionBackend, Batch, Spans
+from penstock.nn.doors import AttentionBackend, Batch, Scores, Spans
 from penstock.runner.inputs import RequestTable, StepInputs
 from penstock.runner.kv_store import KVStore
 from penstock.runner.sampler import Sampler
@@ -23,11 +23,17 @@ LOGITS_PIECE = 256  # prompt positions whose scores are held at once for prompt_
 
 
 class Model(Protocol):
-    """What a model family offers: hidden states [T, hidden], and float32 scores [N, vocab] of chosen ones."""
+    """What a model family offers: hidden states [T, hidden], and scores of chosen ones [N, hidden]."""
 
     def __call__(self, batch: Batch) -> Tensor: ...
 
-    def logits(self, hidden: Tensor) -> Tensor: ...
+    def logits(self, hidden: Tensor) -> Tensor:
+        """float32 [N, vocab_size]"""
+        ...
+
+    def scores(self, hidden: Tensor) -> Scores:
+        """The same, to choose from."""
+        ...
 
 
 class Runner:
@@ -98,7 +104,7 @@ class Runner:
             last, ends, slots = last[sampling], ends[sampling], slots[sampling]
         if len(last) < hidden.shape[0]:
             hidden = hidden[torch.from_numpy(last)]
-        out = self.sampler.sample(self.model.logits(hidden), slots, ends)
+        out = self.sampler.sample(self.model.scores(hidden), slots, ends)
         self.table.tokens[slots, ends] = out.token_ids
         self.sampler.accept(slots, out.token_ids)
         tokens = out.token_ids.tolist()

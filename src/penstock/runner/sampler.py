@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from penstock.core.plan import Admitted, Logprobs
-from penstock.nn.kernels.sampling import NO_TOKEN, NOT_A_NUMBER, RowParams, choose, logprobs, penalise
+from penstock.nn.doors import Scores
+from penstock.nn.kernels.edits import NO_IDS, Ragged, RowEdits, RowParams
+from penstock.nn.kernels.sampling import NO_TOKEN, NOT_A_NUMBER, logprobs
 
 CONSTRAINS, PENALISES, REMEMBERS, REPORTS = 1, 2, 4, 8  # bits of a slot's wishes: REMEMBERS is told committed tokens
 ERRORS = {
@@ -27,6 +29,7 @@ ERRORS = {
 }
 
 Ints = NDArray[np.int64]
+NO_VALUES = np.empty(0, np.float32)
 
 
 @dataclass(slots=True)
@@ -206,35 +209,26 @@ class Sampler:
         for slot, token_id in zip(slots[noted].tolist(), token_ids[noted].tolist(), strict=True):
             self._edits[slot].note(token_id)
 
-    def sample(self, scores: Tensor, slots: Ints, positions: Ints) -> SampleOutput:
-        """The next token of each row. scores float32 [N, vocab_size]: those of rows with edits are overwritten.
+    def sample(self, scores: Scores, slots: Ints, positions: Ints) -> SampleOutput:
+        """The next token of each row of `scores` [N].
 
         slots [N]; positions [N]: absolute position of the token being chosen. Several rows may belong to one slot;
         penalties and bad words then see what `accept` was told, for all of them. A row that cannot be sampled fails
-        alone. The logprobs are of the scores as they came.
+        alone. The logprobs are of the scores before edits.
         """
         wishes = self._wishes[slots]
         any_wish = int(np.bitwise_or.reduce(wishes)) if len(wishes) else 0
-        if any_wish & REPORTS:
-            reporting = np.flatnonzero(wishes & REPORTS)
-            raw = scores[torch.from_numpy(reporting)]
-        if any_wish & (CONSTRAINS | PENALISES):
-            scores = scores.contiguous()
-        if any_wish & CONSTRAINS:
-            self._constrain(scores, np.flatnonzero(wishes & CONSTRAINS), slots, positions)
-        if any_wish & PENALISES:
-            self._penalise(scores, np.flatnonzero(wishes & PENALISES), slots)
-        token_ids = choose(
-            scores,
-            RowParams(
-                self._temperature[slots],
-                self._top_k[slots],
-                self._top_p[slots],
-                self._min_p[slots],
-                self._seeds[slots],
-                positions,
-            ),
+        reporting = np.flatnonzero(wishes & REPORTS) if any_wish & REPORTS else NO_IDS
+        edits = self._row_edits(wishes, slots, positions) if any_wish & (CONSTRAINS | PENALISES) else None
+        params = RowParams(
+            self._temperature[slots],
+            self._top_k[slots],
+            self._top_p[slots],
+            self._min_p[slots],
+            self._seeds[slots],
+            np.asarray(positions, np.int64),
         )
+        token_ids, raw = scores.choose(params, edits, reporting)
         output = SampleOutput(token_ids)
         if len(token_ids) and token_ids.min() < 0:
             output.failed = {row: ERRORS[int(token_ids[row])] for row in np.flatnonzero(token_ids < 0).tolist()}
@@ -243,46 +237,38 @@ class Sampler:
             self._report(raw, reporting, slots, output)
         return output
 
-    def _constrain(self, scores: Tensor, rows: Ints, slots: Ints, positions: Ints) -> None:
-        """Apply biases, allowed ids, bad words and min_tokens to `rows`, in place."""
-        flat, size = scores.view(-1), scores.shape[1]
-
-        def place(index: list[Ints]) -> Tensor:
-            return torch.from_numpy(np.concatenate(index)).to(scores.device)
-
-        each = [self._edits[slot] for slot in slots[rows].tolist()]
-        listed = [(row, row * size, edits) for row, edits in zip(rows.tolist(), each, strict=True)]
-        biased = [(start + edits.bias_ids, edits.bias) for _, start, edits in listed if len(edits.bias_ids)]
-        if biased:
-            bias = torch.from_numpy(np.concatenate([bias for _, bias in biased])).to(scores.device)
-            flat[place([index for index, _ in biased])] += bias
-        banned = []
-        for row, start, edits in listed:
+    def _row_edits(self, wishes: NDArray[np.uint8], slots: Ints, positions: Ints) -> RowEdits:
+        """The edits of a batch's rows as flat lists."""
+        num_rows = len(wishes)
+        biased, allowed, banned, occurred = ([NO_IDS] * num_rows for _ in range(4))
+        bias: list[NDArray[np.float32]] = [NO_VALUES]
+        counts: list[NDArray[np.float32]] = [NO_VALUES]
+        limited = np.zeros(num_rows, np.bool_)
+        penalties = np.tile(np.array((1, 0, 0), np.float32), (num_rows, 1))
+        for row in np.flatnonzero(wishes & (CONSTRAINS | PENALISES)).tolist():
+            edits = self._edits[int(slots[row])]
+            if len(edits.bias_ids):
+                biased[row] = edits.bias_ids
+                bias.append(edits.bias)
             if edits.allowed_ids is not None:
-                allowed = place([start + edits.allowed_ids])
-                kept = flat[allowed]
-                scores[row].fill_(-torch.inf)
-                flat[allowed] = kept
-            ids = edits.forbidden(int(positions[row]))
-            if ids:
-                banned.append(start + np.array(ids, np.int64))
-            if len(edits.banned_ids):
-                banned.append(start + edits.banned_ids)
-        if banned:
-            flat[place(banned)] = -torch.inf
-
-    def _penalise(self, scores: Tensor, rows: Ints, slots: Ints) -> None:
-        """Penalise the tokens that occurred in the requests of `rows`, in place, all in one operation."""
-        each = [self._edits[slot] for slot in slots[rows].tolist()]
-        occurred = [edits.occurred for edits in each if edits.occurred is not None]
-        nums = [len(tokens) for tokens in occurred]
-        factors = np.array([(edits.repetition, edits.frequency, edits.presence) for edits in each], np.float32)
-        repetition, frequency, presence = np.repeat(factors.T, nums, axis=1)
-        index = np.concatenate([tokens.ids for tokens in occurred]) + np.repeat(rows * scores.shape[1], nums)
-        counts = np.concatenate([tokens.counts for tokens in occurred])
-        flat = scores.view(-1)
-        at, *rest = (torch.from_numpy(a).to(flat.device) for a in (index, counts, repetition, frequency, presence))
-        flat[at] = penalise(flat[at], *rest)
+                allowed[row], limited[row] = edits.allowed_ids, True
+            forbidden = edits.forbidden(int(positions[row]))
+            if forbidden or len(edits.banned_ids):
+                banned[row] = np.concatenate((np.array(forbidden, np.int64), edits.banned_ids))
+            if edits.occurred is not None:
+                occurred[row] = edits.occurred.ids
+                counts.append(edits.occurred.counts)
+                penalties[row] = edits.repetition, edits.frequency, edits.presence
+        return RowEdits(
+            Ragged.of(biased),
+            np.concatenate(bias),
+            limited,
+            Ragged.of(allowed),
+            Ragged.of(banned),
+            Ragged.of(occurred),
+            np.concatenate(counts),
+            penalties,
+        )
 
     def _report(self, raw: Tensor, rows: Ints, slots: Ints, output: SampleOutput) -> None:
         """Fill `output.logprobs` for `rows`, whose untouched scores are `raw`, but for the failed ones."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,8 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from penstock.nn.kernels import philox, sampling
-from penstock.nn.kernels.sampling import NO_TOKEN, NOT_A_NUMBER, RowParams, choose, choose_reference, kept_reference
+from penstock.nn.kernels import edits, philox, sampling
+from penstock.nn.kernels.edits import RowParams
+from penstock.nn.kernels.native import NativeScores, usable_kernels
+from penstock.nn.kernels.sampling import NO_TOKEN, NOT_A_NUMBER, choose_reference, kept_reference
+
+Choose = Callable[[Tensor, RowParams], np.ndarray]
 
 
 def params_of(num_rows: int, **fields) -> RowParams:
@@ -66,6 +71,14 @@ def top_p_is_decided_by_rounding(scores: Tensor, params: RowParams) -> np.ndarra
     low.top_p, high.top_p = params.top_p * (1 - 1e-6), np.minimum(params.top_p * (1 + 1e-6), 1.0)
     differ = (kept_reference(scores, low) != kept_reference(scores, high)).any(1).numpy()
     return differ & (params.top_p < 1)
+
+
+@pytest.fixture(params=["torch", *usable_kernels()])
+def choose(request) -> Choose:
+    """The sampler of plain torch, and every native one of this machine."""
+    if request.param == "torch":
+        return sampling.choose
+    return lambda scores, params: NativeScores(scores, request.param).choose(params, None, np.empty(0, np.int64))[0]
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -122,7 +135,7 @@ def test_the_reference_keeps_what_the_definition_says(row, temperature, k, top_p
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_the_chosen_token_is_the_reference_argmax(size):
+def test_the_chosen_token_is_the_reference_argmax(choose, size):
     """Rows with any parameters, greedy ones among them: the token that sorting and noise for the whole vocabulary give,
     in every row whose kept set float32 can decide."""
     rng = np.random.default_rng(100 + size)
@@ -137,7 +150,7 @@ def test_the_chosen_token_is_the_reference_argmax(size):
 
 
 @pytest.mark.parametrize("size", [60, 1000, 8192])
-def test_a_row_does_not_depend_on_its_batch(size):
+def test_a_row_does_not_depend_on_its_batch(choose, size):
     """Rows of every kind: the same tokens alone, in pairs, reversed and all together, on two threads; E0."""
     torch.set_num_threads(2)
     rng = np.random.default_rng(size)
@@ -161,7 +174,7 @@ def test_a_row_does_not_depend_on_its_batch(size):
         (1100, {"top_p": 0.97}),
     ],
 )
-def test_draws_follow_the_filtered_distribution(size, filters):
+def test_draws_follow_the_filtered_distribution(choose, size, filters):
     """200,000 draws with different seeds and positions: a G-test against the exact chances, and nothing outside the
     kept set. Rare tokens are pooled so that 20 draws are expected in each bin."""
     rng = np.random.default_rng(size)
@@ -188,7 +201,7 @@ def test_draws_follow_the_filtered_distribution(size, filters):
     assert -4.5 < deviations < 4
 
 
-def test_far_away_tokens_win_together():
+def test_far_away_tokens_win_together(choose):
     """One token leads by 6.5 nats, but the 4,095 others weigh six times as much: drawn as by the reference."""
     scores = torch.full((150, 4096), -6.5)
     scores[:, 5] = 0.0
@@ -208,7 +221,7 @@ def test_equal_perturbed_scores_give_the_lowest_id(monkeypatch):
     monkeypatch.setattr(philox, "gumbel_of", coarse)
     scores = torch.zeros(200, 600)
     params = params_of(200, top_k=np.tile([0, 9], 100))
-    assert (choose(scores, params) == choose_reference(scores, params).numpy()).all()
+    assert (sampling.choose(scores, params) == choose_reference(scores, params).numpy()).all()
 
 
 def test_min_p_cuts_where_float64_does():
@@ -222,7 +235,7 @@ def test_min_p_cuts_where_float64_does():
     assert 50 < kept[:, 2].sum() < 150
 
 
-def test_greedy_takes_the_lowest_of_equals_and_no_filter():
+def test_greedy_takes_the_lowest_of_equals_and_no_filter(choose):
     """Temperature 0: the first of the best tokens, also across groups, whatever top_k, top_p and min_p say."""
     scores = torch.zeros(3, 600)
     scores[0, [599, 300, 130]] = 2.5
@@ -231,7 +244,7 @@ def test_greedy_takes_the_lowest_of_equals_and_no_filter():
     assert choose(scores, params).tolist() == [130, 5, 0]
 
 
-def test_bad_rows_fail_alone():
+def test_bad_rows_fail_alone(choose):
     """NaN anywhere or nothing allowed: that row says so; +inf wins; the neighbours' tokens are those without them."""
     rng = np.random.default_rng(3)
     scores = random_scores(8, 1000, rng)
@@ -251,7 +264,7 @@ def test_bad_rows_fail_alone():
     assert scores[2, 0] == -torch.inf
 
 
-def test_several_infinite_scores_share_the_draws():
+def test_several_infinite_scores_share_the_draws(choose):
     """Tokens with +inf are equals: each of three gets about a third of 3,000 draws, greedy takes the lowest."""
     scores = torch.zeros(1, 300)
     scores[0, [5, 200, 290]] = torch.inf
@@ -261,7 +274,7 @@ def test_several_infinite_scores_share_the_draws():
     assert choose(scores, params_of(1, temperature=0)).tolist() == [5]
 
 
-def test_rows_of_equal_scores():
+def test_rows_of_equal_scores(choose):
     """A model that says nothing: every token is kept and every token is drawn, by each path to the floors."""
     for size in (5000, 20000):
         scores = torch.zeros(40, size)
@@ -274,7 +287,7 @@ def test_rows_of_equal_scores():
 
 @pytest.mark.parametrize("temperature", [1e-5, 1e-3, 1.0, 100.0])
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
-def test_extreme_scales(temperature, scale):
+def test_extreme_scales(choose, temperature, scale):
     """Scores and temperatures far from 1 overflow nowhere and give the reference's token."""
     rng = np.random.default_rng(8)
     scores = torch.from_numpy((rng.normal(0, 3, (30, 2000)) * scale).astype(np.float32))
@@ -283,7 +296,7 @@ def test_extreme_scales(temperature, scale):
         assert (choose(scores, params) == choose_reference(scores, params).numpy()).all()
 
 
-def test_shapes_and_strides():
+def test_shapes_and_strides(choose):
     """No rows give no tokens; a slice of wider rows gives what its copy gives."""
     assert choose(torch.empty(0, 100), params_of(0)).tolist() == []
     wide = torch.randn(6, 900, generator=torch.Generator().manual_seed(1))
@@ -299,7 +312,7 @@ def test_penalties_follow_the_formula(data):
     rows = data.draw(st.lists(st.tuples(finite, st.integers(0, 9)), min_size=1, max_size=10))
     repetition = data.draw(st.floats(0.25, 4, width=32))
     frequency, presence = data.draw(st.floats(-2, 2, width=32)), data.draw(st.floats(-2, 2, width=32))
-    found = sampling.penalise(
+    found = edits.penalise(
         torch.tensor([x for x, _ in rows]), torch.tensor([c for _, c in rows]), repetition, frequency, presence
     )
     expected = [

@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from penstock.config.model import KVLayout
-from penstock.nn.doors import Batch, Buffer, Recorder, Spans
+from penstock.nn.doors import Batch, Buffer, Recorder, Scores, Spans
+from penstock.nn.kernels.edits import Ids, RowEdits, RowParams
 
 log = logging.getLogger("penstock.nn")
 extension: ModuleType | None = None
@@ -64,8 +65,8 @@ def load_native() -> ModuleType:
 def usable_kernels() -> tuple[str, ...]:
     """Names of the instruction sets that native kernels can use here, best first. Empty without the extension.
 
-    Each is compared with the plainest on a small product of every format (a millisecond): one that gives something else
-    on this machine is left out, with a warning.
+    Each is compared with the plainest on a small product of every format and on tokens chosen from it (a millisecond):
+    one that gives something else on this machine is left out, with a warning.
     """
     if extension is None:
         return ()
@@ -88,7 +89,11 @@ def _agree(native: ModuleType, name: str, plainest: str) -> bool:
             native.Program(kernels, team, len(rows)).head(weight, _words(rows), result.numpy())
         if not torch.allclose(results[0], results[1], rtol=1e-3, atol=1e-2):
             return False
-    return True
+    draws = np.arange(len(rows))
+    nucleus = np.full(len(rows), 0.9)
+    params = RowParams((draws % 3).astype(np.float32), draws % 5, nucleus, 0 * nucleus, draws.astype(np.uint64), draws)
+    tokens = [NativeScores(results[0], kernels).choose(params, None, draws[:0])[0] for kernels in (name, plainest)]
+    return bool((tokens[0] == tokens[1]).all())
 
 
 class PackedWeights:
@@ -217,12 +222,54 @@ class NativeModel:
         self._program.head(self._head, _words(hidden.contiguous()), scores.numpy())
         return scores
 
+    def scores(self, hidden: Tensor) -> Scores:
+        return _HeadScores(self._program, self._head, hidden.contiguous())
+
     def seconds(self) -> list[tuple[str, float]]:
         """Where steps spent their time, by operation in order, since the last `clear_seconds`."""
         return list(self._program.seconds())
 
     def clear_seconds(self) -> None:
         self._program.clear_seconds()
+
+
+class NativeScores:
+    """The `Scores` [N, V] that somebody else computed, chosen from natively, on one thread; they stay as they are."""
+
+    def __init__(self, scores: Tensor, kernels: str) -> None:
+        self._scores, self._kernels = scores.contiguous(), kernels
+
+    def choose(self, params: RowParams, edits: RowEdits | None, reported: Ids) -> tuple[Ids, Tensor]:
+        tokens = np.empty(len(self._scores), np.int64)
+        asked = native_asked(params, edits, self._scores.shape[1])
+        load_native().choose_from(self._kernels, self._scores.numpy(), asked, tokens)
+        return tokens, self._scores[torch.from_numpy(reported)]
+
+
+class _HeadScores:
+    """The head and the choice in one native call: nobody holds all scores but for the rows that are reported."""
+
+    def __init__(self, program: Any, head: Any, hidden: Tensor) -> None:
+        self._program, self._head, self._hidden = program, head, hidden
+
+    def choose(self, params: RowParams, edits: RowEdits | None, reported: Ids) -> tuple[Ids, Tensor]:
+        tokens = np.empty(len(self._hidden), np.int64)
+        raw = torch.empty(len(reported), self._head.n)
+        asked = native_asked(params, edits, self._head.n)
+        self._program.choose(self._head, _words(self._hidden), asked, reported, raw.numpy(), tokens)
+        return tokens, raw
+
+
+def native_asked(params: RowParams, edits: RowEdits | None, vocab_size: int) -> Any:
+    """`params` and `edits` as the native sampler reads them. Raises ValueError for ids outside the vocabulary."""
+    native = load_native()
+    asked = (params.temperature, params.top_k, params.top_p, params.min_p, params.seeds, params.positions)
+    if edits is None:
+        return native.Asked(*asked, None)
+    e = edits
+    constant = (e.biased.starts, e.biased.ids, e.bias, e.limited, e.allowed.starts, e.allowed.ids)
+    changing = (e.banned.starts, e.banned.ids, e.occurred.starts, e.occurred.ids, e.counts, e.penalties)
+    return native.Asked(*asked, native.Edits(vocab_size, *constant, *changing))
 
 
 @dataclass(slots=True)

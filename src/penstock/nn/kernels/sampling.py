@@ -22,8 +22,6 @@ where float rounding decides a top_p cut or two equal scores. Rows do not influe
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -31,6 +29,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from penstock.nn.kernels import philox
+from penstock.nn.kernels.edits import Floats, Ids, RowEdits, RowParams
 from penstock.nn.kernels.philox import FIRST, GROUP, GROUP_BITS, REST
 
 MIN_TEMPERATURE = 1e-5  # lower is greedy
@@ -41,36 +40,6 @@ PIECE = 1 << 18  # scores of a wide nucleus worked on at once, so that they stay
 CROWDED = 8192  # candidates of one row that are worked on apart
 SORTABLE = 1024  # numbers per row up to which numpy's sort is the fastest way to the best of them
 NOT_A_NUMBER, NO_TOKEN = -1, -2  # in place of a token id: the row holds NaN; every token is forbidden
-
-Floats = NDArray[np.float32]
-Ids = NDArray[np.int64]
-
-
-@dataclass(slots=True)
-class RowParams:
-    """What each of N rows asks for; arrays of length N. Values off: top_k 0, top_p 1, min_p 0."""
-
-    temperature: NDArray[np.float32]
-    top_k: Ids
-    top_p: NDArray[np.float64]
-    min_p: NDArray[np.float64]
-    seeds: NDArray[np.uint64]
-    positions: Ids  # absolute, of the token being chosen
-
-    def take(self, rows: Ids) -> RowParams:
-        return RowParams(*(getattr(self, field.name)[rows] for field in fields(self)))
-
-
-def penalise(
-    scores: Tensor, counts: Tensor, repetition: Tensor | float, frequency: Tensor | float, presence: Tensor | float
-) -> Tensor:
-    """Scores [M] of tokens that occurred: `counts` [M] times in the output (0: in the prompt alone), penalised.
-
-    `repetition` divides a positive score and multiplies another; then `frequency * counts` is taken off, and `presence`
-    where the count is not 0. Source: Keskar et al. 2019 (CTRL), section 4.1; the OpenAI API; vLLM's order.
-    """
-    scores = torch.where(scores > 0, scores / repetition, scores * repetition)
-    return scores - frequency * counts - presence * (counts > 0)
 
 
 # Reference: sorts, float64, noise for every token. Also what devices other than the CPU run.
@@ -373,6 +342,19 @@ def _wide_p_floors(scores: Tensor, chances: Tensor, best: Floats, params: RowPar
 
 
 # Chooser
+
+
+class DenseScores:
+    """The `Scores` of plain torch: float32 [N, V] on any device, which are overwritten where rows have edits."""
+
+    def __init__(self, scores: Tensor) -> None:
+        self._scores = scores.contiguous()
+
+    def choose(self, params: RowParams, edits: RowEdits | None, reported: Ids) -> tuple[Ids, Tensor]:
+        raw = self._scores[torch.from_numpy(reported)] if len(reported) else self._scores[:0]
+        if edits is not None:
+            edits.apply(self._scores)
+        return choose(self._scores, params), raw
 
 
 def choose(scores: Tensor, params: RowParams) -> Ids:

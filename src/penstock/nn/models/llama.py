@@ -8,7 +8,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from penstock.config.model import ModelConfig
-from penstock.nn.doors import Batch, Buffer, Recorder
+from penstock.nn.doors import Batch, Buffer, Recorder, Scores
+from penstock.nn.kernels.sampling import DenseScores
 from penstock.nn.layers.attention import SelfAttention
 from penstock.nn.layers.embed import Embedding
 from penstock.nn.layers.linear import Linear
@@ -69,6 +70,9 @@ class LlamaModel(nn.Module):
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden [N, hidden] to float32 [N, vocab_size]."""
         return self.head(hidden).float()
+
+    def scores(self, hidden: Tensor) -> Scores:
+        return DenseScores(self.logits(hidden))
 
 
 def routes(config: ModelConfig) -> list[Route]:

@@ -123,8 +123,8 @@ class Layout:
 def match(checkpoint: Checkpoint, model: nn.Module, routes: Sequence[Route], packer: Packer | None = None) -> Layout:
     """Pair stored tensors with parameters. Raises a CheckpointError unless every parameter is filled exactly once.
 
-    The packer is asked last, when nothing is wrong. Errors: UnknownTensor, MissingTensor, WrongShape, WrongDtype. A route
-    that names no parameter of the model, or rows that overlap, are bugs of the model family and fail an assertion.
+    The packer is asked last, when nothing is wrong. Errors: UnknownTensor, MissingTensor, WrongShape, WrongDtype.
+    A route that names no parameter of the model, or rows that overlap, are bugs of the family and fail an assertion.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     strays = [route.target for route in routes if route.target not in parameters]
