@@ -16,6 +16,7 @@ import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
@@ -164,21 +165,19 @@ def measure_offline(config: Config, input_len: int, timeout_s: float = 300.0) ->
     """Start a Python that makes an LLM and asks for one token. Raises StartFailed."""
     told = {"settings": chosen_settings(config), "prompt": _prompt(input_len)}
     begin_s = time.monotonic()
-    process = subprocess.Popen(
+    with subprocess.Popen(
         [sys.executable, "-c", OFFLINE, json.dumps(told)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-    )
-    assert process.stdout is not None
-    try:
+    ) as process:
+        killer = threading.Timer(timeout_s, process.kill)
+        killer.start()
+        assert process.stdout is not None
         line = process.stdout.readline()  # empty when it has failed: its error is on the terminal
-        if not line:
-            raise StartFailed(f"the Python process ended with exit code {process.wait(timeout_s)}")
-        found = json.loads(line)
         used = usage(process.pid)
-        process.communicate(timeout=timeout_s)
-    finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        process.communicate()
+        killer.cancel()
+    if not line:
+        raise StartFailed(f"the Python process ended with exit code {process.returncode}")
+    found = json.loads(line)
     total_s, ready_s = found["first_s"] - begin_s, found["ready_s"] - begin_s
     stages = [(str(name), float(seconds)) for name, seconds in found["rows"]]
     rows = [("python", ready_s - sum(seconds for _, seconds in stages)), *stages]

@@ -53,10 +53,11 @@ QUANTIZATION = {
 
 @dataclass(slots=True)
 class BuiltEngine:
-    """An engine that can take requests, and what it tells about itself."""
+    """An engine that can take requests, and what it tells about itself. `runner`: for those who measure it."""
 
     engine: Engine
     executor: InlineExecutor | ThreadExecutor
+    runner: Runner
     ready: Ready
 
 
@@ -164,7 +165,7 @@ def _build(resolved: Resolved, progress: ProgressCallback, stages: Stages, arena
         memory=list(resolved.memory.rows),
         timeline=stages.rows,
     )
-    return BuiltEngine(engine, executor, ready)
+    return BuiltEngine(engine, executor, runner, ready)
 
 
 def _native_weights(resolved: Resolved, model: LlamaModel, arena: Any | None) -> tuple[PackedWeights | None, str]:
