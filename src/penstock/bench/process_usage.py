@@ -20,14 +20,16 @@ class Usage:
 
 
 def usage(pid: int) -> Usage | None:
-    """Of a process; None where there is no /proc or no such process."""
+    """Of a process; None where there is no /proc or no such process, or one that has ended."""
     try:
         status = Path(f"/proc/{pid}/status").read_text(encoding="utf-8")
         fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
     except OSError:
         return None
-    peak_kb = next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:"))
-    return Usage(peak_kb / 1024, (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
+    peaks_kb = [int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")]
+    if not peaks_kb:
+        return None
+    return Usage(peaks_kb[0] / 1024, (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK"))
 
 
 def children(pid: int) -> list[tuple[int, str]]:
