@@ -187,6 +187,8 @@ def _native_weights(resolved: Resolved, model: LlamaModel, arena: Any | None) ->
         check_layout(resolved.layout)
         weights = PackedWeights(model, config.runtime.num_threads, QUANTIZATION[scheme], arena)
     except Unsupported as error:
+        if arena is not None:
+            arena.finish()  # its memory was for nothing
         if scheme != "none":
             raise ConfigError(f"{scheme} needs native kernels: {error}", "--quantization") from None
         if wanted != "auto":
