@@ -26,7 +26,7 @@ MAX_PIECES = 256  # of an extent: one preadv takes at most IOV_MAX = 1024 buffer
 # On the CPU a cast reads what `preadv` has just written: 4 MiB are still in the cache then (16 MiB: a fifth slower).
 CAST_CHUNK_BYTES = 4 * 1024 * 1024
 # What is packed goes through the nearest cache of its own: read by `preadv`, out of there into its place by the packer.
-PACK_CHUNK_BYTES = 256 * 1024
+PACK_CHUNK_BYTES = 1024 * 1024
 PACK_ROWS = 16  # rows of a packed block: pieces for a packer are cut there
 _SLOT_ALIGN = 64  # bytes; a slot is viewed as float32 at piece starts, and packers read it in whole cache lines
 
