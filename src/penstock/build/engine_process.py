@@ -48,6 +48,7 @@ def main(encoded: bytes, address: SimpleQueue[str], start_s: float) -> int:
         return _tell(wire, error)
     finally:
         wire.close()
+        gc.unfreeze()  # so that the interpreter takes everything down
 
 
 def _tell(wire: ZmqWire, error: Exception) -> int:
