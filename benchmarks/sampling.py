@@ -3,7 +3,8 @@
 Batches of decode rows, and two kinds of scores: `peaked` (Zipf-like, entropy of about 2 nats, as a trained model's) and
 `flat` (normal with deviation 2, the worst case of top_p). Methods, in turns:
 
-    penstock     Sampler.sample: everything from float32 scores to token ids, seeded noise included
+    penstock     Sampler.sample in plain torch and numpy: from float32 scores to token ids, seeded noise included
+    native       the same with the native sampler, on one thread (a step deals its rows to all threads, beside the head)
     full_sort    what sorting costs in plain torch: sort, cut top-k and top-p, softmax, min-p, exponential race, argmax
                  (greedy: torch.argmax; temperature: softmax and exponential race, no sort)
     every_token  temperature only: Philox noise drawn for the whole vocabulary, then argmax; shows what bounds save
@@ -35,6 +36,7 @@ from penstock.core.plan import Admitted
 from penstock.core.request import SamplingParams
 from penstock.nn.kernels import philox
 from penstock.nn.kernels.edits import RowParams
+from penstock.nn.kernels.native import NativeScores, usable_kernels
 from penstock.nn.kernels.sampling import DenseScores, choose_reference
 from penstock.runner.sampler import Sampler
 
@@ -144,6 +146,10 @@ def run_case(scores: Tensor, fields: dict[str, Any], repeats: int) -> dict[str, 
         "penstock": lambda: sampler.sample(DenseScores(scores), slots, positions),
         "full_sort": lambda: full_sort(scores, params),
     }
+    if usable_kernels():
+        native = NativeScores(scores, usable_kernels()[0])
+        check(scores, sampler.sample(native, slots, positions).token_ids, params)
+        methods["native"] = lambda: sampler.sample(native, slots, positions)
     if params.temperature > 0 and params.top_k <= 0 and params.top_p >= 1:
         methods["every_token"] = lambda: every_token(scores, params.temperature)
     return timed(methods, repeats)

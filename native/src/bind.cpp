@@ -329,6 +329,7 @@ private:
 }  // namespace
 
 NB_MODULE(_native, m) {
+    nb::set_leak_warnings(false);  // what is alive at exit is what its user kept alive
     m.attr("KV_BLOCK") = KV_BLOCK;
     m.attr("COLUMNS") = COLUMNS;
     m.def("kernels", [] {

@@ -45,7 +45,7 @@ struct Scaled {  // c += sums * scale
 
 // M rows by BLOCKS blocks over a chunk of K; fetch(p) asks for what is needed later.
 template <int M, int BLOCKS, class Pairs, class Chunk, class Fetch>
-static void product(const Pairs& w, const Chunk& chunk, const bf16* a, std::size_t stride, int num_pairs, float* c,
+static PENSTOCK_APART void product(const Pairs& w, const Chunk& chunk, const bf16* a, std::size_t stride, int num_pairs, float* c,
                     std::size_t c_stride, Fetch fetch) {
     Sums<M, BLOCKS> sums;
     chunk.start(sums, c, c_stride);

@@ -82,14 +82,30 @@ struct IntBlocks {  // a packed matrix from some block on
         : weight(w), block(b), block_bytes(bytes), data(static_cast<const char*>(w.data) + b * bytes) {}
 };
 
-template <int M, int BLOCKS, bool FETCH>
-static void product_w8a8(const IntBlocks& b, const Rows& rows, int row, float* c, std::size_t c_stride) {
+constexpr int NEVER = 0x7fffffff;  // lines
+
+// Which lines of the blocks that come after these a tile asks for: tiles take turns, so that memory is read all the time
+// and not by the first tile alone, which waits for its own lines.
+template <int BLOCKS>
+struct Turns {
+    static constexpr int BLOCKS_AT_ONCE = BLOCKS;
+    int tiles, wait;  // lines until this tile's turn
+    PENSTOCK_INLINE void fetch(const char* w, std::size_t block_bytes) {
+        if (wait--) return;
+        wait = tiles - 1;
+        PENSTOCK_UNROLL for (int j = 0; j < BLOCKS; j++) _mm_prefetch(w + (BLOCKS + j) * block_bytes, _MM_HINT_T1);
+    }
+};
+
+template <int M, int BLOCKS, bool FIRST>
+static PENSTOCK_APART void product_w8a8(const IntBlocks& b, const Rows& rows, int row, float* c, std::size_t c_stride, Turns<BLOCKS> turns) {
     const std::int8_t* a = static_cast<const std::int8_t*>(rows.data) + row * rows.stride;
     IntSums<M, BLOCKS> sums;
     sums.zero();
     const char* w = b.data;
     for (int k = 0; k < b.weight.k_pad; k += 4, w += 64) {
-        if constexpr (FETCH) fetch_blocks<BLOCKS>(w + FAR, b.block_bytes);
+        if constexpr (FIRST) fetch_blocks<BLOCKS>(w + FAR, b.block_bytes);
+        turns.fetch(w, b.block_bytes);
         sums.add(a + k, rows.stride, w, b.block_bytes);
     }
     __m512i exact[BLOCKS][M];
@@ -106,8 +122,8 @@ static void product_w8a8(const IntBlocks& b, const Rows& rows, int row, float* c
     }
 }
 
-template <int M, int BLOCKS, bool FETCH>
-static void product_w4a8(const IntBlocks& b, const Rows& rows, int row, float* c, std::size_t c_stride) {
+template <int M, int BLOCKS, bool FIRST>
+static PENSTOCK_APART void product_w4a8(const IntBlocks& b, const Rows& rows, int row, float* c, std::size_t c_stride, Turns<BLOCKS> turns) {
     int groups = b.weight.k_pad / GROUP;
     __m512i mask = _mm512_set1_epi8(15);
     for (int g = 0; g < groups; g++) {
@@ -118,7 +134,8 @@ static void product_w4a8(const IntBlocks& b, const Rows& rows, int row, float* c
         IntSums<M, BLOCKS> sums;
         sums.zero();
         for (int k = 0; k < left && k < GROUP; k += 8, w += 64) {  // the low nibbles of 64 bytes, then the high ones
-            if constexpr (FETCH) fetch_blocks<BLOCKS>(w + FAR, b.block_bytes);
+            if constexpr (FIRST) fetch_blocks<BLOCKS>(w + FAR, b.block_bytes);
+            turns.fetch(w, b.block_bytes);
             sums.add_nibbles(a + k, rows.stride, [&](int j) {
                 return _mm512_and_si512(_mm512_load_si512(w + j * b.block_bytes), mask);
             });
@@ -143,16 +160,18 @@ static void product_w4a8(const IntBlocks& b, const Rows& rows, int row, float* c
     }
 }
 
-// product(Count<rows>, Count<blocks>, Count<is first>, first row, first block, c) over all of m rows and cols columns.
+// product(Count<rows>, Count<is first>, first row, first block, c, turns) over all of m rows and cols columns.
 template <int BLOCKS, class F>
 static PENSTOCK_INLINE void each_rows(int m, int block, float* c, std::size_t c_stride, F product) {
     if (m <= MOST_ROWS<BLOCKS>)
         return with_rows<MOST_ROWS<BLOCKS>>(m, [&](auto rows) {
-            product(rows, Count<BLOCKS>{}, Count<1>{}, 0, block, c);
+            product(rows, Count<1>{}, 0, block, c, Turns<BLOCKS>{1, NEVER});
         });
+    int tiles = (m + TILE_ROWS - 1) / TILE_ROWS, tile = 0;
     each_tile(m, [&](auto rows, int row) {
-        if (row == 0) product(rows, Count<BLOCKS>{}, Count<1>{}, row, block, c);
-        else product(rows, Count<BLOCKS>{}, Count<0>{}, row, block, c + row * c_stride);
+        Turns<BLOCKS> turns{tiles, tile++};
+        if (row == 0) product(rows, Count<1>{}, row, block, c, turns);
+        else product(rows, Count<0>{}, row, block, c + row * c_stride, turns);
     });
 }
 
@@ -169,18 +188,18 @@ static PENSTOCK_INLINE void each_piece(int m, int col, int cols, float* c, std::
 static void gemm_w8a8(const Weight& weight, const Rows& rows, int m, int col, int cols, float* c,
                       std::size_t c_stride) {
     std::size_t block_bytes = static_cast<std::size_t>(weight.k_pad) * COLUMNS;
-    each_piece(m, col, cols, c, c_stride, [&](auto count, auto blocks, auto fetch, int row, int block, float* to) {
+    each_piece(m, col, cols, c, c_stride, [&](auto count, auto first, int row, int block, float* to, auto turns) {
         IntBlocks from(weight, block, block_bytes);
-        product_w8a8<count.value, blocks.value, fetch.value == 1>(from, rows, row, to, c_stride);
+        product_w8a8<count.value, turns.BLOCKS_AT_ONCE, first.value == 1>(from, rows, row, to, c_stride, turns);
     });
 }
 
 static void gemm_w4a8(const Weight& weight, const Rows& rows, int m, int col, int cols, float* c,
                       std::size_t c_stride) {
     std::size_t block_bytes = static_cast<std::size_t>(weight.k_pad) * COLUMNS / 2;
-    each_piece(m, col, cols, c, c_stride, [&](auto count, auto blocks, auto fetch, int row, int block, float* to) {
+    each_piece(m, col, cols, c, c_stride, [&](auto count, auto first, int row, int block, float* to, auto turns) {
         IntBlocks from(weight, block, block_bytes);
-        product_w4a8<count.value, blocks.value, fetch.value == 1>(from, rows, row, to, c_stride);
+        product_w4a8<count.value, turns.BLOCKS_AT_ONCE, first.value == 1>(from, rows, row, to, c_stride, turns);
     });
 }
 

@@ -5,6 +5,8 @@
 // stored: memory-bound for few rows, bound by the multipliers for many. With VDPBF16PS where the machine has it, else
 // with two float32 products per pair (bf16 is the upper half of a float32). Knows no scales.
 #define PENSTOCK_INLINE inline __attribute__((always_inline))
+// Inlined among others, GCC 12 keeps some of the sums in memory.
+#define PENSTOCK_APART __attribute__((noinline))
 #define PENSTOCK_UNROLL _Pragma("GCC unroll 12")
 
 namespace penstock::PENSTOCK_ISA {

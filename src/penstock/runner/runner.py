@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import nullcontext
 from typing import Protocol
 
 import numpy as np
@@ -47,11 +48,16 @@ class Runner:
         self.store = store
         self.sampler = sampler
         self.table = table
+        # Entering this mode takes as long as all index arrays of a step: only torch's own modules need it.
+        self._without_autograd = torch.inference_mode if isinstance(model, torch.nn.Module) else nullcontext
         self._wants_prompt_logprobs: dict[str, tuple[int, int]] = {}  # request id -> (how many, prompt_len)
 
-    @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
         """Apply `released` and `admitted`, compute the rows, sample where they end. Exactness: E1 in plain torch."""
+        with self._without_autograd():
+            return self._run(plan)
+
+    def _run(self, plan: StepPlan) -> StepResult:
         begin = time.perf_counter()
         self._apply(plan)
         inputs = self.table.prepare(plan)
@@ -61,8 +67,8 @@ class Runner:
         )
         hidden = self.model(batch)
         result = StepResult(plan.step, [])
-        self._prompt_logprobs(plan, inputs, hidden, result)
-        self._fail_broken_chunks(plan, inputs, hidden, result)
+        if self._wants_prompt_logprobs:
+            self._prompt_logprobs(plan, inputs, hidden, result)
         self._sample(plan, inputs, hidden, result)
         self.table.num_computed[inputs.slots] += inputs.nums
         result.seconds = time.perf_counter() - begin
@@ -81,22 +87,24 @@ class Runner:
                     wanted = (admitted.params.prompt_logprobs, admitted.prompt_len)
                     self._wants_prompt_logprobs[admitted.request_id] = wanted
 
-    def _fail_broken_chunks(self, plan: StepPlan, inputs: StepInputs, hidden: Tensor, result: StepResult) -> None:
-        """Rows that do not sample are looked at too: a NaN must not be published with the prompt's first blocks."""
-        rows = [i for i, row in enumerate(plan.rows) if not row.samples]
-        if rows:
-            last = torch.from_numpy(inputs.query_start[1:][rows] - 1)
-            for n in hidden[last].isnan().any(-1).nonzero().flatten().tolist():
-                self._fail(plan.rows[rows[n]], "the model's states for the prompt are not numbers (NaN)", result)
+    def _fail_broken_chunks(
+        self, plan: StepPlan, rows: list[int], inputs: StepInputs, hidden: Tensor, result: StepResult
+    ) -> None:
+        """`rows` that do not sample are looked at too: a NaN must not be published with the prompt's first blocks."""
+        last = torch.from_numpy(inputs.query_start[1:][rows] - 1)
+        for n in hidden[last].isnan().any(-1).nonzero().flatten().tolist():
+            self._fail(plan.rows[rows[n]], "the model's states for the prompt are not numbers (NaN)", result)
 
     def _sample(self, plan: StepPlan, inputs: StepInputs, hidden: Tensor, result: StepResult) -> None:
         """Choose the next token of every row that reaches the end of its known tokens."""
-        samples = [row.samples for row in plan.rows]
-        every = all(samples)
-        sampling = range(len(samples)) if every else [i for i, does in enumerate(samples) if does]
-        if not sampling:
-            result.tokens = [[] for _ in plan.rows]
-            return
+        silent = [i for i, row in enumerate(plan.rows) if not row.samples]
+        every = not silent
+        sampling = range(len(plan.rows)) if every else [i for i, row in enumerate(plan.rows) if row.samples]
+        if silent:
+            self._fail_broken_chunks(plan, silent, inputs, hidden, result)
+            if len(silent) == len(plan.rows):
+                result.tokens = [[] for _ in plan.rows]
+                return
         last = inputs.query_start[1:] - 1
         ends = inputs.starts + inputs.nums
         slots = inputs.slots
@@ -130,8 +138,6 @@ class Runner:
 
     def _prompt_logprobs(self, plan: StepPlan, inputs: StepInputs, hidden: Tensor, result: StepResult) -> None:
         """Log probabilities of the prompt tokens that follow the positions of rows that asked for them."""
-        if not self._wants_prompt_logprobs:
-            return
         for i, row in enumerate(plan.rows):
             wanted = self._wants_prompt_logprobs.get(row.request_id)
             if wanted is None or row.num_logits < row.num_tokens:

@@ -160,6 +160,16 @@ def edits_of(admitted: Admitted, vocab_size: int) -> Edits:
     )
 
 
+@dataclass(slots=True)
+class _Gathered:
+    """What the requests of some slots ask for. The positions of `params` are those of the last step."""
+
+    slots: Ints
+    wishes: NDArray[np.uint8]
+    any_wish: int
+    params: RowParams
+
+
 class Sampler:
     """Chooses tokens for slots. Used by one rank from one thread: `admit`, then per step `sample` and `accept`."""
 
@@ -173,9 +183,11 @@ class Sampler:
         self._min_p = np.zeros(num_slots, np.float64)
         self._seeds = np.zeros(num_slots, np.uint64)
         self._edits: dict[int, Edits] = {}
+        self._gathered: _Gathered | None = None  # of the last step: decodes come in the same order again and again
 
     def admit(self, slot: int, admitted: Admitted) -> None:
         """Take a request in at `slot`, which holds nobody; also when it comes back after preemption."""
+        self._gathered = None
         params = admitted.params
         self._temperature[slot] = params.temperature
         self._top_k[slot] = params.top_k
@@ -216,18 +228,12 @@ class Sampler:
         penalties and bad words then see what `accept` was told, for all of them. A row that cannot be sampled fails
         alone. The logprobs are of the scores before edits.
         """
-        wishes = self._wishes[slots]
-        any_wish = int(np.bitwise_or.reduce(wishes)) if len(wishes) else 0
+        if self._gathered is None or not np.array_equal(self._gathered.slots, slots):
+            self._gathered = self._gather(slots)
+        wishes, any_wish, params = self._gathered.wishes, self._gathered.any_wish, self._gathered.params
+        params.positions = np.asarray(positions, np.int64)
         reporting = np.flatnonzero(wishes & REPORTS) if any_wish & REPORTS else NO_IDS
         edits = self._row_edits(wishes, slots, positions) if any_wish & (CONSTRAINS | PENALISES) else None
-        params = RowParams(
-            self._temperature[slots],
-            self._top_k[slots],
-            self._top_p[slots],
-            self._min_p[slots],
-            self._seeds[slots],
-            np.asarray(positions, np.int64),
-        )
         token_ids, raw = scores.choose(params, edits, reporting)
         output = SampleOutput(token_ids)
         if len(token_ids) and token_ids.min() < 0:
@@ -236,6 +242,18 @@ class Sampler:
         if any_wish & REPORTS:
             self._report(raw, reporting, slots, output)
         return output
+
+    def _gather(self, slots: Ints) -> _Gathered:
+        wishes = self._wishes[slots]
+        params = RowParams(
+            self._temperature[slots],
+            self._top_k[slots],
+            self._top_p[slots],
+            self._min_p[slots],
+            self._seeds[slots],
+            NO_IDS,
+        )
+        return _Gathered(np.array(slots), wishes, int(np.bitwise_or.reduce(wishes)) if len(wishes) else 0, params)
 
     def _row_edits(self, wishes: NDArray[np.uint8], slots: Ints, positions: Ints) -> RowEdits:
         """The edits of a batch's rows as flat lists."""
