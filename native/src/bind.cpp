@@ -4,6 +4,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/pair.h>
+#include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
@@ -12,10 +13,12 @@
 #include <algorithm>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <stdexcept>
 #include <vector>
 
+#include "arena.hpp"
 #include "ceilings.hpp"
 #include "cpu.hpp"
 #include "pack.hpp"
@@ -43,12 +46,14 @@ const Kernels& kernels_named(const std::string& name) {
 // Packed bytes and what belongs to them. Filled in pieces of whole blocks, then only read.
 class PackedWeight {
 public:
-    PackedWeight(int format, int n, int k) : bytes_(packed_bytes(static_cast<Format>(format), n, k)) {
+    PackedWeight(int format, int n, int k, std::shared_ptr<Arena> arena)
+        : bytes_(packed_bytes(static_cast<Format>(format), n, k)) {
         weight_.format = static_cast<Format>(format);
         bool groups = weight_.format == Format::INT4 || weight_.format == Format::W4A8;
         weight_.n = n, weight_.k = k;
         weight_.n_pad = static_cast<int>(up(n, COLUMNS)), weight_.k_pad = static_cast<int>(up(k, groups ? GROUP : K_ALIGN));
-        data_ = pages(bytes_);
+        if (char* at = arena ? arena->take(bytes_) : nullptr) data_ = std::shared_ptr<char>(std::move(arena), at);
+        else data_ = pages(bytes_);  // no arena, or it is full
         weight_.data = data_.get();
         if (weight_.format != Format::BF16) {
             scale_.assign(groups ? static_cast<std::size_t>(weight_.n_pad) * (weight_.k_pad / GROUP) : weight_.n_pad, 0.0f);
@@ -71,18 +76,25 @@ public:
         weight_.bias = bias_.data();
     }
 
-    // Output columns [begin, begin + rows.shape[0]) from bf16 rows, quantized on the way.
-    void fill(Team& team, int begin, Matrix<std::uint16_t> rows) {
-        check(begin, rows.shape(0), rows.shape(1));
-        if (rows.stride(1) != 1) throw std::invalid_argument("rows must be contiguous");
+    // bf16 rows, quantized on the way, into blocks of 16 output columns from column `begin` on: every block, or only
+    // each `every`-th. Without a team on the calling thread; several threads may fill different blocks at once.
+    void fill(Team* team, int begin, Matrix<std::uint16_t> rows, int every) {
         int num = static_cast<int>(rows.shape(0)), blocks = static_cast<int>(up(num, COLUMNS)) / COLUMNS;
+        if (every < 1 || (every > 1 && num % COLUMNS)) throw std::invalid_argument("the rows do not fit the weight");
+        if (every > 1) check(begin, static_cast<std::size_t>(blocks - 1) * every * COLUMNS + COLUMNS, rows.shape(1));
+        else check(begin, rows.shape(0), rows.shape(1));
+        if (rows.stride(1) != 1) throw std::invalid_argument("rows must be contiguous");
         const bf16* from = rows.data();
         std::size_t stride = rows.stride(0);
+        auto fill = [&](int first, int last) {
+            for (int block = first; block < last; block++) {
+                int at = block * COLUMNS;
+                fill_block(begin + at * every, std::min(COLUMNS, num - at), from + at * stride, stride);
+            }
+        };
         nb::gil_scoped_release unlocked;
-        team.run([&](int member) {
-            int first = blocks * member / team.size(), last = blocks * (member + 1) / team.size();
-            for (int block = first; block < last; block++) fill_block(begin, block, num, from, stride);
-        });
+        if (!team) return fill(0, blocks);
+        team->run([&](int member) { fill(blocks * member / team->size(), blocks * (member + 1) / team->size()); });
     }
 
     // Columns that are quantized already: int8 rows with float32 scales [rows] or [rows][groups].
@@ -125,11 +137,10 @@ private:
         else scale_[(static_cast<std::size_t>(column / COLUMNS) * (weight_.k_pad / GROUP) + group) * COLUMNS + column % COLUMNS] = value;
     }
 
-    void fill_block(int begin, int block, int num, const bf16* rows, std::size_t stride) {
-        int at = block * COLUMNS, count = std::min(COLUMNS, num - at), k = weight_.k;
-        const bf16* from = rows + at * stride;
+    void fill_block(int column, int count, const bf16* from, std::size_t stride) {
+        int k = weight_.k;
         if (weight_.format == Format::BF16) {
-            pack_bf16(from, stride, nullptr, count, k, 0, COLUMNS, block_of(begin + at));
+            pack_bf16(from, stride, nullptr, count, k, 0, COLUMNS, block_of(column));
             return;
         }
         int groups = is_grouped() ? (k + GROUP - 1) / GROUP : 1;
@@ -137,9 +148,9 @@ private:
         std::vector<float> scales(static_cast<std::size_t>(count) * groups);
         if (is_grouped()) quantize_int4(from, stride, count, k, integers.data(), scales.data());
         else quantize_int8(from, stride, count, k, integers.data(), scales.data());
-        pack_integers(begin + at, count, integers.data(), k);
+        pack_integers(column, count, integers.data(), k);
         for (int j = 0; j < count; j++)
-            for (int g = 0; g < groups; g++) set_scale(begin + at + j, g, scales[static_cast<std::size_t>(j) * groups + g]);
+            for (int g = 0; g < groups; g++) set_scale(column + j, g, scales[static_cast<std::size_t>(j) * groups + g]);
     }
 
     void pack_integers(int begin, int count, const std::int8_t* rows, std::size_t stride) {
@@ -350,9 +361,14 @@ NB_MODULE(_native, m) {
         return product_rate(kernels_named(kernels), team, static_cast<Format>(format));
     }, "kernels"_a, "team"_a, "format"_a);
 
+    nb::class_<Arena>(m, "Arena")
+        .def(nb::new_([](std::size_t bytes) { return std::make_shared<Arena>(bytes); }), "num_bytes"_a)
+        .def("finish", &Arena::finish, nb::call_guard<nb::gil_scoped_release>())
+        .def_prop_ro("taken_bytes", &Arena::taken_bytes);
+
     nb::class_<PackedWeight>(m, "PackedWeight")
-        .def(nb::init<int, int, int>(), "format"_a, "n"_a, "k"_a)
-        .def("fill", &PackedWeight::fill, "team"_a, "begin"_a, "rows"_a.noconvert())
+        .def(nb::init<int, int, int, std::shared_ptr<Arena>>(), "format"_a, "n"_a, "k"_a, "arena"_a.none() = nb::none())
+        .def("fill", &PackedWeight::fill, "team"_a.none(), "begin"_a, "rows"_a.noconvert(), "every"_a = 1)
         .def("fill_quantized", &PackedWeight::fill_quantized, "begin"_a, "rows"_a.noconvert(), "scales"_a.noconvert())
         .def("unpack", &PackedWeight::unpack, "out"_a.noconvert())
         .def("set_bias", &PackedWeight::set_bias, "bias"_a.noconvert())

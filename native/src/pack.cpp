@@ -31,17 +31,43 @@ std::size_t place(Format format, int j, int k) {
     return 0;
 }
 
+// A whole block of bf16, 16 rows from `rows` on, up to the last multiple of 8 in K: returns that. Pairs are transposed in
+// tiles of 4 x 4 (Zen 4: 14 to 27 GB/s of one core; pair by pair 5 to 6): loading waits for this.
+int pack_tiles(const bf16* rows, std::size_t stride, int k, bf16* at) {
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+    typedef std::uint32_t Pairs __attribute__((vector_size(16)));
+    int whole = k / 8 * 8;
+    for (int i = 0; i < whole; i += 8)
+        for (int c = 0; c < COLUMNS; c += 4) {
+            Pairs r[4];
+            for (int j = 0; j < 4; j++) std::memcpy(&r[j], rows + (c + j) * stride + i, sizeof(Pairs));
+            Pairs a = __builtin_shufflevector(r[0], r[1], 0, 4, 1, 5), b = __builtin_shufflevector(r[2], r[3], 0, 4, 1, 5);
+            Pairs d = __builtin_shufflevector(r[0], r[1], 2, 6, 3, 7), e = __builtin_shufflevector(r[2], r[3], 2, 6, 3, 7);
+            Pairs to[4] = {__builtin_shufflevector(a, b, 0, 1, 4, 5), __builtin_shufflevector(a, b, 2, 3, 6, 7),
+                           __builtin_shufflevector(d, e, 0, 1, 4, 5), __builtin_shufflevector(d, e, 2, 3, 6, 7)};
+            for (int j = 0; j < 4; j++) std::memcpy(at + place(Format::BF16, c, i + 2 * j), &to[j], sizeof(Pairs));
+        }
+    return whole;
+#endif
+#endif
+    return 0;
+}
+
 template <class T>
 void pack_elements(Format format, const T* rows, std::size_t stride, const std::int32_t* order, int n, int k, int begin,
                    int end, T* to) {
     std::size_t block = up(k, K_ALIGN) * COLUMNS;
     for (int j = begin; j < end; j += COLUMNS) {
         T* at = to + j / COLUMNS * block;
-        std::memset(at, 0, block * sizeof(T));
+        if (n - j < COLUMNS || k % K_ALIGN) std::memset(at, 0, block * sizeof(T));
+        int done = 0;
+        if constexpr (sizeof(T) == sizeof(bf16))
+            if (!order && n - j >= COLUMNS) done = pack_tiles(rows + j * stride, stride, k, at);
         for (int c = 0; c < COLUMNS && j + c < n; c++) {
             const T* from = rows + (order ? order[j + c] : j + c) * stride;
-            if (format == Format::BF16) {  // pairs at once: loading waits for this
-                int i = 0;
+            if (format == Format::BF16) {
+                int i = done;
                 for (; i + 1 < k; i += 2) std::memcpy(at + place(format, c, i), from + i, 2 * sizeof(T));
                 if (i < k) at[place(format, c, i)] = from[i];
             } else {

@@ -1,6 +1,7 @@
 """Offline use: `LLM(model=...).generate(prompts, params)` and `.chat(messages, params)`, as in vLLM.
 
 The engine runs in this process; prompts go through the very front end and scheduler that the server uses. No HTTP.
+torch is imported when the first LLM is made; its number of threads is as the caller left it except while one computes.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from penstock.build.engine import Stages, build_engine
+from penstock.build.start import Stages, begin, import_builder, no_collections
 from penstock.config.complete import complete
 from penstock.config.hardware import probe
 from penstock.config.load import model_directory, resolve
@@ -75,12 +76,17 @@ class LLM:
     def __init__(self, model: str | os.PathLike[str] = "penstock-tiny", **settings: Any) -> None:
         stages = Stages(time.monotonic())
         resolved = complete(resolve({"model": os.fspath(model), **settings}), probe())
+        arena = begin(resolved)
         self.config = resolved.config
         self.model_config = resolved.model
         assert self.config.model.tokenizer is not None
         self.tokenizer = load_tokenizer(model_directory(self.config.model.tokenizer))
         stages.done("configuration and tokenizer")
-        self._built = build_engine(resolved, lambda stage, done, total: None, stages)
+        with no_collections():
+            builder = import_builder()
+            stages.done("import torch")
+            self._built = builder.build_engine(resolved, lambda stage, done, total: None, stages, arena)
+        self.start_timeline = stages.rows  # (stage, seconds) of making this, in order
         front_wire, self._engine_wire = local_pair()
         self._front_wire = front_wire
         seeds = itertools.count(self.config.model.seed) if "seed" in settings else None
@@ -92,6 +98,7 @@ class LLM:
         )
         self._front.handle(self._built.ready, time.monotonic())
         self._ids = itertools.count()
+        stages.done("front end")
         self._renderer: ChatRenderer | None = None
 
     def generate(

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from penstock.bench import latency, startup, throughput
+from penstock.bench.process_usage import usage
 from penstock.bench.server_process import StartFailed
 from penstock.bench.startup import Start
 from penstock.config.values import ConfigError
@@ -63,7 +66,38 @@ def test_every_second_of_a_start_is_accounted_for(tmp_path: Path, capsys: pytest
     assert sum(rows.values()) == pytest.approx(data["median_total_s"], abs=1e-6)
     assert 0 < data["median_ready_s"] < data["median_total_s"]
     assert abs(rows["rounding"]) < 0.05  # the server's own rows are the truth to within what they print
-    assert "second by second" in capsys.readouterr().out
+    assert {"front end", "engine"} <= set(data["median_peak_mb"])
+    assert data["median_peak_mb"]["engine"] == pytest.approx(sum(data["floor_mb"].values()) + data["beyond_mb"])
+    assert 0 < data["floor_mb"]["weights"] < 60 and data["floor_mb"]["import torch"] > 50
+    assert data["median_cpu_s"]["engine"] > 0.1
+    printed = capsys.readouterr().out
+    assert "second by second" in printed and "beyond weights, KV and torch" in printed
+
+
+def test_an_offline_start(tmp_path: Path) -> None:
+    out = tmp_path / "s.json"
+    own = ["--offline", "--num-iters", "1", "--num-iters-warmup=0", "--input-len", "40", "--output-json", str(out)]
+    assert startup.main([*own, "penstock-tiny", *SMALL]) == 0
+    data = json.loads(out.read_text(encoding="utf-8"))
+    rows = dict(data["timeline"])
+    assert {"python", "import torch", "load weights", "prompt to first token"} <= set(rows)
+    assert sum(rows.values()) == pytest.approx(data["median_total_s"], abs=1e-6)
+    assert min(rows.values()) >= 0
+    assert data["offline"] is True and set(data["median_peak_mb"]) == {"python"}
+
+
+def test_an_offline_start_that_fails() -> None:
+    with pytest.raises(StartFailed, match="exit code 1"):
+        startup.measure_offline(startup._config(["penstock-tiny", "--max-model-len", "99999999"]), 8, 60)
+
+
+def test_usage_of_a_process() -> None:
+    used = usage(os.getpid())
+    assert used is not None and used.peak_mb > 10 and used.cpu_s > 0.1
+    memory = np.ones(40 << 17)  # 40 MiB, touched
+    after = usage(os.getpid())
+    assert after is not None and after.peak_mb >= used.peak_mb and after.cpu_s >= used.cpu_s
+    assert len(memory) and usage(2**22 + 1) is None
 
 
 def test_a_server_that_does_not_start_is_told_with_its_words() -> None:

@@ -69,7 +69,7 @@ def test_offline_gives_the_reference(llm: LLM, reference: dict[str, Any]) -> Non
 
 def test_the_logits_themselves(llm: LLM, reference: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Not only their differences: a constant on all of them would change no probability, and would be wrong."""
-    model = llm._built.executor._run.__self__.model
+    model = llm._built.runner.model
     seen: list[Any] = []
     compute = model.logits
 

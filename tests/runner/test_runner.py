@@ -20,7 +20,7 @@ def test_a_poisoned_prompt_harms_nobody_else(at: int) -> None:
     settings = {"max_num_batched_tokens": 32, "max_num_seqs": 4, "max_model_len": 96, "dtype": "float32"}
     with LLM(kv_cache_memory_bytes="2M", block_size=8, **settings) as llm:
         expected = [out.outputs[0].token_ids for out in llm.generate(prompts, GREEDY, use_tqdm=False)]
-        model = llm._built.executor._run.__self__.model
+        model = llm._built.runner.model
         with torch.no_grad():
             model.embed.weight = torch.nn.Parameter(model.embed.weight.clone(), requires_grad=False)
             model.embed.weight[POISON] = float("nan")  # the head keeps its own, sound copy

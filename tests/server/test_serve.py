@@ -24,7 +24,8 @@ from tests.server.tiny_model import MODEL, tiny_tokenizer
 from penstock.config.schema import Config, ModelOptions, ServerOptions
 from penstock.config.values import ConfigError
 from penstock.server.chat import Conversation
-from penstock.server.serve import listening_socket, sampling_defaults, served_model
+from penstock.server.port import listening_socket
+from penstock.server.serve import sampling_defaults, served_model
 
 SCRIPT = Path(__file__).with_name("serve_scripted.py")
 ROOT = SCRIPT.parents[2]

@@ -51,12 +51,16 @@ def engine_config(parsed: argparse.Namespace, **defaults: Any) -> Config:
 
 def open_llm(config: Config) -> Any:
     """An `LLM` with what the user set in any way. Through the package's lazy door, so that `--help` needs no torch."""
-    chosen = {
+    return penstock.LLM(**chosen_settings(config))
+
+
+def chosen_settings(config: Config) -> dict[str, Any]:
+    """What the user set in any way, as keyword arguments of `LLM`."""
+    return {
         name: getattr(getattr(config, item.section), name)
         for name, item in settings().items()
         if config.origins[name][0] in ("file", "env", "flag")
     }
-    return penstock.LLM(**chosen)
 
 
 def find_tokenizer(candidates: Iterable[str | None]) -> tuple[str, Tokenizer] | None:

@@ -1,32 +1,24 @@
-"""From a complete configuration to a running engine: model, weights, KV pools, runner, scheduler, executor.
-
-`python -m penstock.build.engine ADDRESS START` is an engine process: it reads its configuration from standard input,
-dials the front end's wire and serves until it is drained. START: when it was launched, monotonic seconds.
-"""
+"""From a complete configuration to a running engine: model, weights, KV pools, runner, scheduler, executor."""
 
 from __future__ import annotations
 
-import os
-import signal
-import sys
-import threading
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from penstock.build.handover import decode_resolved
+from penstock.build.start import Stages
 from penstock.config.complete import Resolved
 from penstock.config.values import ConfigError
+from penstock.core.plan import StepPlan, StepResult
 from penstock.core.scheduler import Scheduler, SchedulerLimits
 from penstock.engine.engine import Engine, EngineLimits
-from penstock.engine.loop import run_engine
-from penstock.engine.messages import Fatal, Progress, Ready
+from penstock.engine.messages import Ready
 from penstock.engine.ranks import InlineExecutor, ThreadExecutor
 from penstock.engine.recorder import RecordingScheduler, Setup
-from penstock.engine.wire import dial
 from penstock.nn.allocator import bound_kernel_caches, keep_freed_memory
 from penstock.nn.doors import AttentionBackend
 from penstock.nn.kernels.attention import PagedAttention
@@ -62,38 +54,63 @@ QUANTIZATION = {
 
 @dataclass(slots=True)
 class BuiltEngine:
-    """An engine that can take requests, and what it tells about itself."""
+    """An engine that can take requests, and what it tells about itself. `runner`: for those who measure it."""
 
     engine: Engine
     executor: InlineExecutor | ThreadExecutor
+    runner: Runner
     ready: Ready
 
 
-class Stages:
-    """The start-up timeline: which stage took how long. Consecutive, so that every second is accounted for."""
+def build_engine(
+    resolved: Resolved, progress: ProgressCallback, stages: Stages, arena: Any | None = None
+) -> BuiltEngine:
+    """Load the model and put an engine around it, weights into the arena where one was begun.
 
-    def __init__(self, start_s: float) -> None:
-        self.rows: list[tuple[str, float]] = []
-        self._last_s = start_s
-
-    def done(self, name: str) -> None:
-        """The time since the last call belongs to `name`."""
-        now = time.monotonic()
-        self.rows.append((name, now - self._last_s))
-        self._last_s = now
+    torch's number of threads is changed on the calling thread while this runs and while a step does, and is as before
+    in between. Raises CheckpointError, MemoryError.
+    """
+    config = resolved.config
+    assert config.runtime.num_threads is not None
+    with torch_threads(config.runtime.num_threads):
+        return _build(resolved, progress, stages, arena)
 
 
-def build_engine(resolved: Resolved, progress: ProgressCallback, stages: Stages) -> BuiltEngine:
-    """Load the model and put an engine around it. Raises CheckpointError, MemoryError; changes torch's thread count."""
+@contextmanager
+def torch_threads(number: int) -> Iterator[None]:
+    """torch's operations of the calling thread use `number` threads meanwhile (OpenMP keeps the number per thread)."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _stepping(run: Callable[[StepPlan], StepResult], threads: int) -> Callable[[StepPlan], StepResult]:
+    """`run` with torch on `threads` threads.
+
+    One beside native kernels: their team has the processors, what torch does there is small, and OpenMP's workers
+    would spin after each operation where nobody could tell them not to: in a process that imported torch before
+    penstock (config/openmp.py), steps of a small model took 2.5 times as long.
+    """
+
+    def step(plan: StepPlan) -> StepResult:
+        with torch_threads(threads):
+            return run(plan)
+
+    return step
+
+
+def _build(resolved: Resolved, progress: ProgressCallback, stages: Stages, arena: Any | None) -> BuiltEngine:
     config, shape = resolved.config, resolved.model
     assert config.runtime.num_threads is not None and config.model.max_model_len is not None
     keep_freed_memory()
     bound_kernel_caches()
-    torch.set_num_threads(config.runtime.num_threads)
     device, dtype = torch.device("cpu"), getattr(torch, config.model.dtype)
     progress("allocating", 0, 0)
     model = create_model(shape, dtype, device)
-    weights, kernels = _native_weights(resolved, model)
+    weights, kernels = _native_weights(resolved, model, arena)
     stages.done("allocate model")
     if config.model.load_format == "dummy":
         init_dummy(model, config.model.seed)
@@ -104,7 +121,7 @@ def build_engine(resolved: Resolved, progress: ProgressCallback, stages: Stages)
             model_routes(shape),
             threads=config.runtime.num_threads,
             progress=lambda done, total: progress("loading weights", done, total),
-            filled=None if weights is None else weights.take,
+            packer=weights,
         )
     stages.done("load weights")
     progress("allocating KV", 0, 0)
@@ -120,7 +137,8 @@ def build_engine(resolved: Resolved, progress: ProgressCallback, stages: Stages)
         computing = NativeModel(model, weights, layout, store.pools, kernels=kernels, max_tokens=max_tokens)
         attention = NativeAttention()
     runner = Runner(computing, attention, store, Sampler(max_num_seqs, shape.vocab_size), table)
-    executor = ThreadExecutor(runner.run) if config.scheduler.async_scheduling == "on" else InlineExecutor(runner.run)
+    run = _stepping(runner.run, config.runtime.num_threads if weights is None else 1)
+    executor = ThreadExecutor(run) if config.scheduler.async_scheduling == "on" else InlineExecutor(run)
     setup = Setup(
         layout=layout,
         num_blocks=num_blocks,
@@ -149,10 +167,10 @@ def build_engine(resolved: Resolved, progress: ProgressCallback, stages: Stages)
         memory=list(resolved.memory.rows),
         timeline=stages.rows,
     )
-    return BuiltEngine(engine, executor, ready)
+    return BuiltEngine(engine, executor, runner, ready)
 
 
-def _native_weights(resolved: Resolved, model: LlamaModel) -> tuple[PackedWeights | None, str]:
+def _native_weights(resolved: Resolved, model: LlamaModel, arena: Any | None) -> tuple[PackedWeights | None, str]:
     """(where native kernels take their weights, the kernels' name), or (None, why plain torch computes instead).
 
     Raises ConfigError when the settings ask for native kernels that cannot be had.
@@ -169,8 +187,10 @@ def _native_weights(resolved: Resolved, model: LlamaModel) -> tuple[PackedWeight
             name = "native" if wanted == "auto" else wanted
             raise Unsupported(f"this machine has no {name} kernels; usable: {', '.join(usable) or 'none'}")
         check_layout(resolved.layout)
-        weights = PackedWeights(model, config.runtime.num_threads, QUANTIZATION[scheme])
+        weights = PackedWeights(model, config.runtime.num_threads, QUANTIZATION[scheme], arena)
     except Unsupported as error:
+        if arena is not None:
+            arena.finish()  # its memory was for nothing
         if scheme != "none":
             raise ConfigError(f"{scheme} needs native kernels: {error}", "--quantization") from None
         if wanted != "auto":
@@ -183,41 +203,3 @@ def _scheduler(setup: Setup, record_path: str | None) -> Scheduler:
     if record_path is None:
         return setup.build()
     return RecordingScheduler(setup, Path(record_path).open("wb"))
-
-
-def main(address: str, encoded: bytes, start_s: float) -> int:
-    """The engine process: 0 after a drain, 1 after an error that the front end has been told."""
-    stages = Stages(start_s)
-    stages.done("import torch")
-    wire = dial(address)
-    resolved = decode_resolved(encoded)
-    try:
-        built = build_engine(resolved, lambda stage, done, total: wire.send(Progress(stage, done, total)), stages)
-        wire.send(built.ready)
-        run_engine(built.engine, built.executor, wire, time.monotonic)
-        built.executor.close()
-        return 0
-    except Exception as error:
-        if os.environ.get("PENSTOCK_DEBUG"):
-            raise
-        ours = type(error).__module__.startswith("penstock.") and str(error)  # says it all, for people
-        wire.send(Fatal(str(error) if ours else f"{type(error).__name__}: {error}"))
-        return 1
-    finally:
-        wire.close()
-
-
-def _leave_with_parent() -> None:
-    """Exit when the front end's end of standard input closes: it was killed and could not say anything."""
-    os.read(sys.stdin.fileno(), 1)  # not through the buffer: its lock would make Python's own shutdown fatal
-    os._exit(1)
-
-
-if __name__ == "__main__":
-    # The front end decides when to stop; a Ctrl-C in the terminal, or systemd, signals the whole process group.
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    size = int.from_bytes(sys.stdin.buffer.read(8), "little")
-    configuration = sys.stdin.buffer.read(size)
-    threading.Thread(target=_leave_with_parent, name="penstock-parent", daemon=True).start()
-    sys.exit(main(sys.argv[1], configuration, float(sys.argv[2])))

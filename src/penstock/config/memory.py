@@ -147,6 +147,12 @@ def weight_bytes(model: ModelConfig, dtype: str, quantization: str = "none") -> 
     return round(layers * LAYER_BYTES[quantization]) + head + table * item
 
 
+def packed_bytes(model: ModelConfig, quantization: str = "none") -> int:
+    """About what native kernels pack: the weights but for a token table that is not the head's."""
+    table = 0 if model.tied_embeddings else model.vocab_size * model.hidden_size * DTYPE_BYTES["bfloat16"]
+    return weight_bytes(model, "bfloat16", quantization) - table
+
+
 def request_blocks(group: KVGroup, num_tokens: int, max_num_batched_tokens: int) -> int:
     """Most blocks of a group that one request of `num_tokens` tokens holds at once.
 

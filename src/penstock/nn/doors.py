@@ -100,5 +100,8 @@ class Recorder(Protocol):
         norms: tuple[Tensor, Tensor, float] | None,
         rotary: tuple[Tensor, Tensor],
     ) -> Buffer:
-        """Heads of q, k and v to those of the result: norms (q, k, eps), rope by (cos, sin), cache, attention."""
+        """Heads of q, k and v to those of the result: norms (q, k, eps), rope by (cos, sin), cache, attention.
+
+        rotary: float32 [positions, D / 2] each.
+        """
         ...

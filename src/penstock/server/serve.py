@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import errno
 import gc
 import itertools
 import json
@@ -24,8 +23,7 @@ from typing import Any, Protocol
 
 import uvicorn
 
-from penstock.config.hardware import port_holder
-from penstock.config.schema import Config, ServerOptions
+from penstock.config.schema import Config
 from penstock.config.values import ConfigError
 from penstock.core.request import SamplingParams
 from penstock.engine.messages import Ready, Report, ToEngine
@@ -37,6 +35,7 @@ from penstock.server.chat import ChatRenderer, chosen_templates
 from penstock.server.http_limits import BoundedHead
 from penstock.server.live import Live
 from penstock.server.metrics import Metrics
+from penstock.server.port import listening_socket
 from penstock.server.state import Served, ServerState
 
 log = logging.getLogger("penstock.server")
@@ -107,45 +106,22 @@ def sampling_defaults(directory: Path) -> dict[str, Any]:
     return found
 
 
-def listening_socket(options: ServerOptions) -> socket.socket:
-    """Take the port, before anything loads. Raises ConfigError: in use (names the holder), forbidden, no such host."""
-    host, port = options.host, options.port
-    sock = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind((host, port))
-        sock.listen(2048)
-    except OSError as error:
-        sock.close()
-        if error.errno == errno.EADDRINUSE:
-            other = port + 1 if port < 65535 else 8000
-            holder = port_holder(host, port) or "another program"
-            message = (
-                f"{port} is in use by {holder}; stop it, or take another: --port {other} (make serve PORT={other})"
-            )
-            raise ConfigError(message, "--port") from None
-        if isinstance(error, PermissionError):
-            raise ConfigError(f"this user may not listen on {port}; take one above 1023", "--port") from None
-        raise ConfigError(f"cannot listen on {host}: {error.strerror or error}", "--host") from None
-    sock.setblocking(False)
-    return sock
-
-
 def run_server(
     config: Config,
     launch_engine: Callable[[str], EngineProcess],
     load: Callable[[], Served],
     *,
     on_ready: Callable[[Ready, str], None] | None = None,
+    sock: socket.socket | None = None,
 ) -> int:
     """Serve until a signal or the engine's death; the process's exit code.
 
     `launch_engine(address)` starts the process that dials `address`; it is called once HTTP answers, in this thread.
     `load()` reads the model's texts, in another thread; an exception of either ends the server with one line.
-    `on_ready` gets the engine's Ready and the server's URL. Raises ConfigError for a port or certificate that cannot
-    be used, before anything else happens.
+    `on_ready` gets the engine's Ready and the server's URL. `sock`: of `listening_socket`; it is closed here. Raises
+    ConfigError for a port or certificate that cannot be used, before anything else happens.
     """
-    sock = listening_socket(config.server)
+    sock = sock or listening_socket(config.server)
     try:
         server = _Server(config, sock, launch_engine, load, on_ready)
         with asyncio.Runner(loop_factory=server.http.config.get_loop_factory()) as runner:

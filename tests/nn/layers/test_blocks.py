@@ -53,7 +53,7 @@ def test_what_attention_is_given(architecture: str) -> None:
 
     def turned(heads: torch.Tensor) -> torch.Tensor:
         left, right = heads[..., :5], heads[..., 5:]
-        cos, sin = tables.cos[:, None, :5], tables.sin[:, None, :5]
+        cos, sin = tables.cos[:, None], tables.sin[:, None]
         return torch.cat((left * cos - right * sin, right * cos + left * sin), -1)
 
     assert recorder.layer == 1

@@ -99,4 +99,4 @@ def test_yarn_attention_factor_by_hand() -> None:
     scaling = RopeScaling(kind="yarn", factor=4.0, original_max_position=64)
     expected = 0.1 * math.log(4) + 1
     assert inverse_frequencies(16, 10000.0, scaling)[1] == expected
-    assert Rotary(16, 4, 10000.0, scaling).cos[0].tolist() == pytest.approx([expected] * 16)
+    assert Rotary(16, 4, 10000.0, scaling).cos[0].tolist() == pytest.approx([expected] * 8)

@@ -102,11 +102,19 @@ class PackedWeights:
     """The projections of a model in the order that native kernels read, packed as they come from disk.
 
     `formats`: of the layers' projections and of the head, keys of FORMATS. Raises Unsupported, before any weight is
-    consumed, for a model that cannot be recorded. E0 for bf16; the others lose what rounding to their grid loses (E3).
+    consumed, for a model that cannot be recorded. `arena`: of nn.kernels.arena, where they go as long as it lasts.
+    E0 for bf16; the others lose what rounding to their grid loses (E3).
     """
 
-    def __init__(self, model: Recordable, num_threads: int, formats: tuple[str, str] = ("bf16", "bf16")) -> None:
+    def __init__(
+        self,
+        model: Recordable,
+        num_threads: int,
+        formats: tuple[str, str] = ("bf16", "bf16"),
+        arena: Any | None = None,
+    ) -> None:
         self._native = load_native()
+        self._arena = arena
         dtypes = {str(parameter.dtype).removeprefix("torch.") for _, parameter in model.named_parameters()}
         if dtypes != {"bfloat16"}:
             raise Unsupported(f"native kernels compute in bfloat16, these weights are {', '.join(sorted(dtypes))}")
@@ -116,17 +124,45 @@ class PackedWeights:
         cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self.team = self._native.Team(num_threads, cpus if len(cpus) == num_threads else [])
 
+    def wants(self, parameter: Tensor) -> bool:
+        """Whether it is a projection, whose rows `put` takes from now on."""
+        use = self._uses.get(id(parameter))
+        if use is None or id(parameter) in self._packed:
+            return False
+        self._packed[id(parameter)] = self._empty(use, parameter)
+        return True
+
+    def put(self, parameter: Tensor, row: int, words: np.ndarray) -> None:
+        """Pack rows [row, row + n) of a wanted parameter, bf16 as uint16 [n, K], on this thread; any thread may."""
+        packed, half = self._packed[id(parameter)], parameter.shape[0] // 2
+        if not self._uses[id(parameter)].interleaved:
+            packed.fill(None, row, words)
+            return
+        gates = max(0, min(half - row, len(words)))  # rows of gate; the others are of up
+        for first, part, offset in ((row, words[:gates], 0), (max(row, half) - half, words[gates:], COLUMNS)):
+            if len(part):
+                packed.fill(None, 2 * first + offset, part, every=2)
+
     def take(self, parameter: Tensor) -> None:
         """Pack a parameter that is complete, if it is a projection, and give its memory back to the system."""
         use = self._uses.get(id(parameter))
-        if use is None or id(parameter) in self._packed:
+        if use is None or not parameter.numel():
             return
-        packed = self._native.PackedWeight(FORMATS[use.format], *parameter.shape)
-        rows = _interleaved(parameter) if use.interleaved else parameter.detach()
-        packed.fill(self.team, 0, _words(rows))
-        self._packed[id(parameter)] = packed
-        self._native.release(_words(parameter))  # at once: a loader may hold views of this memory until its end
+        if id(parameter) not in self._packed:
+            packed = self._empty(use, parameter)
+            rows = _interleaved(parameter) if use.interleaved else parameter.detach()
+            packed.fill(self.team, 0, _words(rows))
+            self._packed[id(parameter)] = packed
+            self._native.release(_words(parameter))  # at once: a loader may hold views of this memory until its end
         parameter.data = torch.empty(0, dtype=parameter.dtype)
+
+    def _empty(self, use: _Use, parameter: Tensor) -> Any:
+        return self._native.PackedWeight(FORMATS[use.format], *parameter.shape, self._arena)
+
+    def finish(self) -> None:
+        """Everything is packed: give back what the arena holds in vain."""
+        if self._arena is not None:
+            self._arena.finish()
 
     def find(self, parameter: Tensor) -> Any | None:
         """The packed form of a projection; None for a parameter that is none. Packs what was not taken before."""
@@ -168,6 +204,7 @@ class NativeModel:
         recorder = _Recorder(weights, self._program, layout, pools)
         self._head = weights.find(model.head.weight)
         self._hidden = model.record(recorder)
+        weights.finish()
         self._kept = recorder.kept  # memory that the program reads
 
     def __call__(self, batch: Batch) -> Tensor:
@@ -321,7 +358,7 @@ class _Planner:
         norms: tuple[Tensor, Tensor, float] | None,
         rotary: tuple[Tensor, Tensor],
     ) -> Buffer:
-        return Buffer(0, num_heads * rotary[0].shape[1])
+        return Buffer(0, num_heads * 2 * rotary[0].shape[1])
 
 
 class _Recorder:
@@ -331,7 +368,6 @@ class _Recorder:
         self._weights = weights
         self._program = program
         self._buffers: dict[tuple[str, int], Buffer] = {}
-        self._tables: dict[int, np.ndarray] = {}  # id of a rotary table -> its first half
         self.kept: list[Any] = []
         self._pools: dict[int, tuple[int, int]] = {}  # layer -> (pool of the program, head size)
         for group in layout.groups:
@@ -385,7 +421,8 @@ class _Recorder:
     ) -> Buffer:
         pool, dim = self._pools[layer]
         q_norm, k_norm, eps = (None, None, 0.0) if norms is None else (_floats(norms[0]), _floats(norms[1]), norms[2])
-        cos, sin = (self._half(table) for table in rotary)
+        cos, sin = (table.numpy() for table in rotary)
+        self.kept += rotary
         self._program.heads(qkv.number, num_heads, pool, q_norm, k_norm, eps, cos, sin)
         to = self._buffer("attention", num_heads * dim)
         self._program.attend(qkv.number, num_heads, pool, math.log2(math.e) / math.sqrt(dim), to.number)
@@ -395,13 +432,6 @@ class _Recorder:
         if (kind, width) not in self._buffers:
             self._buffers[kind, width] = Buffer(self._program.buffer(BF16, width), width)
         return self._buffers[kind, width]
-
-    def _half(self, table: Tensor) -> np.ndarray:
-        """cos or sin [positions, rotary], whose halves are equal, as float32 [positions, rotary / 2]."""
-        if id(table) not in self._tables:
-            self._tables[id(table)] = np.ascontiguousarray(table[:, : table.shape[1] // 2].numpy(), np.float32)
-            self.kept += [table, self._tables[id(table)]]
-        return self._tables[id(table)]
 
 
 def _interleaved(fused: Tensor) -> Tensor:

@@ -50,23 +50,21 @@ def _yarn(freqs: Tensor, head_dim: int, theta: float, s: RopeScaling) -> tuple[T
 class Rotary(nn.Module):
     """cos and sin tables for positions [0, max_position). `gather` once per step, `rotate` once per layer."""
 
-    cos: Tensor  # float32 [max_position, head_dim]
+    cos: Tensor  # float32 [max_position, head_dim / 2]: both halves of a head turn by the same angles
     sin: Tensor
 
     def __init__(self, head_dim: int, max_position: int, theta: float, scaling: RopeScaling | None) -> None:
         super().__init__()
         freqs, factor = inverse_frequencies(head_dim, theta, scaling)
         angles = torch.outer(torch.arange(max_position, dtype=torch.float32, device="cpu"), freqs)
-        self.register_buffer("cos", torch.cat((angles, angles), -1).cos() * factor, persistent=False)
-        self.register_buffer("sin", torch.cat((angles, angles), -1).sin() * factor, persistent=False)
+        self.register_buffer("cos", angles.cos().mul_(factor), persistent=False)
+        self.register_buffer("sin", angles.sin_().mul_(factor), persistent=False)
 
     def gather(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """positions [T] to cos and sin [T, 1, head_dim] in `dtype`. The sign of rotate_half is folded into sin."""
         cos = self.cos[positions].unsqueeze(1)
         sin = self.sin[positions].unsqueeze(1)
-        half = sin.shape[-1] // 2
-        sin = torch.cat((-sin[..., :half], sin[..., half:]), -1)
-        return cos.to(dtype), sin.to(dtype)
+        return torch.cat((cos, cos), -1).to(dtype), torch.cat((-sin, sin), -1).to(dtype)
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -23,7 +25,29 @@ IGNORED_SUFFIXES = (".rotary_emb.inv_freq", ".attn.masked_bias")
 MAX_PIECES = 256  # of an extent: one preadv takes at most IOV_MAX = 1024 buffers
 # On the CPU a cast reads what `preadv` has just written: 4 MiB are still in the cache then (16 MiB: a fifth slower).
 CAST_CHUNK_BYTES = 4 * 1024 * 1024
-_SLOT_ALIGN = 16  # bytes; a slot is viewed as float32 at piece starts
+# What is packed goes through the nearest cache of its own: read by `preadv`, out of there into its place by the packer.
+PACK_CHUNK_BYTES = 1024 * 1024
+PACK_ROWS = 16  # rows of a packed block: pieces for a packer are cut there
+_SLOT_ALIGN = 64  # bytes; a slot is viewed as float32 at piece starts, and packers read it in whole cache lines
+
+
+class Packer(Protocol):
+    """Keeps some parameters in a form of its own, filled straight from the file: their own memory is never touched."""
+
+    def wants(self, parameter: nn.Parameter) -> bool:
+        """Asked once per parameter, before anything is read; only where all of it is stored in its own dtype."""
+        ...
+
+    def put(self, parameter: nn.Parameter, row: int, words: np.ndarray) -> None:
+        """Rows [row, row + n) of a wanted parameter: uint16 [n, K], gone afterwards. From several threads at once.
+
+        `row` is a multiple of 16, and so is n but at the end of the parameter.
+        """
+        ...
+
+    def take(self, parameter: nn.Parameter) -> None:
+        """All of a parameter is there, wanted or not: give back memory that is not needed any more."""
+        ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +55,7 @@ class Filling:
     """Tensor `stored` of `path` goes into `target`: a flat view [n] of parameter memory, in the parameter's dtype.
 
     `raw` is the same memory as bytes when the file's bytes can be read straight into it: equal dtype, on the CPU.
+    `first_row`: of the parameter. `packed`: the rows go to the packer and `target` stays as it is.
     """
 
     path: Path
@@ -38,15 +63,22 @@ class Filling:
     parameter: nn.Parameter
     target: Tensor
     raw: memoryview | None
+    first_row: int = 0
+    packed: bool = False
 
     @property
     def dtype(self) -> torch.dtype:
         return FLOAT_DTYPES[self.stored.dtype]
 
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row in the file."""
+        return (self.stored.end - self.stored.start) // max(self.stored.shape[0], 1)
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Bytes [start, end) of the file, a part of one filling cut at element borders."""
+    """Bytes [start, end) of the file, a part of one filling cut at element borders, or at blocks of rows to pack."""
 
     filling: Filling
     start: int
@@ -88,11 +120,11 @@ class Layout:
         return sum(f.stored.end - f.stored.start for f in self.fillings)
 
 
-def match(checkpoint: Checkpoint, model: nn.Module, routes: Sequence[Route]) -> Layout:
+def match(checkpoint: Checkpoint, model: nn.Module, routes: Sequence[Route], packer: Packer | None = None) -> Layout:
     """Pair stored tensors with parameters. Raises a CheckpointError unless every parameter is filled exactly once.
 
-    Errors: UnknownTensor, MissingTensor, WrongShape, WrongDtype. A route that names no parameter of the model, or rows
-    that overlap, are bugs of the model family and fail an assertion.
+    The packer is asked last, when nothing is wrong. Errors: UnknownTensor, MissingTensor, WrongShape, WrongDtype.
+    A route that names no parameter of the model, or rows that overlap, are bugs of the family and fail an assertion.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     strays = [route.target for route in routes if route.target not in parameters]
@@ -121,8 +153,25 @@ def match(checkpoint: Checkpoint, model: nn.Module, routes: Sequence[Route]) -> 
         if f.dtype != f.target.dtype:
             key = f"{f.stored.dtype} -> {str(f.target.dtype).removeprefix('torch.')}"
             casts[key] = casts.get(key, 0) + 1
-    compared = (_filling(*homes[route.source], parameters, route) for route in ties)
-    return Layout(tuple(fillings), tuple(replace(f, raw=None) for f in compared), casts)
+    compared = [replace(_filling(*homes[route.source], parameters, route), raw=None) for route in ties]
+    if packer is not None:
+        fillings = _packed(fillings, compared, packer)
+    return Layout(tuple(fillings), tuple(compared), casts)
+
+
+def _packed(fillings: Sequence[Filling], compared: Sequence[Filling], packer: Packer) -> list[Filling]:
+    """The fillings, those of parameters that the packer wants and can be given marked so."""
+    possible = {id(f.parameter): f.parameter for f in fillings if f.parameter.dim() == 2}
+    for f in fillings:
+        ends = f.first_row + f.stored.shape[0]
+        whole = f.first_row % PACK_ROWS == 0 and (ends % PACK_ROWS == 0 or ends == f.parameter.shape[0])
+        if f.raw is None or not whole or f.dtype.itemsize != 2:
+            possible.pop(id(f.parameter), None)
+    for f in compared:
+        if f.dtype != f.parameter.dtype:  # else the two names' bytes in the files are compared
+            possible.pop(id(f.parameter), None)
+    wanted = {key for key, parameter in possible.items() if packer.wants(parameter)}
+    return [replace(f, raw=None, packed=True) if id(f.parameter) in wanted else f for f in fillings]
 
 
 def cut(fillings: Iterable[Filling], chunk_bytes: int) -> list[Extent]:
@@ -132,6 +181,8 @@ def cut(fillings: Iterable[Filling], chunk_bytes: int) -> list[Extent]:
         stored, size = filling.stored, filling.dtype.itemsize
         cast = filling.raw is None and filling.target.device.type == "cpu"
         limit = min(chunk_bytes, CAST_CHUNK_BYTES) if cast else chunk_bytes
+        if filling.packed:
+            size, limit = PACK_ROWS * filling.row_bytes, min(chunk_bytes, PACK_CHUNK_BYTES)
         start = stored.start
         while start < stored.end:
             extent = extents[-1] if extents else None
@@ -170,7 +221,8 @@ def _filling(shard: Shard, stored: StoredTensor, parameters: dict[str, nn.Parame
     assert rows.is_contiguous(), f"{route.target} is not contiguous"
     flat = rows.view(-1)
     direct = parameter.device.type == "cpu" and FLOAT_DTYPES[stored.dtype] == parameter.dtype
-    return Filling(shard.path, stored, parameter, flat, flat.view(torch.uint8).numpy().data if direct else None)
+    raw = flat.view(torch.uint8).numpy().data if direct else None
+    return Filling(shard.path, stored, parameter, flat, raw, 0 if route.rows is None else route.rows[0])
 
 
 def _check_cover(

@@ -1,7 +1,10 @@
 """Weights from disk into parameters: reader threads in file order, one copy where no cast is needed.
 
-Threads only call `preadv`; casts and device copies stay on the calling thread, because two threads that call torch make
-two OpenMP teams. Buffered reads, no mmap: a file cut short during the load is an exception here and SIGBUS there.
+Threads call `preadv` and a packer, which is no torch; casts and device copies stay on the calling thread, because two
+threads that call torch make two OpenMP teams. What a packer takes is read into a buffer that a near cache holds and
+packed from there: the file's bytes never have memory of their own. Buffered reads, no mmap: a file cut short during the
+load is an exception here and SIGBUS there.
+
 Knows no model family (routes say what goes where) and no configuration. Exactness: E0, or one rounding per cast.
 Speed: benchmarks/load_weights.py.
 """
@@ -18,12 +21,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from penstock.nn.weights.errors import CheckpointError, TiedWeightsDiffer, TruncatedShard, WrongDtype
 from penstock.nn.weights.headers import read_checkpoint
-from penstock.nn.weights.layout import Extent, Layout, Piece, cut, match
+from penstock.nn.weights.layout import Extent, Filling, Layout, Packer, Piece, cut, match
 from penstock.nn.weights.routes import Route
 
 CHUNK_BYTES = 16 * 1024 * 1024
@@ -54,27 +58,27 @@ def load_weights(
     threads: int = 2,
     chunk_bytes: int = CHUNK_BYTES,
     progress: Callable[[int, int], None] | None = None,
-    filled: Callable[[nn.Parameter], None] | None = None,
+    packer: Packer | None = None,
 ) -> LoadReport:
     """Fill every parameter of `model` from the safetensors in `directory`; dtype and device are the parameters'.
 
-    `progress(done_bytes, total_bytes)` is called on this thread, as is `filled(parameter)` once all of it is there:
-    what that does (packing, giving memory back) overlaps with reading the rest. Extra memory: (threads + 1) chunks,
-    and only when something is cast or goes to a device. Raises a CheckpointError; what can be known without reading
-    weights is found before anything is written. An error after that empties all parameters, so a half-loaded model
-    cannot be run.
+    `progress(done_bytes, total_bytes)` is called on this thread, as is `packer.take(parameter)` once all of it is
+    there. Extra memory: (threads + 1) chunks, and only when something is cast, packed or goes to a device. Raises a
+    CheckpointError; what can be known without reading weights is found before anything is written. An error after that
+    empties all parameters, so a half-loaded model cannot be run.
     """
     if threads < 1 or chunk_bytes < MIN_CHUNK_BYTES:
         raise ValueError(f"threads must be >= 1 and chunk_bytes >= {MIN_CHUNK_BYTES}")
     begin = time.perf_counter()
     checkpoint = read_checkpoint(directory)
-    layout = match(checkpoint, model, routes)
+    layout = match(checkpoint, model, routes, packer)
     try:
         with torch.no_grad(), _one_torch_thread():
             extents = cut(layout.fillings, chunk_bytes)
-            _stream(extents, threads, progress or _no_progress, layout, filled or _not_told)
+            _stream(extents, threads, progress or _no_progress, layout, packer)
+            packed = {id(filling.parameter): filling for filling in layout.fillings if filling.packed}
             for extent in cut(layout.ties, chunk_bytes):
-                _compare(extent)
+                _compare(extent, packed)
     except BaseException:
         for parameter in model.parameters():
             parameter.data = torch.empty(0, dtype=parameter.dtype)
@@ -102,16 +106,15 @@ def _no_progress(done_bytes: int, total_bytes: int) -> None:
     pass
 
 
-def _not_told(parameter: nn.Parameter) -> None:
-    pass
-
-
 class _Readers:
     """Threads that read extents in order. `finished` hands over (extent, slot or None), or a thread's exception."""
 
-    def __init__(self, extents: Sequence[Extent], files: dict[Path, int], threads: int, pinned: bool) -> None:
+    def __init__(
+        self, extents: Sequence[Extent], files: dict[Path, int], threads: int, pinned: bool, packer: Packer | None
+    ) -> None:
         self.finished: SimpleQueue[tuple[Extent, Tensor | None] | BaseException] = SimpleQueue()
         self._files = files
+        self._packer = packer
         self._extents = iter(extents)
         self._lock = threading.Lock()
         self._stopped = False
@@ -147,6 +150,8 @@ class _Readers:
                     if slot is None:
                         return
                 _read(self._files[extent.path], extent, slot)
+                if self._packer is not None and slot is not None:
+                    _pack(extent, slot, self._packer)
                 self.finished.put((extent, slot))
         except BaseException as error:  # handed to the thread that waits: a reader that dies silently is a hang
             self.finished.put(error)
@@ -157,13 +162,14 @@ def _stream(
     threads: int,
     progress: Callable[[int, int], None],
     layout: Layout,
-    filled: Callable[[nn.Parameter], None],
+    packer: Packer | None,
 ) -> None:
     total, done = layout.num_bytes, 0
     missing: Counter[int] = Counter()  # bytes, by id of the parameter
     for filling in layout.fillings:
         missing[id(filling.parameter)] += filling.stored.end - filling.stored.start
-    compared = {id(filling.parameter) for filling in layout.ties}  # these are still looked at afterwards
+    packed = {id(filling.parameter) for filling in layout.fillings if filling.packed}
+    compared = {id(filling.parameter) for filling in layout.ties} - packed  # these are still looked at afterwards
     pinned = any(filling.target.is_cuda for filling in layout.fillings)
     progress(0, total)
     with ExitStack() as stack:
@@ -171,7 +177,7 @@ def _stream(
         for path in dict.fromkeys(extent.path for extent in extents):
             files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, files[path])
-        readers = _Readers(extents, files, min(threads, max(len(extents), 1)), pinned)
+        readers = _Readers(extents, files, min(threads, max(len(extents), 1)), pinned, packer)
         stack.callback(readers.stop)  # runs before the files are closed
         for _ in extents:
             item = readers.finished.get()
@@ -180,13 +186,14 @@ def _stream(
             extent, slot = item
             if slot is not None:
                 for piece, values in _slot_pieces(extent, slot):
-                    _scatter(piece, values)
+                    if not piece.filling.packed:
+                        _scatter(piece, values)
                 readers.give_back(slot)
             for piece in extent.pieces:
                 parameter = piece.filling.parameter
                 missing[id(parameter)] -= piece.end - piece.start
-                if not missing[id(parameter)] and id(parameter) not in compared:
-                    filled(parameter)
+                if packer is not None and not missing[id(parameter)] and id(parameter) not in compared:
+                    packer.take(parameter)
             done += extent.end - extent.start
             progress(done, total)
     assert done == total, f"read {done} of {total} bytes"
@@ -228,6 +235,16 @@ def _slot_pieces(extent: Extent, slot: Tensor) -> Iterator[tuple[Piece, Tensor]]
             yield piece, raw.view(piece.filling.dtype)
 
 
+def _pack(extent: Extent, slot: Tensor, packer: Packer) -> None:
+    raw = slot.numpy()
+    for piece in extent.pieces:
+        filling = piece.filling
+        if filling.packed:
+            words = raw[piece.slot_offset : piece.slot_offset + piece.end - piece.start].view(np.uint16)
+            row = filling.first_row + (piece.start - filling.stored.start) // filling.row_bytes
+            packer.put(filling.parameter, row, words.reshape(-1, filling.parameter.shape[1]))
+
+
 def _scatter(piece: Piece, values: Tensor) -> None:
     target = piece.filling.target[piece.first : piece.first + piece.num_elements]
     target.copy_(values)
@@ -237,15 +254,27 @@ def _scatter(piece: Piece, values: Tensor) -> None:
         )
 
 
-def _compare(extent: Extent) -> None:
-    """The pieces equal what the parameters hold already, bit for bit after the cast."""
-    slot = torch.empty(extent.slot_bytes, dtype=torch.uint8)
-    with open(extent.path, "rb", buffering=0) as file:
-        _read(file.fileno(), extent, slot)
-    for piece, values in _slot_pieces(extent, slot):
-        held = piece.filling.target[piece.first : piece.first + piece.num_elements].cpu()
+def _compare(extent: Extent, packed: dict[int, Filling]) -> None:
+    """The pieces equal what the parameters hold already, bit for bit after the cast; the file's bytes where packed."""
+    for piece, values in _slot_pieces(extent, _read_alone(extent)):
+        filling = packed.get(id(piece.filling.parameter))
+        if filling is None:
+            held = piece.filling.target[piece.first : piece.first + piece.num_elements].cpu()
+        else:
+            start = filling.stored.start + piece.start - piece.filling.stored.start
+            same = Piece(filling, start, start + piece.end - piece.start, 0)
+            other = Extent(filling.path, same.start, same.end, [same], same.end - same.start)
+            held = _read_alone(other).view(filling.dtype)
         if not torch.equal(values.to(held.dtype).view(torch.uint8), held.view(torch.uint8)):
             raise TiedWeightsDiffer(
                 f"{extent.path}: {piece.filling.stored.name} differs from the tensor that tie_word_embeddings names: "
                 "set it to false in config.json"
             )
+
+
+def _read_alone(extent: Extent) -> Tensor:
+    """A slot of its own with the extent's pieces."""
+    slot = torch.empty(extent.slot_bytes, dtype=torch.uint8)
+    with open(extent.path, "rb", buffering=0) as file:
+        _read(file.fileno(), extent, slot)
+    return slot

@@ -1,0 +1,56 @@
+"""The engine's process as its front end sees it. Imports no torch and no web server: it is started before either."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from penstock.build.handover import encode_resolved
+from penstock.config.complete import Resolved
+from penstock.config.openmp import bound_spinning
+
+
+class EngineProcess:
+    """A process that loads at once and dials when it is told an address. Its log goes where ours goes."""
+
+    def __init__(self, resolved: Resolved) -> None:
+        command = [sys.executable, "-m", "penstock.build.engine_process", repr(time.monotonic())]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=_environment(resolved))
+        encoded = encode_resolved(resolved)
+        self._tell(len(encoded).to_bytes(8, "little") + encoded)
+
+    def dial(self, address: str) -> None:
+        """The wire's other end: once, or the process leaves with this one."""
+        self._tell(address.encode())
+
+    def poll(self) -> int | None:
+        """Its exit code, None while it runs."""
+        return self._process.poll()
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def _tell(self, data: bytes) -> None:
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(data)
+            self._process.stdin.flush()  # and stays open: its end tells the engine that this process is gone
+        except BrokenPipeError:
+            pass  # it is gone already; its exit code says so
+
+
+def _environment(resolved: Resolved) -> dict[str, str]:
+    """Ours, with what OpenMP must know before torch is imported, and this package findable as it was for us."""
+    source = str(Path(__file__).parents[2])
+    path = os.environ.get("PYTHONPATH")
+    threads = str(resolved.config.runtime.num_threads)
+    environment = {
+        **os.environ,
+        "PYTHONPATH": f"{source}{os.pathsep}{path}" if path else source,
+        "OMP_NUM_THREADS": threads,
+    }
+    bound_spinning(environment)
+    return environment
