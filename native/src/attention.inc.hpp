@@ -168,13 +168,12 @@ static inline void attend_as(const AttendPiece& piece, AttendScratch& s) {
             }
             piece.sum[r0 + r] = WORDS ? soften_words(s, r, num, top, unit + r) : soften(s, r, num, top);
         }
-        // Values came while keys were computed with; the keys of the next span come while values are: a quarter less
+        // Values came while keys were computed with; the keys of what is next come while values are: a quarter less
         // time for one row of heads of 128 over int8.
-        int next = r0 == 0 ? piece.position + piece.num_tokens - piece.span_end : 0;
         auto keys_ahead = [&](int b, int j, int count) {
-            if (b * KV_BLOCK >= next) return;
+            if (r0 || b >= piece.num_ahead) return;
             std::size_t part = head_bytes / (dim / COLUMNS);
-            fetch(keys + piece.blocks[piece.span_end / KV_BLOCK + b] * block_bytes + j * part, count * part);
+            fetch(piece.ahead + piece.ahead_blocks[b] * block_bytes + j * part, count * part);
         };
         value_product<Pairs>(values, block_bytes, blocks, num_blocks, s.chances[0], ATTENTION_SPAN, m, dim, out,
                              keys_ahead);

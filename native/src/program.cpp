@@ -187,6 +187,15 @@ AttendPiece Program::piece_of(const Batch& batch, const Op& op, const Task& task
     return piece;
 }
 
+// The keys of `task` from position `begin` on, to the end of the span, are what comes after `piece`.
+void Program::look_ahead(AttendPiece& piece, const Batch& batch, const Op& op, const Task& task, int begin) const {
+    const Pool& pool = op.pool;
+    int end = std::min(task.position + task.num_tokens, begin / ATTENTION_SPAN * ATTENTION_SPAN + ATTENTION_SPAN);
+    piece.ahead = pool.data + task.head * (pool.block_bytes / 2 / pool.num_kv_heads);
+    piece.ahead_blocks = batch.tables[pool.group] + task.row * batch.table_width[pool.group] + begin / KV_BLOCK;
+    piece.num_ahead = (end - begin / KV_BLOCK * KV_BLOCK + KV_BLOCK - 1) / KV_BLOCK;
+}
+
 void Program::attend_tasks(const Batch& batch, const Op& op, int member, Deal& deal) {
     Attention& plan = attention_[op.pool.group];
     int group = op.num_heads / op.pool.num_kv_heads, dim = op.pool.head_dim;
@@ -199,11 +208,21 @@ void Program::attend_tasks(const Batch& batch, const Op& op, int member, Deal& d
     for (int unit; (unit = deal.next(member, team_.size(), exhausted)) >= 0;) {
         const Task& task = plan.tasks[unit];
         AttendPiece piece = piece_of(batch, op, task);
+        auto next_task = [&] {  // mostly this member's, too
+            if (unit + 1 == static_cast<int>(plan.tasks.size())) {
+                piece.num_ahead = 0;
+                return;
+            }
+            const Task& next = plan.tasks[unit + 1];
+            int seen = piece.window ? std::max(0, next.position - piece.window + 1) : 0;
+            look_ahead(piece, batch, op, next, next.span < 0 ? seen : std::max(seen, next.span * ATTENTION_SPAN));
+        };
         int used = task.num_tokens * group, end = task.position + task.num_tokens;
         if (task.span >= 0) {
             float* at = plan.partial.data() + static_cast<std::size_t>(unit) * part;
             piece.out = at, piece.max = at + rows * dim, piece.sum = piece.max + rows;
             piece.span_begin = task.span * ATTENTION_SPAN, piece.span_end = piece.span_begin + ATTENTION_SPAN;
+            next_task();
             kernels_.attend(piece);
             continue;
         }
@@ -211,6 +230,7 @@ void Program::attend_tasks(const Batch& batch, const Op& op, int member, Deal& d
         int first = (piece.window ? std::max(0, task.position - piece.window + 1) : 0) / ATTENTION_SPAN * ATTENTION_SPAN;
         if (end <= first + ATTENTION_SPAN) {  // nothing to merge: merging one span changes no bit
             piece.span_begin = first, piece.span_end = first + ATTENTION_SPAN;
+            next_task();
             kernels_.attend(piece);
             finish(op, task, piece.out, piece.sum);
             continue;
@@ -219,6 +239,8 @@ void Program::attend_tasks(const Batch& batch, const Op& op, int member, Deal& d
         std::fill(merged, merged + used * dim, 0.0f), std::fill(max, max + used, LOWEST), std::fill(sum, sum + used, 0.0f);
         for (int begin = first; begin < end; begin += ATTENTION_SPAN) {
             piece.span_begin = begin, piece.span_end = begin + ATTENTION_SPAN;
+            if (piece.span_end < end) look_ahead(piece, batch, op, task, piece.span_end);
+            else next_task();
             kernels_.attend(piece);
             kernels_.merge(piece.out, piece.max, piece.sum, used, dim, merged, max, sum);
         }

@@ -134,6 +134,7 @@ private:
     void token_heads(const Batch& batch, const Op& op, int row, int token, int head);
     void plan_attention(const Batch& batch, const Op& op);
     AttendPiece piece_of(const Batch& batch, const Op& op, const Task& task) const;
+    void look_ahead(AttendPiece& piece, const Batch& batch, const Op& op, const Task& task, int begin) const;
     void attend_tasks(const Batch& batch, const Op& op, int member, Deal& deal);
     void merge_spans(const Op& op, int member);
     void finish(const Op& op, const Task& task, const float* out, const float* sum);
