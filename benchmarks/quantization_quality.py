@@ -1,5 +1,7 @@
 """What does each weight format cost in quality, beside bf16 with the same kernels?
 
+Measures `--quantization` on load, and checkpoints: those given with --checkpoint DIR, and with --gptq those that
+`penstock quantize` makes with calibration, whose text begins otherwise and has other seeds than what is predicted here.
 Teacher-forced on text that the model itself wrote (sampled at temperature 0.8 from many beginnings; --text FILE takes
 other text, one passage per line): at every position, do the best tokens agree, how far apart are the distributions
 (mean KL in nats), and how much worse is the text predicted. Prints one JSON line per format; --out writes them.
@@ -10,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +21,7 @@ import torch
 
 from penstock.bench.flags import machine, write_json
 from penstock.build.engine import QUANTIZATION
+from penstock.commands.quantize import calibration_rows
 from penstock.config.load import model_directory
 from penstock.config.model import kv_layout, load_model_config
 from penstock.core.request import SamplingParams
@@ -27,6 +31,7 @@ from penstock.nn.doors import Batch, Spans
 from penstock.nn.kernels.native import NativeAttention, NativeModel, PackedWeights, usable_kernels
 from penstock.nn.models import create_model, model_routes
 from penstock.nn.weights.stream import load_weights
+from penstock.training.quantize import Recipe, quantize_checkpoint
 
 BLOCK = 32
 MAX_TOKENS = 512
@@ -41,13 +46,20 @@ BEGINNINGS = (
 
 
 class Forced:
-    """A model in one format; `scores(ids)`: float32 [len(ids), vocab] after every token."""
+    """A model, quantized while it loads or before; `scores(ids)`: float32 [len(ids), vocab] after every token."""
 
     def __init__(self, directory: Path, scheme: str, kernels: str) -> None:
         config = load_model_config(directory)
         model = create_model(config, torch.bfloat16)
         weights = PackedWeights(model, 2, QUANTIZATION[scheme])
-        load_weights(directory, model, model_routes(config), filled=weights.take)
+        load_weights(
+            directory,
+            model,
+            model_routes(config),
+            filled=weights.take,
+            quantization=config.quantization,
+            take=weights.take_rows,
+        )
         layout = kv_layout(config, BLOCK, "bfloat16")
         shape = (1 + MAX_TOKENS // BLOCK, 2, config.num_kv_heads, BLOCK, config.head_dim)
         pools = [torch.zeros(shape, dtype=torch.bfloat16) for _ in range(config.num_layers)]
@@ -72,6 +84,17 @@ def passages(model: str, directory: Path, text: Path | None, num: int) -> list[l
         beginnings = [BEGINNINGS[n % len(BEGINNINGS)] for n in range(num)]
         outputs = llm.generate(beginnings, params)
     return [[*each.prompt_token_ids, *each.outputs[0].token_ids] for each in outputs]
+
+
+def made_checkpoints(model: str, folder: Path) -> list[tuple[str, str, Path]]:
+    """(scheme, how, directory) of calibrated checkpoints, made now."""
+    source, found = model_directory(model), []
+    rows = calibration_rows(source, "builtin", num=128, length=512, seed=0)
+    for scheme, head in (("int4", "8bit"), ("w4a8", "8bit"), ("int4", "bf16")):
+        directory = folder / f"{scheme}-{head}"
+        quantize_checkpoint(source, directory, Recipe(scheme, "gptq", head=head), lambda: rows)
+        found.append((scheme, f"penstock quantize --method gptq --head {head}", directory))
+    return found
 
 
 def compare(reference: Forced, other: Forced, texts: list[list[int]]) -> dict[str, float]:
@@ -101,20 +124,25 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="passages to predict, one per line")
     parser.add_argument("--num-passages", type=int, default=64)
     parser.add_argument("--kernels", default=usable_kernels()[0])
+    parser.add_argument("--checkpoint", type=Path, action="append", default=[], help="quantized directory of --model")
+    parser.add_argument("--gptq", action="store_true", help="make and measure calibrated 4-bit checkpoints (minutes)")
+    parser.add_argument("--add", action="store_true", help="keep the lines that --out holds already")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     directory = model_directory(args.model)
     texts = passages(args.model, directory, args.text, args.num_passages)
     reference = Forced(directory, "none", args.kernels)
-    lines: list[dict[str, Any]] = []
-    for scheme in QUANTIZATION:
-        if scheme == "none":
-            continue
-        other = Forced(directory, scheme, args.kernels)
-        facts = {"model": args.model, "scheme": scheme, "weight_mb": round(other.weight_mb, 1)}
-        text = "its own" if args.text is None else args.text.name
-        lines.append({**facts, **compare(reference, other, texts), "text": text, "kernels": args.kernels})
-        print(json.dumps(lines[-1]), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        measured = [(scheme, "--quantization", directory) for scheme in QUANTIZATION if scheme != "none"]
+        measured += made_checkpoints(args.model, Path(folder)) if args.gptq else []
+        measured += [("stored", path.name, path) for path in args.checkpoint]
+        lines: list[dict[str, Any]] = json.loads(args.out.read_text())["lines"] if args.add else []
+        for scheme, how, path in measured:
+            other = Forced(path, scheme if path == directory else "none", args.kernels)
+            facts = {"model": args.model, "scheme": scheme, "how": how, "weight_mb": round(other.weight_mb, 1)}
+            text = "its own" if args.text is None else args.text.name
+            lines.append({**facts, **compare(reference, other, texts), "text": text, "kernels": args.kernels})
+            print(json.dumps(lines[-1]), flush=True)
     if args.out:
         write_json(args.out, {**machine(), "lines": lines})
 

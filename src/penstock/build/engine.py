@@ -104,6 +104,8 @@ def build_engine(resolved: Resolved, progress: ProgressCallback, stages: Stages)
             threads=config.runtime.num_threads,
             progress=lambda done, total: progress("loading weights", done, total),
             filled=None if weights is None else weights.take,
+            quantization=shape.quantization,
+            take=None if weights is None else weights.take_rows,
         )
     stages.done("load weights")
     progress("allocating KV", 0, 0)
@@ -157,6 +159,8 @@ def _native_weights(resolved: Resolved, model: LlamaModel) -> tuple[PackedWeight
     """
     config = resolved.config
     wanted, scheme = config.runtime.cpu_kernels, config.model.quantization
+    if resolved.model.quantization is not None and config.model.load_format != "dummy":
+        scheme = "none"  # what the checkpoint holds comes as it is; the rest stays plain
     assert config.runtime.num_threads is not None
     if wanted == "torch" and scheme == "none":
         return None, "plain torch"

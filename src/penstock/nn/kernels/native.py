@@ -25,6 +25,7 @@ from torch import Tensor
 
 from penstock.config.model import KVLayout
 from penstock.nn.doors import Batch, Buffer, Recorder, Spans
+from penstock.nn.weights.quantized import QuantizedRows
 
 log = logging.getLogger("penstock.nn")
 extension: ModuleType | None = None
@@ -120,6 +121,25 @@ class PackedWeights:
         self._packed[id(parameter)] = packed
         self._native.release(_words(parameter))  # at once: a loader may hold views of this memory until its end
         parameter.data = torch.empty(0, dtype=parameter.dtype)
+
+    def take_rows(self, parameter: Tensor, start: int, rows: QuantizedRows) -> bool:
+        """Pack rows [start, ...) of a projection that are quantized already, as they are (E0). False: it is none.
+
+        All rows of a parameter come in one scheme, in any order.
+        """
+        use, native_format = self._uses.get(id(parameter)), rows.scheme.native
+        if use is None or native_format is None:
+            return False
+        if id(parameter) not in self._packed:
+            self._packed[id(parameter)] = self._native.PackedWeight(FORMATS[native_format], *parameter.shape)
+            parameter.data = torch.empty(0, dtype=parameter.dtype)  # never touched, so it takes no memory yet
+        packed, step = self._packed[id(parameter)], 1
+        if use.interleaved:
+            assert start in (0, rows.shape[0])
+            start, step = (COLUMNS if start else 0), 2
+        fill = packed.fill_nibbles if rows.nibbles else packed.fill_quantized
+        fill(self.team, start, step, rows.integers, rows.native_scales())
+        return True
 
     def find(self, parameter: Tensor) -> Any | None:
         """The packed form of a projection; None for a parameter that is none. Packs what was not taken before."""

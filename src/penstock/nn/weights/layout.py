@@ -12,8 +12,9 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from penstock.nn.weights.errors import MissingTensor, UnknownTensor, WrongDtype, WrongShape
+from penstock.nn.weights.errors import MissingTensor, TiedWeightsDiffer, UnknownTensor, WrongDtype, WrongShape
 from penstock.nn.weights.headers import Checkpoint, Shard, StoredTensor
+from penstock.nn.weights.quantized import QuantizedModule
 from penstock.nn.weights.routes import Route
 
 # Any of these becomes any other; everything else needs a quantization scheme.
@@ -88,32 +89,42 @@ class Layout:
         return sum(f.stored.end - f.stored.start for f in self.fillings)
 
 
-def match(checkpoint: Checkpoint, model: nn.Module, routes: Sequence[Route]) -> Layout:
+def match(
+    checkpoint: Checkpoint, model: nn.Module, routes: Sequence[Route], quantized: Sequence[QuantizedModule] = ()
+) -> Layout:
     """Pair stored tensors with parameters. Raises a CheckpointError unless every parameter is filled exactly once.
 
-    Errors: UnknownTensor, MissingTensor, WrongShape, WrongDtype. A route that names no parameter of the model, or rows
-    that overlap, are bugs of the model family and fail an assertion.
+    What `quantized` modules fill counts and is left out of the layout. Errors: UnknownTensor, MissingTensor,
+    WrongShape, WrongDtype, TiedWeightsDiffer. A route that names no parameter of the model, or rows that overlap, are
+    bugs of the model family and fail an assertion.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     strays = [route.target for route in routes if route.target not in parameters]
     assert not strays, f"routes name no parameter: {strays}"
     homes = {tensor.name: (shard, tensor) for shard in checkpoint.shards for tensor in shard.tensors}
-    chosen = {route.source: route for route in routes if route.kind == "fill" and route.source in homes}
+    apart = {module.route.source for module in quantized}
+    present = apart | homes.keys()
+    chosen = {route.source: route for route in routes if route.kind == "fill" and route.source in present}
     ties = []
     filled = {id(parameters[route.target]) for route in chosen.values()}  # tied modules share one parameter
     for route in routes:
-        if route.kind == "tied" and route.source in homes:
+        if route.kind == "tied" and route.source in present:
+            if id(parameters[route.target]) in filled and route.source in apart:
+                raise TiedWeightsDiffer(
+                    f"{checkpoint.directory}: holds {route.source} quantized beside the tensor that "
+                    "tie_word_embeddings names: set it to false in config.json"
+                )
             if id(parameters[route.target]) in filled:
                 ties.append(route)
             else:  # only the second name of a tied pair is stored
                 chosen[route.source] = route
                 filled.add(id(parameters[route.target]))
-    known = {route.source for route in routes}
+    known = {route.source for route in routes} | {t.name for module in quantized for _, t in module.tensors}
     for name, (shard, _) in homes.items():
         if name not in known and not name.endswith(IGNORED_SUFFIXES):
             raise UnknownTensor(f"{shard.path}: the model has no place for tensor {name}")
     _check_cover(checkpoint, parameters, routes, chosen)
-    fillings = [_filling(*homes[name], parameters, route) for name, route in chosen.items()]
+    fillings = [_filling(*homes[name], parameters, route) for name, route in chosen.items() if name not in apart]
     order = {shard.path: n for n, shard in enumerate(checkpoint.shards)}
     fillings.sort(key=lambda f: (order[f.path], f.stored.start))
     casts: dict[str, int] = {}

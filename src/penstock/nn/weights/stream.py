@@ -21,9 +21,11 @@ from queue import SimpleQueue
 import torch
 from torch import Tensor, nn
 
+from penstock.config.quantization import CheckpointQuantization
 from penstock.nn.weights.errors import CheckpointError, TiedWeightsDiffer, TruncatedShard, WrongDtype
 from penstock.nn.weights.headers import read_checkpoint
 from penstock.nn.weights.layout import Extent, Layout, Piece, cut, match
+from penstock.nn.weights.quantized import QuantizedRows, find_quantized, load_quantized
 from penstock.nn.weights.routes import Route
 
 CHUNK_BYTES = 16 * 1024 * 1024
@@ -55,8 +57,13 @@ def load_weights(
     chunk_bytes: int = CHUNK_BYTES,
     progress: Callable[[int, int], None] | None = None,
     filled: Callable[[nn.Parameter], None] | None = None,
+    quantization: CheckpointQuantization | None = None,
+    take: Callable[[nn.Parameter, int, QuantizedRows], bool] | None = None,
 ) -> LoadReport:
     """Fill every parameter of `model` from the safetensors in `directory`; dtype and device are the parameters'.
+
+    Modules that are quantized by `quantization` come first and are offered to `take(parameter, first row, rows)`; those
+    it does not want (by default all) are dequantized into their parameters.
 
     `progress(done_bytes, total_bytes)` is called on this thread, as is `filled(parameter)` once all of it is there:
     what that does (packing, giving memory back) overlaps with reading the rest. Extra memory: (threads + 1) chunks,
@@ -68,20 +75,24 @@ def load_weights(
         raise ValueError(f"threads must be >= 1 and chunk_bytes >= {MIN_CHUNK_BYTES}")
     begin = time.perf_counter()
     checkpoint = read_checkpoint(directory)
-    layout = match(checkpoint, model, routes)
+    modules = [] if quantization is None else find_quantized(checkpoint, model, routes, quantization)
+    layout = match(checkpoint, model, routes, modules)
+    counted = _Progress(layout.num_bytes + sum(module.num_bytes for module in modules), progress or _no_progress)
+    told = filled or _not_told
     try:
         with torch.no_grad(), _one_torch_thread():
+            counted(0)
+            load_quantized(modules, threads=threads, progress=counted, take=take or _not_taken, filled=told)
             extents = cut(layout.fillings, chunk_bytes)
-            _stream(extents, threads, progress or _no_progress, layout, filled or _not_told)
+            _stream(extents, threads, counted, layout, told)
             for extent in cut(layout.ties, chunk_bytes):
                 _compare(extent)
     except BaseException:
         for parameter in model.parameters():
             parameter.data = torch.empty(0, dtype=parameter.dtype)
         raise
-    return LoadReport(
-        layout.num_bytes, time.perf_counter() - begin, len(layout.fillings), len(checkpoint.shards), layout.casts
-    )
+    num_tensors = len(layout.fillings) + sum(len(module.tensors) for module in modules)
+    return LoadReport(counted.total, time.perf_counter() - begin, num_tensors, len(checkpoint.shards), layout.casts)
 
 
 @contextmanager
@@ -104,6 +115,21 @@ def _no_progress(done_bytes: int, total_bytes: int) -> None:
 
 def _not_told(parameter: nn.Parameter) -> None:
     pass
+
+
+def _not_taken(parameter: nn.Parameter, start: int, rows: QuantizedRows) -> bool:
+    return False
+
+
+class _Progress:
+    """Counts bytes and tells how many of how many there are."""
+
+    def __init__(self, total: int, tell: Callable[[int, int], None]) -> None:
+        self.total, self._done, self._tell = total, 0, tell
+
+    def __call__(self, more: int) -> None:
+        self._done += more
+        self._tell(self._done, self.total)
 
 
 class _Readers:
@@ -155,7 +181,7 @@ class _Readers:
 def _stream(
     extents: Sequence[Extent],
     threads: int,
-    progress: Callable[[int, int], None],
+    progress: Callable[[int], None],
     layout: Layout,
     filled: Callable[[nn.Parameter], None],
 ) -> None:
@@ -165,7 +191,6 @@ def _stream(
         missing[id(filling.parameter)] += filling.stored.end - filling.stored.start
     compared = {id(filling.parameter) for filling in layout.ties}  # these are still looked at afterwards
     pinned = any(filling.target.is_cuda for filling in layout.fillings)
-    progress(0, total)
     with ExitStack() as stack:
         files = {}
         for path in dict.fromkeys(extent.path for extent in extents):
@@ -188,7 +213,7 @@ def _stream(
                 if not missing[id(parameter)] and id(parameter) not in compared:
                     filled(parameter)
             done += extent.end - extent.start
-            progress(done, total)
+            progress(extent.end - extent.start)
     assert done == total, f"read {done} of {total} bytes"
 
 
