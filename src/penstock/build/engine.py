@@ -159,7 +159,7 @@ def _native_weights(resolved: Resolved, model: LlamaModel) -> tuple[PackedWeight
     """
     config = resolved.config
     wanted, scheme = config.runtime.cpu_kernels, config.model.quantization
-    if resolved.model.quantization is not None and config.model.load_format != "dummy":
+    if resolved.model.quantization is not None and (config.model.load_format != "dummy" or scheme == "mixed"):
         scheme = "none"  # what the checkpoint holds comes as it is; the rest stays plain
     assert config.runtime.num_threads is not None
     if wanted == "torch" and scheme == "none":

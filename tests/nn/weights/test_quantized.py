@@ -15,7 +15,7 @@ from tests.nn.dense_attention import dense_logits
 from tests.nn.weights.compressed import CONFIG, SCHEMES, Stored, checkpoint
 
 from penstock.config.model import load_model_config
-from penstock.nn.kernels.native import PackedWeights, usable_kernels
+from penstock.nn.kernels.native import FORMATS, PackedWeights, load_native, usable_kernels
 from penstock.nn.models import create_model, model_routes
 from penstock.nn.models.llama import LlamaModel
 from penstock.nn.weights.errors import (
@@ -97,6 +97,22 @@ def test_integers_and_scales_arrive_bit_for_bit(tmp_path: Path, scheme: str, sca
     head = stored.values["model.embed_tokens"]
     assert np.array_equal(values["embed.weight"], head.astype(np.float32))  # tied, and kept in bf16
     assert model.layers[0].mlp.down.weight.numel() == 0  # what is packed is not held twice
+
+
+@native
+@pytest.mark.parametrize("weight_format", ["int8", "w8a8"])
+@pytest.mark.parametrize("kernels", usable_kernels())
+def test_the_lowest_integer_is_computed_with(kernels: str, weight_format: str) -> None:
+    """-128 never comes of rounding here, and files may hold it: where products of bytes could overflow first."""
+    team = load_native().Team(1, [])
+    integers = np.full((16, 200), -128, np.int8)
+    weight = load_native().PackedWeight(FORMATS[weight_format], *integers.shape)
+    weight.fill_quantized(team, 0, 1, integers, np.ones((16, 1), np.float32))
+    x = torch.stack((torch.ones(200), -torch.ones(200), torch.linspace(-1, 1, 200).round())).bfloat16()
+    found = torch.zeros(3, 16)
+    load_native().Program(kernels, team, 3).head(weight, x.view(torch.uint16).numpy(), found.numpy())
+    want = x.float() @ torch.from_numpy(integers).float().T
+    torch.testing.assert_close(found, want, rtol=1e-5, atol=1e-3)
 
 
 @native

@@ -9,9 +9,9 @@ parameter's dtype. Source: github.com/vllm-project/compressed-tensors, compresso
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -205,7 +205,8 @@ def load_quantized(
         for path in dict.fromkeys(path for module in modules for path, _ in module.tensors):
             files[path] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
             stack.callback(os.close, files[path])
-        for module, raw in _read_ahead(modules, files, threads):
+        ahead = stack.enter_context(closing(_read_ahead(modules, files, threads)))  # ends before the files are closed
+        for module, raw in ahead:
             rows = _checked(module, raw)
             if not (module.whole and module.scheme.native is not None and take(module.parameter, module.start, rows)):
                 rows.dequantize(module.parameter.detach()[module.start : module.start + module.shape[0]])
@@ -217,7 +218,7 @@ def load_quantized(
 
 def _read_ahead(
     modules: Sequence[QuantizedModule], files: dict[Path, int], threads: int
-) -> Iterator[tuple[QuantizedModule, list[np.ndarray]]]:
+) -> Generator[tuple[QuantizedModule, list[np.ndarray]], None, None]:
     """Modules in order with their tensors' bytes, `threads` of them being read meanwhile."""
     with ThreadPoolExecutor(threads, "load") as pool:
         ahead: list[Future[list[np.ndarray]]] = []
