@@ -1,5 +1,7 @@
 """What do weights and a KV cache of fewer bits cost in quality, beside bf16 with the same kernels?
 
+Measures `--quantization` on load, and checkpoints: those given with --checkpoint DIR, and with --gptq those that
+`penstock quantize` makes with calibration, whose text begins otherwise and has other seeds than what is predicted here.
 Teacher-forced on text that the model itself wrote (sampled at temperature 0.8 from many beginnings; --text FILE takes
 other text, one passage per line): at every position, do the best tokens agree, how far apart are the distributions
 (mean KL in nats), and how much worse is the text predicted. --kernels torch is for models that native kernels cannot
@@ -11,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +22,7 @@ import torch
 
 from penstock.bench.flags import machine, write_json
 from penstock.build.engine import QUANTIZATION
+from penstock.commands.quantize import calibration_rows
 from penstock.config.load import model_directory
 from penstock.config.model import DTYPE_BYTES, kv_layout, load_model_config
 from penstock.core.request import SamplingParams
@@ -31,6 +35,7 @@ from penstock.nn.models import create_model, model_routes
 from penstock.nn.weights.stream import load_weights
 from penstock.runner.kv_store import KVStore
 from penstock.runner.runner import Model
+from penstock.training.quantize import Recipe, quantize_checkpoint
 
 BLOCK = 32
 MAX_TOKENS = 512
@@ -47,8 +52,8 @@ BEGINNINGS = (
 
 
 class Forced:
-    """A model in one scheme; `scores(ids)`: float32 [len(ids), vocab] after every token. With kernels "torch": in the
-    checkpoint's dtype, not quantized.
+    """A model in one scheme, quantized while it loads or before; `scores(ids)`: float32 [len(ids), vocab] after every
+    token. With kernels "torch": in the checkpoint's dtype.
     """
 
     def __init__(self, directory: Path, scheme: str, kv_dtype: str, kernels: str) -> None:
@@ -56,7 +61,7 @@ class Forced:
         plain = kernels == "torch"
         model = create_model(config, getattr(torch, config.dtype) if plain else torch.bfloat16)
         weights = None if plain else PackedWeights(model, 2, QUANTIZATION[scheme])
-        load_weights(directory, model, model_routes(config), filled=None if weights is None else weights.take)
+        load_weights(directory, model, model_routes(config), packer=weights, quantization=config.quantization)
         layout = kv_layout(config, BLOCK, kv_dtype)
         layout = layout if plain else packed_layout(layout)
         num_blocks = 1 + MAX_TOKENS // BLOCK
@@ -90,6 +95,17 @@ def passages(model: str, directory: Path, text: Path | None, num: int) -> list[l
     return [[*each.prompt_token_ids, *each.outputs[0].token_ids] for each in outputs]
 
 
+def made_checkpoints(model: str, folder: Path) -> list[tuple[str, str, Path]]:
+    """(scheme, how, directory) of calibrated checkpoints, made now."""
+    source, found = model_directory(model), []
+    rows = calibration_rows(source, "builtin", num=128, length=512, seed=0)
+    for scheme, head in (("int4", "8bit"), ("w4a8", "8bit"), ("int4", "bf16")):
+        directory = folder / f"{scheme}-{head}"
+        quantize_checkpoint(source, directory, Recipe(scheme, "gptq", head=head), lambda: rows)
+        found.append((scheme, f"penstock quantize --method gptq --head {head}", directory))
+    return found
+
+
 def compare(reference: Forced, other: Forced, texts: list[list[int]]) -> dict[str, float]:
     agree = num = 0
     kl = loss = loss_reference = 0.0
@@ -117,21 +133,29 @@ def main() -> None:
     parser.add_argument("--text", type=Path, help="passages to predict, one per line")
     parser.add_argument("--num-passages", type=int, default=64)
     parser.add_argument("--kernels", default=usable_kernels()[0], choices=[*usable_kernels(), "torch"])
+    parser.add_argument("--checkpoint", type=Path, action="append", default=[], help="quantized directory of --model")
+    parser.add_argument("--gptq", action="store_true", help="make and measure calibrated 4-bit checkpoints (minutes)")
+    parser.add_argument("--add", action="store_true", help="keep the lines that --out holds already")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     directory = model_directory(args.model)
     texts = passages(args.model, directory, args.text, args.num_passages)
     reference = Forced(directory, "none", "bfloat16", args.kernels)
-    lines: list[dict[str, Any]] = []
-    for scheme, kv_dtype in SCHEMES:
-        if args.kernels == "torch" and scheme != "none":
-            continue
-        other = Forced(directory, scheme, kv_dtype, args.kernels)
-        facts = {"model": directory.name, "scheme": scheme, "kv_cache_dtype": kv_dtype}
-        text = "its own" if args.text is None else args.text.name
-        figures = {"weight_mb": round(other.weight_mb, 1), **compare(reference, other, texts)}
-        lines.append({**facts, **figures, "text": text, "kernels": args.kernels})
-        print(json.dumps(lines[-1]), flush=True)
+    with tempfile.TemporaryDirectory() as folder:
+        measured = [(scheme, kv_dtype, "--quantization", directory) for scheme, kv_dtype in SCHEMES]
+        made = made_checkpoints(args.model, Path(folder)) if args.gptq else []
+        made += [("stored", path.name, path) for path in args.checkpoint]
+        measured += [(scheme, "bfloat16", how, path) for scheme, how, path in made]
+        lines: list[dict[str, Any]] = json.loads(args.out.read_text())["lines"] if args.add else []
+        for scheme, kv_dtype, how, path in measured:
+            if args.kernels == "torch" and path == directory and scheme != "none":
+                continue
+            other = Forced(path, scheme if path == directory else "none", kv_dtype, args.kernels)
+            facts = {"model": directory.name, "scheme": scheme, "kv_cache_dtype": kv_dtype, "how": how}
+            text = "its own" if args.text is None else args.text.name
+            figures = {"weight_mb": round(other.weight_mb, 1), **compare(reference, other, texts)}
+            lines.append({**facts, **figures, "text": text, "kernels": args.kernels})
+            print(json.dumps(lines[-1]), flush=True)
     if args.out:
         write_json(args.out, {**machine(), "lines": lines})
 

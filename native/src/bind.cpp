@@ -97,23 +97,29 @@ public:
         team->run([&](int member) { fill(blocks * member / team->size(), blocks * (member + 1) / team->size()); });
     }
 
-    // Columns that are quantized already: int8 rows with float32 scales [rows] or [rows][groups].
-    void fill_quantized(int begin, Matrix<std::int8_t> rows, Matrix<float> scales) {
-        check(begin, rows.shape(0), rows.shape(1));
-        if (weight_.format == Format::BF16) throw std::invalid_argument("a bf16 weight takes bf16 rows");
+    // Columns that are quantized already: int8 rows with float32 scales [rows][groups], groups of 128 or one. Block i of
+    // 16 rows becomes columns begin + 16 * step * i and following.
+    void fill_quantized(Team& team, int begin, int step, Matrix<std::int8_t> rows, Matrix<float> scales) {
+        check_quantized(begin, step, rows.shape(0), rows.shape(1), scales);
         if (rows.stride(1) != 1) throw std::invalid_argument("rows must be contiguous");
-        std::size_t groups = is_grouped() ? (weight_.k + GROUP - 1) / GROUP : 1;
-        if (scales.shape(0) != rows.shape(0) || scales.shape(1) != groups)
-            throw std::invalid_argument("the scales do not match the weight");
-        int num = static_cast<int>(rows.shape(0));
-        nb::gil_scoped_release unlocked;
-        for (int block = 0; block < static_cast<int>(up(num, COLUMNS)) / COLUMNS; block++) {
-            int at = block * COLUMNS, count = std::min(COLUMNS, num - at);
-            pack_integers(begin + at, count, rows.data() + at * rows.stride(0), rows.stride(0));
-            for (int j = 0; j < count; j++)
-                for (std::size_t g = 0; g < groups; g++)
-                    set_scale(begin + at + j, static_cast<int>(g), scales.data()[(at + j) * scales.stride(0) + g * scales.stride(1)]);
-        }
+        const std::int8_t* from = rows.data();
+        std::size_t stride = rows.stride(0);
+        fill_blocks(team, begin, step, static_cast<int>(rows.shape(0)), scales, [&](int row, int count, int to) {
+            pack_integers(to, count, from + row * stride, stride);
+        });
+    }
+
+    // The same from 4-bit integers as compressed-tensors packs them: whole words of 8, as bytes.
+    void fill_nibbles(Team& team, int begin, int step, Table<const std::uint8_t> rows, Matrix<float> scales) {
+        check_quantized(begin, step, rows.shape(0), static_cast<std::size_t>(weight_.k), scales);
+        std::size_t stride = rows.shape(1), k = static_cast<std::size_t>(weight_.k);
+        if (!is_grouped() || stride != up(k, 8) / 2) throw std::invalid_argument("the words do not fit the weight");
+        const std::uint8_t* from = rows.data();
+        fill_blocks(team, begin, step, static_cast<int>(rows.shape(0)), scales, [&](int row, int count, int to) {
+            std::vector<std::int8_t> integers(count * k);
+            for (int j = 0; j < count; j++) unpack_nibbles(from + (row + j) * stride, weight_.k, integers.data() + j * k);
+            pack_integers(to, count, integers.data(), k);
+        });
     }
 
     // Rows as they are computed with, float32 [n][k].
@@ -130,6 +136,34 @@ private:
         bool fits = begin >= 0 && begin % COLUMNS == 0 && begin + static_cast<long>(num) <= weight_.n;
         bool whole = num % COLUMNS == 0 || begin + static_cast<long>(num) == weight_.n;
         if (!fits || !whole || static_cast<int>(k) != weight_.k) throw std::invalid_argument("the rows do not fit the weight");
+    }
+
+    void check_quantized(int begin, int step, std::size_t num, std::size_t k, const Matrix<float>& scales) const {
+        if (weight_.format == Format::BF16) throw std::invalid_argument("a bf16 weight takes bf16 rows");
+        bool whole = num % COLUMNS == 0 || (step == 1 && begin + static_cast<long>(num) == weight_.n);
+        long last = begin + COLUMNS * step * (static_cast<long>(up(num, COLUMNS)) / COLUMNS - 1);
+        bool fits = begin >= 0 && begin % COLUMNS == 0 && step > 0 && num > 0 && last < weight_.n;
+        if (!fits || !whole || static_cast<int>(k) != weight_.k) throw std::invalid_argument("the rows do not fit the weight");
+        std::size_t groups = is_grouped() ? up(weight_.k, GROUP) / GROUP : 1;
+        if (scales.shape(0) != num || scales.shape(1) != groups) throw std::invalid_argument("the scales do not match the weight");
+    }
+
+    // pack(row, count, column) for every block of the rows, by the team, and its scales.
+    template <class Pack>
+    void fill_blocks(Team& team, int begin, int step, int num, const Matrix<float>& scales, const Pack& pack) {
+        int blocks = static_cast<int>(up(num, COLUMNS)) / COLUMNS, groups = static_cast<int>(scales.shape(1));
+        const float* scale = scales.data();
+        std::int64_t row_stride = scales.stride(0), group_stride = scales.stride(1);
+        nb::gil_scoped_release unlocked;
+        team.run([&](int member) {
+            int first = blocks * member / team.size(), last = blocks * (member + 1) / team.size();
+            for (int block = first; block < last; block++) {
+                int row = block * COLUMNS, count = std::min(COLUMNS, num - row), to = begin + block * step * COLUMNS;
+                pack(row, count, to);
+                for (int j = 0; j < count; j++)
+                    for (int g = 0; g < groups; g++) set_scale(to + j, g, scale[(row + j) * row_stride + g * group_stride]);
+            }
+        });
     }
 
     void set_scale(int column, int group, float value) {
@@ -369,7 +403,10 @@ NB_MODULE(_native, m) {
     nb::class_<PackedWeight>(m, "PackedWeight")
         .def(nb::init<int, int, int, std::shared_ptr<Arena>>(), "format"_a, "n"_a, "k"_a, "arena"_a.none() = nb::none())
         .def("fill", &PackedWeight::fill, "team"_a.none(), "begin"_a, "rows"_a.noconvert(), "every"_a = 1)
-        .def("fill_quantized", &PackedWeight::fill_quantized, "begin"_a, "rows"_a.noconvert(), "scales"_a.noconvert())
+        .def("fill_quantized", &PackedWeight::fill_quantized, "team"_a, "begin"_a, "step"_a, "rows"_a.noconvert(),
+             "scales"_a.noconvert())
+        .def("fill_nibbles", &PackedWeight::fill_nibbles, "team"_a, "begin"_a, "step"_a, "rows"_a.noconvert(),
+             "scales"_a.noconvert())
         .def("unpack", &PackedWeight::unpack, "out"_a.noconvert())
         .def("set_bias", &PackedWeight::set_bias, "bias"_a.noconvert())
         .def_prop_ro("n", [](const PackedWeight& w) { return w.weight().n; })

@@ -18,6 +18,13 @@ float widen(bf16 x) {
     return f;
 }
 
+// The nearest bf16, ties to even, of a finite number: what every engine keeps of a checkpoint's scales.
+float rounded_bf16(float x) {
+    std::uint32_t u;
+    std::memcpy(&u, &x, 4);
+    return widen(static_cast<bf16>((u + 0x7fff + (u >> 16 & 1)) >> 16));
+}
+
 // Offset in elements of (column j of a block, k), from the start of the block.
 std::size_t place(Format format, int j, int k) {
     switch (format) {
@@ -120,12 +127,16 @@ void pack_int4(Format format, const std::int8_t* rows, std::size_t stride, const
     }
 }
 
+void unpack_nibbles(const std::uint8_t* from, int k, std::int8_t* to) {
+    for (int i = 0; i < k; i++) to[i] = static_cast<std::int8_t>((i % 2 ? from[i / 2] >> 4 : from[i / 2] & 15) - 8);
+}
+
 void quantize_int8(const bf16* rows, std::size_t stride, int n, int k, std::int8_t* to, float* scale) {
     for (int j = 0; j < n; j++) {
         const bf16* from = rows + j * stride;
         float most = 0;
         for (int i = 0; i < k; i++) most = std::max(most, std::fabs(widen(from[i])));
-        scale[j] = most > 0 ? most / 127 : 1;
+        scale[j] = most > 0 ? rounded_bf16(most / 127) : 1;
         float inverse = 1 / scale[j];
         for (int i = 0; i < k; i++) to[static_cast<std::size_t>(j) * k + i] = static_cast<std::int8_t>(std::nearbyint(widen(from[i]) * inverse));
     }
@@ -147,7 +158,7 @@ void quantize_int4(const bf16* rows, std::size_t stride, int n, int k, std::int8
                 x[i] = widen(rows[j * stride + begin + i]);
                 if (std::fabs(x[i]) > std::fabs(extreme)) extreme = x[i];
             }
-            float step = extreme != 0 ? extreme / -8 : 1;  // cutting the extreme for less squared error gains nothing
+            float step = extreme != 0 ? rounded_bf16(extreme / -8) : 1;  // cutting the extreme for less squared error gains nothing
             scale[static_cast<std::size_t>(j) * groups + g] = step;
             float inverse = 1 / step;
             std::int8_t* out = to + static_cast<std::size_t>(j) * k + begin;

@@ -25,7 +25,11 @@ void pack_int4(Format format, const std::int8_t* rows, std::size_t stride, const
 // Row n of a packed matrix as it is computed with, float32 [k].
 void unpack_row(const Weight& weight, int n, float* out);
 
-// Round to nearest: one scale per row, absmax / 127.
+// One row of compressed-tensors' 4-bit integers, to one per int8: element k is nibble k % 8, counted from the low end, of
+// little-endian word k / 8, and stands for nibble - 8.
+void unpack_nibbles(const std::uint8_t* from, int k, std::int8_t* to);
+
+// Round to nearest: one scale per row, absmax / 127. Scales are bf16 numbers here and below: they are the same in a file.
 void quantize_int8(const bf16* rows, std::size_t stride, int n, int k, std::int8_t* to, float* scale);
 
 // One scale per row and group of 128: the element of largest magnitude becomes -8.

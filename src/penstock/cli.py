@@ -25,6 +25,7 @@ VERBS: dict[str, tuple[str, str, str]] = {
     "bench": ("penstock.commands.families", "bench", "measure: serve, throughput, latency, kernels, startup"),
     "train": ("penstock.commands.families", "train", "train a small model: lm"),
     "convert": ("penstock.commands.convert", "main", "turn other formats into model directories: llama2c"),
+    "quantize": ("penstock.commands.quantize", "main", "write a checkpoint with 8- or 4-bit weights"),
     "plan": ("penstock.commands.plan", "main", "show how a model would use this machine's memory"),
     "doctor": ("penstock.commands.doctor", "main", "check this machine and installation, a line each"),
     "demo": ("penstock.commands.demo", "main", "one whole round trip: start, chat, stream, stop"),

@@ -122,6 +122,7 @@ def _build(resolved: Resolved, progress: ProgressCallback, stages: Stages, arena
             threads=config.runtime.num_threads,
             progress=lambda done, total: progress("loading weights", done, total),
             packer=weights,
+            quantization=shape.quantization,
         )
     stages.done("load weights")
     progress("allocating KV", 0, 0)
@@ -177,6 +178,8 @@ def _native_weights(resolved: Resolved, model: LlamaModel, arena: Any | None) ->
     """
     config = resolved.config
     wanted, scheme = config.runtime.cpu_kernels, config.model.quantization
+    if resolved.model.quantization is not None and (config.model.load_format != "dummy" or scheme == "mixed"):
+        scheme = "none"  # what the checkpoint holds comes as it is; the rest stays plain
     assert config.runtime.num_threads is not None
     if wanted == "torch" and scheme == "none":
         return None, "plain torch"

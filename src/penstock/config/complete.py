@@ -24,7 +24,8 @@ class Resolved:
     """A configuration without open ends, and what it was completed from.
 
     In `config` these are never None or "auto" any more: dtype, kv_cache_dtype, block_size, max_model_len,
-    kv_cache_memory_bytes (what the planned blocks take), tokenizer (a directory), num_threads, device.
+    kv_cache_memory_bytes (what the planned blocks take), quantization ("mixed" where layers differ), tokenizer (a
+    directory), num_threads, device.
     """
 
     config: Config
@@ -45,7 +46,8 @@ def complete(config: Config, machine: Machine) -> Resolved:
     if config.runtime.device == "cuda":
         raise ConfigError("cuda is not supported yet: this version computes on the CPU", "--device")
 
-    dtype, note = _dtype(config, model, machine)
+    quantization = _quantization(config, model)
+    dtype, note = _dtype(config, model, machine, quantization)
     kv_dtype = dtype if config.cache.kv_cache_dtype == "auto" else config.cache.kv_cache_dtype
     block_size = config.cache.block_size or CPU_BLOCK_TOKENS
     layout = kv_layout(model, block_size, kv_dtype)
@@ -59,7 +61,7 @@ def complete(config: Config, machine: Machine) -> Resolved:
         max_model_len=config.model.max_model_len,
         kv_bytes=config.cache.kv_cache_memory_bytes,
         share=config.cache.gpu_memory_utilization,
-        quantization=config.model.quantization,
+        quantization="none" if config.runtime.cpu_kernels == "torch" else quantization,
     )
 
     def fill(part: Any, name: str, value: Any, origin: str, why: str) -> Any:
@@ -71,6 +73,7 @@ def complete(config: Config, machine: Machine) -> Resolved:
 
     length_origin = ("model", "its positions") if memory.max_model_len == max_positions(model) else ("auto", "memory")
     part = fill(config.model, "dtype", dtype, *note)
+    part = fill(part, "quantization", quantization, "model", "as the checkpoint")
     part = fill(part, "max_model_len", memory.max_model_len, *length_origin)
     part = fill(part, "tokenizer", str(directory), "auto", "the model's")
     cache = fill(config.cache, "kv_cache_dtype", kv_dtype, "auto", "as the weights")
@@ -82,10 +85,23 @@ def complete(config: Config, machine: Machine) -> Resolved:
     return Resolved(done, directory, model, layout, memory)
 
 
-def _dtype(config: Config, model: ModelConfig, machine: Machine) -> tuple[str, tuple[str, str]]:
+def _quantization(config: Config, model: ModelConfig) -> str:
+    """The name of the weights' format. Raises ConfigError for another one than a quantized checkpoint has."""
+    asked = config.model.quantization
+    if model.quantization is None:
+        return "none" if asked == "auto" else asked
+    stored = model.quantization.name(model.modules)
+    if asked not in ("auto", stored):
+        raise ConfigError(f"{asked} was asked for, but the checkpoint is quantized already: {stored}", "--quantization")
+    return stored
+
+
+def _dtype(config: Config, model: ModelConfig, machine: Machine, quantization: str) -> tuple[str, tuple[str, str]]:
     """(data type of the weights, its origin): the checkpoint's, unless this CPU would emulate it."""
     if config.model.dtype != "auto":
         return config.model.dtype, config.origins.get("dtype", ("flag", ""))
+    if quantization != "none" and config.runtime.cpu_kernels != "torch":
+        return "bfloat16", ("auto", "what kernels of quantized weights compute in")
     if model.dtype == "float16":
         return "float32", ("auto", "the checkpoint's float16 is slow on CPUs")
     if model.dtype == "bfloat16" and not machine.has_fast_bf16:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from penstock.config.model import DTYPE_BYTES, KVGroup, KVLayout, ModelConfig
+from penstock.config.quantization import CheckpointQuantization
 from penstock.config.values import ConfigError, format_bytes
 
 # Resident memory of an engine process and a front end with a model of 1 MiB: 337 + 57 MiB measured (torch 2.13, CPU).
@@ -137,14 +138,34 @@ def max_positions(model: ModelConfig) -> int:
 
 
 def weight_bytes(model: ModelConfig, dtype: str, quantization: str = "none") -> int:
-    """Resident weights. Quantized layers keep a float32 scale per row or per group of 128; the head has 8 bits."""
+    """Resident weights. Quantized layers keep a float32 scale per row or per group of 128; the head has 8 bits.
+
+    A checkpoint that is quantized already has what it says, unless `quantization` is none: then all of it is `dtype`.
+    """
     item = DTYPE_BYTES[dtype]
     if quantization == "none":
         return model.num_parameters * item
     head = model.vocab_size * model.hidden_size
     table = 0 if model.tied_embeddings else head  # of its own, and not quantized
     layers = model.num_parameters - head - table
-    return round(layers * LAYER_BYTES[quantization]) + head + table * item
+    if model.quantization is None:
+        return round(layers * LAYER_BYTES[quantization]) + head + table * item
+    stored = _head_item(model.quantization, item) * head + table * item
+    for layer in range(model.num_layers):
+        for projection in model.projections:
+            schemes = {model.quantization.scheme_of(f"model.layers.{layer}.{name}") for name in projection.names}
+            scheme = schemes.pop()
+            native = scheme.native if scheme is not None and not schemes else None
+            size = sum(projection.rows) * projection.columns
+            stored += round(size * (item if native is None else LAYER_BYTES[native]))
+            layers -= size
+    return round(stored) + layers * item
+
+
+def _head_item(quantization: CheckpointQuantization, item: int) -> float:
+    """Bytes per parameter of the head."""
+    scheme = quantization.scheme_of("lm_head")
+    return item if scheme is None or scheme.native is None else LAYER_BYTES[scheme.native]
 
 
 def packed_bytes(model: ModelConfig, quantization: str = "none") -> int:

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from penstock.config.quantization import CheckpointQuantization, UnsupportedQuantization, parse_quantization
+
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 # KV cache dtype -> dtype of the scale that each token and head has of its own, for keys and for values.
 KV_SCALES = {"int8": "bfloat16"}
@@ -62,6 +64,7 @@ class ModelConfig:
     layer_windows: tuple[int | None, ...]  # per layer: sliding window in tokens, None = full attention
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
+    quantization: CheckpointQuantization | None = None  # of the weights as they are stored
 
     @property
     def num_parameters(self) -> int:
@@ -74,6 +77,33 @@ class ModelConfig:
         norms = 2 * self.hidden_size + (2 * self.head_dim if self.qk_norm else 0)
         embed = self.vocab_size * self.hidden_size * (1 if self.tied_embeddings else 2)
         return self.num_layers * (attn + mlp + norms + biases) + embed + self.hidden_size
+
+    @property
+    def projections(self) -> tuple[Projection, ...]:
+        """The matrices of one layer."""
+        q, kv = self.num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        hidden, inter = self.hidden_size, self.intermediate_size
+        return (
+            Projection(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (q, kv, kv), hidden),
+            Projection(("self_attn.o_proj",), (hidden,), q),
+            Projection(("mlp.gate_proj", "mlp.up_proj"), (inter, inter), hidden),
+            Projection(("mlp.down_proj",), (hidden,), inter),
+        )
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """Names of all projections of all layers, as checkpoints have them."""
+        names = [name for projection in self.projections for name in projection.names]
+        return tuple(f"model.layers.{layer}.{name}" for layer in range(self.num_layers) for name in names)
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """Modules of a layer that are computed as one matrix: rows of each, one below the other, and their columns."""
+
+    names: tuple[str, ...]
+    rows: tuple[int, ...]
+    columns: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,9 +259,10 @@ def parse_model_config(raw: dict[str, Any], generation: dict[str, Any] | None = 
     act = raw.get("hidden_act", "silu")
     if act != "silu":
         raise ModelConfigError(f"hidden_act {act!r} is not supported; supported: silu")
-    if quantization := raw.get("quantization_config"):
-        method = quantization.get("quant_method", "unknown") if isinstance(quantization, dict) else "unknown"
-        raise ModelConfigError(f"quantized checkpoints ({method}) are not supported yet; use a bf16/fp16/fp32 one")
+    try:
+        quantization = parse_quantization(raw["quantization_config"]) if raw.get("quantization_config") else None
+    except UnsupportedQuantization as error:
+        raise ModelConfigError(str(error)) from None
     dtype = str(raw.get("dtype") or raw.get("torch_dtype") or "bfloat16").removeprefix("torch.")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise ModelConfigError(f"dtype {dtype!r} is not supported; supported: float32, bfloat16, float16")
@@ -266,6 +297,7 @@ def parse_model_config(raw: dict[str, Any], generation: dict[str, Any] | None = 
         layer_windows=_windows(architecture, raw, num_layers),
         bos_token_id=bos[0] if bos else None,
         eos_token_ids=eos,
+        quantization=quantization,
     )
 
 

@@ -33,7 +33,7 @@ def setting(default: Any, text: str, **extra: Any) -> Any:
 
 
 DTYPE_SYNONYMS = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
-QUANTIZATIONS = ("none", "int8", "w8a8", "int4", "w4a8")
+QUANTIZATIONS = ("auto", "none", "int8", "w8a8", "int4", "w4a8")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_DTYPES = (*DTYPES, "int8")
 KV_DTYPE_SYNONYMS = {**DTYPE_SYNONYMS, "int8_per_token_head": "int8"}  # vLLM's name
@@ -60,10 +60,11 @@ class ModelOptions:
         headline=True,
     )
     quantization: str = setting(
-        "none",
-        "quantize while loading: weights of 8 or 4 bits, activations bf16 (int8, int4) or 8 bits (w8a8, w4a8)",
+        "auto",
+        "auto: what the checkpoint says; else quantize a plain one while loading: weights of 8 or 4 bits, activations "
+        "bf16 (int8, int4) or 8 bits (w8a8, w4a8)",
         choices=QUANTIZATIONS,
-        synonyms={"None": "none", "auto": "none", "null": "none"},
+        synonyms={"None": "none", "null": "none", "compressed-tensors": "auto"},
         headline=True,
         aliases=("-q",),
     )

@@ -247,13 +247,13 @@ def test_weights_are_rounded_to_the_nearest_step_of_their_format(n: int, k: int,
     w[0, 0] = 0.0
     assert torch.equal(packed("bf16", w)[1], w.float())
     for weight_format in ("int8", "w8a8"):
-        step = w.float().abs().amax(1, keepdim=True) / 127
+        step = (w.float().abs().amax(1, keepdim=True) / 127).bfloat16().float()
         assert ((packed(weight_format, w)[1] - w).abs() <= 0.501 * step).all()
     fourth = packed("int4", w)[1]
     assert torch.equal(fourth, packed("w4a8", w)[1])
     groups = torch.nn.functional.pad(w.float(), (0, -k % 128)).view(n, -1, 128)
     extreme = groups.gather(2, groups.abs().argmax(2, keepdim=True))
-    step = torch.where(extreme != 0, extreme / -8, 1.0)
+    step = torch.where(extreme != 0, extreme / -8, 1.0).bfloat16().float()
     edge = torch.where(groups.sign() * extreme.sign() < 0, 1.0, 0.501)  # on the other side 7 steps are the most
     assert ((fourth - w).abs() <= (edge * step.abs()).flatten(1)[:, :k]).all()
 

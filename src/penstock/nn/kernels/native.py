@@ -26,6 +26,7 @@ from torch import Tensor
 from penstock.config.model import KVLayout
 from penstock.nn.doors import Batch, Buffer, Recorder, Scores, Spans
 from penstock.nn.kernels.edits import Ids, RowEdits, RowParams
+from penstock.nn.weights.quantized import QuantizedRows
 
 log = logging.getLogger("penstock.nn")
 extension: ModuleType | None = None
@@ -129,7 +130,7 @@ class PackedWeights:
         use = self._uses.get(id(parameter))
         if use is None or id(parameter) in self._packed:
             return False
-        self._packed[id(parameter)] = self._empty(use, parameter)
+        self._packed[id(parameter)] = self._empty(use.format, parameter)
         return True
 
     def put(self, parameter: Tensor, row: int, words: np.ndarray) -> None:
@@ -149,15 +150,34 @@ class PackedWeights:
         if use is None or not parameter.numel():
             return
         if id(parameter) not in self._packed:
-            packed = self._empty(use, parameter)
+            packed = self._empty(use.format, parameter)
             rows = _interleaved(parameter) if use.interleaved else parameter.detach()
             packed.fill(self.team, 0, _words(rows))
             self._packed[id(parameter)] = packed
             self._native.release(_words(parameter))  # at once: a loader may hold views of this memory until its end
         parameter.data = torch.empty(0, dtype=parameter.dtype)
 
-    def _empty(self, use: _Use, parameter: Tensor) -> Any:
-        return self._native.PackedWeight(FORMATS[use.format], *parameter.shape, self._arena)
+    def put_quantized(self, parameter: Tensor, start: int, rows: QuantizedRows) -> bool:
+        """Pack rows [start, ...) of a projection that are quantized already, as they are (E0). False: it is none.
+
+        All rows of a parameter come in one scheme, in any order.
+        """
+        use, native_format = self._uses.get(id(parameter)), rows.scheme.native
+        if use is None or native_format is None:
+            return False
+        if id(parameter) not in self._packed:
+            self._packed[id(parameter)] = self._empty(native_format, parameter)
+            parameter.data = torch.empty(0, dtype=parameter.dtype)  # never touched, so it takes no memory yet
+        packed, step = self._packed[id(parameter)], 1
+        if use.interleaved:
+            assert start in (0, rows.shape[0])
+            start, step = (COLUMNS if start else 0), 2
+        fill = packed.fill_nibbles if rows.nibbles else packed.fill_quantized
+        fill(self.team, start, step, rows.integers, rows.native_scales())
+        return True
+
+    def _empty(self, weight_format: str, parameter: Tensor) -> Any:
+        return self._native.PackedWeight(FORMATS[weight_format], *parameter.shape, self._arena)
 
     def finish(self) -> None:
         """Everything is packed: give back what the arena holds in vain."""

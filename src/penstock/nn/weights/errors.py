@@ -56,3 +56,7 @@ class WrongDtype(CheckpointError):
 
 class TiedWeightsDiffer(CheckpointError):
     """config.json ties two tensors that the checkpoint stores with different values."""
+
+
+class BadQuantization(CheckpointError):
+    """A quantized tensor is of a kind that cannot be held, or its scales or integers are not numbers of their kind."""

@@ -5,6 +5,7 @@ Reads no weight and starts no thread: everything that can be known to be wrong b
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -14,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from penstock.nn.weights.errors import MissingTensor, UnknownTensor, WrongDtype, WrongShape
+from penstock.nn.weights.errors import MissingTensor, TiedWeightsDiffer, UnknownTensor, WrongDtype, WrongShape
 from penstock.nn.weights.headers import Checkpoint, Shard, StoredTensor
+from penstock.nn.weights.quantized import QuantizedModule, QuantizedPacker
 from penstock.nn.weights.routes import Route
 
 # Any of these becomes any other; everything else needs a quantization scheme.
@@ -31,7 +33,7 @@ PACK_ROWS = 16  # rows of a packed block: pieces for a packer are cut there
 _SLOT_ALIGN = 64  # bytes; a slot is viewed as float32 at piece starts, and packers read it in whole cache lines
 
 
-class Packer(Protocol):
+class Packer(QuantizedPacker, Protocol):
     """Keeps some parameters in a form of its own, filled straight from the file: their own memory is never touched."""
 
     def wants(self, parameter: nn.Parameter) -> bool:
@@ -43,10 +45,6 @@ class Packer(Protocol):
 
         `row` is a multiple of 16, and so is n but at the end of the parameter.
         """
-        ...
-
-    def take(self, parameter: nn.Parameter) -> None:
-        """All of a parameter is there, wanted or not: give back memory that is not needed any more."""
         ...
 
 
@@ -120,32 +118,46 @@ class Layout:
         return sum(f.stored.end - f.stored.start for f in self.fillings)
 
 
-def match(checkpoint: Checkpoint, model: nn.Module, routes: Sequence[Route], packer: Packer | None = None) -> Layout:
+def match(
+    checkpoint: Checkpoint,
+    model: nn.Module,
+    routes: Sequence[Route],
+    packer: Packer | None = None,
+    quantized: Sequence[QuantizedModule] = (),
+) -> Layout:
     """Pair stored tensors with parameters. Raises a CheckpointError unless every parameter is filled exactly once.
 
-    The packer is asked last, when nothing is wrong. Errors: UnknownTensor, MissingTensor, WrongShape, WrongDtype.
-    A route that names no parameter of the model, or rows that overlap, are bugs of the family and fail an assertion.
+    What `quantized` modules fill counts and is left out of the layout. The packer is asked last, when nothing is wrong.
+    Errors: UnknownTensor, MissingTensor, WrongShape, WrongDtype, TiedWeightsDiffer. A route that names no parameter of
+    the model, or rows that overlap, are bugs of the family and fail an assertion.
     """
     parameters = dict(model.named_parameters(remove_duplicate=False))
     strays = [route.target for route in routes if route.target not in parameters]
     assert not strays, f"routes name no parameter: {strays}"
     homes = {tensor.name: (shard, tensor) for shard in checkpoint.shards for tensor in shard.tensors}
-    chosen = {route.source: route for route in routes if route.kind == "fill" and route.source in homes}
+    apart = {module.route.source for module in quantized}
+    present = apart | homes.keys()
+    chosen = {route.source: route for route in routes if route.kind == "fill" and route.source in present}
     ties = []
     filled = {id(parameters[route.target]) for route in chosen.values()}  # tied modules share one parameter
     for route in routes:
-        if route.kind == "tied" and route.source in homes:
+        if route.kind == "tied" and route.source in present:
+            if id(parameters[route.target]) in filled and route.source in apart:
+                raise TiedWeightsDiffer(
+                    f"{checkpoint.directory}: holds {route.source} quantized beside the tensor that "
+                    "tie_word_embeddings names: set it to false in config.json"
+                )
             if id(parameters[route.target]) in filled:
                 ties.append(route)
             else:  # only the second name of a tied pair is stored
                 chosen[route.source] = route
                 filled.add(id(parameters[route.target]))
-    known = {route.source for route in routes}
+    known = {route.source for route in routes} | {t.name for module in quantized for _, t in module.tensors}
     for name, (shard, _) in homes.items():
         if name not in known and not name.endswith(IGNORED_SUFFIXES):
             raise UnknownTensor(f"{shard.path}: the model has no place for tensor {name}")
     _check_cover(checkpoint, parameters, routes, chosen)
-    fillings = [_filling(*homes[name], parameters, route) for name, route in chosen.items()]
+    fillings = [_filling(*homes[name], parameters, route) for name, route in chosen.items() if name not in apart]
     order = {shard.path: n for n, shard in enumerate(checkpoint.shards)}
     fillings.sort(key=lambda f: (order[f.path], f.stored.start))
     casts: dict[str, int] = {}
@@ -162,6 +174,11 @@ def match(checkpoint: Checkpoint, model: nn.Module, routes: Sequence[Route], pac
 def _packed(fillings: Sequence[Filling], compared: Sequence[Filling], packer: Packer) -> list[Filling]:
     """The fillings, those of parameters that the packer wants and can be given marked so."""
     possible = {id(f.parameter): f.parameter for f in fillings if f.parameter.dim() == 2}
+    rows: Counter[int] = Counter()
+    for f in fillings:
+        rows[id(f.parameter)] += f.stored.shape[0]
+    for key in [key for key, parameter in possible.items() if rows[key] < parameter.shape[0]]:
+        del possible[key]  # its other rows are quantized, and dequantized into its memory
     for f in fillings:
         ends = f.first_row + f.stored.shape[0]
         whole = f.first_row % PACK_ROWS == 0 and (ends % PACK_ROWS == 0 or ends == f.parameter.shape[0])

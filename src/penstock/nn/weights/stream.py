@@ -25,9 +25,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from penstock.config.quantization import CheckpointQuantization
 from penstock.nn.weights.errors import CheckpointError, TiedWeightsDiffer, TruncatedShard, WrongDtype
 from penstock.nn.weights.headers import read_checkpoint
 from penstock.nn.weights.layout import Extent, Filling, Layout, Packer, Piece, cut, match
+from penstock.nn.weights.quantized import find_quantized, load_quantized
 from penstock.nn.weights.routes import Route
 
 CHUNK_BYTES = 16 * 1024 * 1024
@@ -59,23 +61,29 @@ def load_weights(
     chunk_bytes: int = CHUNK_BYTES,
     progress: Callable[[int, int], None] | None = None,
     packer: Packer | None = None,
+    quantization: CheckpointQuantization | None = None,
 ) -> LoadReport:
     """Fill every parameter of `model` from the safetensors in `directory`; dtype and device are the parameters'.
 
-    `progress(done_bytes, total_bytes)` is called on this thread, as is `packer.take(parameter)` once all of it is
-    there. Extra memory: (threads + 1) chunks, and only when something is cast, packed or goes to a device. Raises a
-    CheckpointError; what can be known without reading weights is found before anything is written. An error after that
-    empties all parameters, so a half-loaded model cannot be run.
+    Modules that are quantized by `quantization` come first and are offered to the packer; those it does not want are
+    dequantized into their parameters. `progress(done_bytes, total_bytes)` is called on this thread, as is
+    `packer.take(parameter)` once all of it is there. Extra memory: (threads + 1) chunks, and only when something is
+    cast, packed or goes to a device. Raises a CheckpointError; what can be known without reading weights is found
+    before anything is written. An error after that empties all parameters, so a half-loaded model cannot be run.
     """
     if threads < 1 or chunk_bytes < MIN_CHUNK_BYTES:
         raise ValueError(f"threads must be >= 1 and chunk_bytes >= {MIN_CHUNK_BYTES}")
     begin = time.perf_counter()
     checkpoint = read_checkpoint(directory)
-    layout = match(checkpoint, model, routes, packer)
+    modules = [] if quantization is None else find_quantized(checkpoint, model, routes, quantization)
+    layout = match(checkpoint, model, routes, packer, modules)
+    counted = _Progress(layout.num_bytes + sum(module.num_bytes for module in modules), progress or _no_progress)
     try:
         with torch.no_grad(), _one_torch_thread():
+            counted(0)
+            load_quantized(modules, packer, threads=threads, progress=counted)
             extents = cut(layout.fillings, chunk_bytes)
-            _stream(extents, threads, progress or _no_progress, layout, packer)
+            _stream(extents, threads, counted, layout, packer)
             packed = {id(filling.parameter): filling for filling in layout.fillings if filling.packed}
             for extent in cut(layout.ties, chunk_bytes):
                 _compare(extent, packed)
@@ -83,9 +91,8 @@ def load_weights(
         for parameter in model.parameters():
             parameter.data = torch.empty(0, dtype=parameter.dtype)
         raise
-    return LoadReport(
-        layout.num_bytes, time.perf_counter() - begin, len(layout.fillings), len(checkpoint.shards), layout.casts
-    )
+    num_tensors = len(layout.fillings) + sum(len(module.tensors) for module in modules)
+    return LoadReport(counted.total, time.perf_counter() - begin, num_tensors, len(checkpoint.shards), layout.casts)
 
 
 @contextmanager
@@ -104,6 +111,17 @@ def _one_torch_thread() -> Iterator[None]:
 
 def _no_progress(done_bytes: int, total_bytes: int) -> None:
     pass
+
+
+class _Progress:
+    """Counts bytes and tells how many of how many there are."""
+
+    def __init__(self, total: int, tell: Callable[[int, int], None]) -> None:
+        self.total, self._done, self._tell = total, 0, tell
+
+    def __call__(self, more: int) -> None:
+        self._done += more
+        self._tell(self._done, self.total)
 
 
 class _Readers:
@@ -160,7 +178,7 @@ class _Readers:
 def _stream(
     extents: Sequence[Extent],
     threads: int,
-    progress: Callable[[int, int], None],
+    progress: Callable[[int], None],
     layout: Layout,
     packer: Packer | None,
 ) -> None:
@@ -171,7 +189,6 @@ def _stream(
     packed = {id(filling.parameter) for filling in layout.fillings if filling.packed}
     compared = {id(filling.parameter) for filling in layout.ties} - packed  # these are still looked at afterwards
     pinned = any(filling.target.is_cuda for filling in layout.fillings)
-    progress(0, total)
     with ExitStack() as stack:
         files = {}
         for path in dict.fromkeys(extent.path for extent in extents):
@@ -195,7 +212,7 @@ def _stream(
                 if packer is not None and not missing[id(parameter)] and id(parameter) not in compared:
                     packer.take(parameter)
             done += extent.end - extent.start
-            progress(done, total)
+            progress(extent.end - extent.start)
     assert done == total, f"read {done} of {total} bytes"
 
 
