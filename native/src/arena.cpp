@@ -25,7 +25,12 @@ Arena::Arena(std::size_t bytes) : bytes_(up(bytes, HUGE_PAGE)) {
     mapping_ = static_cast<char*>(found);
     begin_ = reinterpret_cast<char*>(up(reinterpret_cast<std::uintptr_t>(found), HUGE_PAGE));
     madvise(begin_, bytes_, MADV_HUGEPAGE);  // fails harmlessly where there are none
-    thread_ = std::thread([this] { make_ready(); });
+    try {
+        thread_ = std::thread([this] { make_ready(); });
+    } catch (...) {
+        munmap(mapping_, mapping_bytes_);
+        throw;
+    }
 }
 
 Arena::~Arena() {

@@ -55,6 +55,7 @@ void Program::choose(const Weight& weight, const bf16* hidden, int num_rows, con
         }
         std::size_t stride = up(weight.n, NOISE_GROUP) + 16, bytes = up(held * stride * sizeof(float), 64);
         if (bytes > scores_bytes_) {
+            scores_bytes_ = 0;
             scores_ = {static_cast<char*>(std::aligned_alloc(64, bytes)), std::free};
             if (!scores_) throw std::bad_alloc();
             scores_bytes_ = bytes;

@@ -114,7 +114,8 @@ struct Kernels {
     // x[i] = bf16 head of D: optional norm, then rope (half-split) with cos, sin [rotary/2]; in place. weight may be null.
     void (*rope)(bf16* x, const float* weight, float eps, const float* cos, const float* sin, int head_dim, int rotary);
 
-    // int8 of a bf16 row with one scale (absmax / 127): returns it. sums, if not null: per GROUP.
+    // int8 of a bf16 row with one scale (absmax / 127): returns it, NaN for a row that holds a NaN or an infinity. sums,
+    // if not null: per GROUP.
     float (*quantize)(const bf16* x, int n, std::int8_t* out, std::int32_t* sums);
 
     // out[j] = silu(gate[j]) * up[j] as bf16; gate and up float32, `cols` of each.

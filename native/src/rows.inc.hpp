@@ -37,10 +37,25 @@ static void rope(bf16* x, const float* weight, float eps, const float* cos, cons
 
 static float quantize(const bf16* x, int n, std::int8_t* out, std::int32_t* sums) {
     vf most = all(0);
+    vi broken = all_int(0);
     int whole = n / 16 * 16;
-    for (int i = 0; i < whole; i += 16) most = max(absolute(load(x + i)), most);
+    for (int i = 0; i < whole; i += 16) {
+        vf v = load(x + i);
+        most = max(absolute(v), most);
+        broken |= v != v;
+    }
     float top = largest(most);
-    for (int i = whole; i < n; i++) top = __builtin_fabsf(widen(x[i])) > top ? __builtin_fabsf(widen(x[i])) : top;
+    bool is_number = !any(broken);
+    for (int i = whole; i < n; i++) {
+        float v = __builtin_fabsf(widen(x[i]));
+        top = v > top ? v : top;
+        is_number = is_number && v == v;
+    }
+    if (!is_number || top == INF) {  // no integer says so, but the scale does
+        for (int i = 0; i < n; i++) out[i] = 0;
+        for (int g = 0; sums && g * GROUP < n; g++) sums[g] = 0;
+        return __builtin_nanf("");
+    }
     float scale = top > 1e-12f ? top / 127.0f : 1e-12f / 127.0f, inverse = 1.0f / scale;
     for (int i = 0; i < whole; i += 16) {
         vf scaled = load(x + i) * inverse, magic = all(12582912.0f);
@@ -108,9 +123,7 @@ static bool peaks(const float* scores, int groups, float* out) {
         }
         out[g] = largest(top);
     }
-    std::int32_t any = 0;
-    for (int i = 0; i < 16; i++) any |= broken[i];
-    return any != 0;
+    return any(broken);
 }
 
 static double weigh(const float* scores, int groups, float best_score, float inverse_temperature, float* out) {

@@ -84,6 +84,12 @@ static inline vf fused(vf a, vf b, vf c) {
 #endif
 }
 
+static inline bool any(vi mask) {
+    std::int32_t found = 0;
+    for (int i = 0; i < 16; i++) found |= mask[i];
+    return found != 0;
+}
+
 // 2^x with a relative error below 2e-7 for x in [-126, 127], exact for whole numbers; 0 below, as for -inf.
 static inline vf exp2(vf x) {
     vi tiny = x < -126.0f;

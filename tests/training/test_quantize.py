@@ -95,6 +95,28 @@ def test_every_weight_is_the_nearest(tmp_path: Path, scheme: str, shards: int) -
     assert report.bytes == sum(tensor.nbytes for tensor in stored.values())
 
 
+def test_a_head_that_is_stored_beside_the_table_it_is_tied_to(tmp_path: Path) -> None:
+    """Checkpoints often hold both names of a tied matrix: one quantized matrix comes out, and it loads."""
+    source = model(tmp_path / "plain", tie_word_embeddings=True)
+    plain = everything(source)
+    both = plain | {name: plain["model.embed_tokens.weight"].clone() for name in ("lm_head.weight",)}
+    save_file(both, source / "model.safetensors")
+    quantize_checkpoint(source, tmp_path / "out", Recipe("w8a8", head="8bit"))
+    stored, made = everything(tmp_path / "out"), loaded(tmp_path / "out")
+    assert "model.embed_tokens.weight" not in stored
+    want = round_to_nearest(plain["model.embed_tokens.weight"].float(), Grid(8, None)).values()
+    assert torch.equal(made.head.weight.detach(), want)
+    assert made.embed.weight is made.head.weight
+
+
+def test_only_the_head_is_quantized(tmp_path: Path) -> None:
+    source = model(tmp_path / "plain", tie_word_embeddings=False)
+    quantize_checkpoint(source, tmp_path / "out", Recipe("int8", head="8bit", ignore=("re:model.layers.*",)))
+    stored = everything(tmp_path / "out")
+    assert [name for name in stored if name.endswith("weight_scale")] == ["lm_head.weight_scale"]
+    assert loaded(tmp_path / "out").head.weight.dtype == torch.float32
+
+
 def test_files_can_be_mapped(tmp_path: Path) -> None:
     """Every tensor starts at a multiple of its item size, and the safetensors library reads it."""
     source = model(tmp_path / "plain", intermediate_size=240)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from penstock.build.start import Stages
-from penstock.config.complete import Resolved
+from penstock.config.complete import Resolved, can_pack
 from penstock.config.values import ConfigError
 from penstock.core.plan import StepPlan, StepResult
 from penstock.core.scheduler import Scheduler, SchedulerLimits
@@ -178,7 +178,8 @@ def _native_weights(resolved: Resolved, model: LlamaModel, arena: Any | None) ->
     """
     config = resolved.config
     wanted, scheme = config.runtime.cpu_kernels, config.model.quantization
-    if resolved.model.quantization is not None and (config.model.load_format != "dummy" or scheme == "mixed"):
+    stored = resolved.model.quantization is not None
+    if stored and (config.model.load_format != "dummy" or scheme == "mixed" or wanted == "torch"):
         scheme = "none"  # what the checkpoint holds comes as it is; the rest stays plain
     assert config.runtime.num_threads is not None
     if wanted == "torch" and scheme == "none":
@@ -198,6 +199,9 @@ def _native_weights(resolved: Resolved, model: LlamaModel, arena: Any | None) ->
             raise ConfigError(f"{scheme} needs native kernels: {error}", "--quantization") from None
         if wanted != "auto":
             raise ConfigError(str(error), "--cpu-kernels") from None
+        if stored and can_pack(wanted, config.model.dtype, resolved.layout):
+            hint = "--cpu-kernels torch computes with its weights dequantized, in the memory of a plain model"
+            raise ConfigError(f"this quantized checkpoint needs native kernels: {error}; {hint}", "--cpu-kernels")
         return None, f"plain torch: {error}"
     return weights, usable[0] if wanted == "auto" else wanted
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from penstock.config.complete import Resolved
+from penstock.config.complete import Resolved, can_pack
 from penstock.config.memory import packed_bytes
 from penstock.config.openmp import bound_spinning
 from penstock.nn.kernels.arena import begin_arena
@@ -36,10 +36,9 @@ class Stages:
 def begin(resolved: Resolved) -> Any | None:
     """Start what can go on by itself: an arena for `build_engine`, or None where plain torch will compute."""
     config = resolved.config
-    quantization = config.model.quantization
-    if config.model.dtype != "bfloat16" or (config.runtime.cpu_kernels == "torch" and quantization == "none"):
+    if not can_pack(config.runtime.cpu_kernels, config.model.dtype, resolved.layout):
         return None
-    return begin_arena(packed_bytes(resolved.model, quantization))
+    return begin_arena(packed_bytes(resolved.model, config.model.quantization))
 
 
 def import_builder() -> Any:

@@ -90,6 +90,8 @@ def calibration_rows(source: Path, text: str, *, num: int, length: int, seed: in
     calibration = importlib.import_module("penstock.training.calibration")
     windows = [window for window in model.layer_windows if window is not None]
     length = min(length, model.max_position, *windows)
+    if length < 2:
+        raise ConfigError("calibration needs samples of 2 tokens or more", "--sample-tokens")
     tokenizer = importlib.import_module("penstock.engine.tokenizer").load_tokenizer(source)
     if text != "builtin":
         return calibration.rows_of_file(Path(text), tokenizer, num, length, seed)

@@ -61,7 +61,7 @@ def complete(config: Config, machine: Machine) -> Resolved:
         max_model_len=config.model.max_model_len,
         kv_bytes=config.cache.kv_cache_memory_bytes,
         share=config.cache.gpu_memory_utilization,
-        quantization="none" if config.runtime.cpu_kernels == "torch" else quantization,
+        quantization=quantization if can_pack(config.runtime.cpu_kernels, dtype, layout) else "none",
     )
 
     def fill(part: Any, name: str, value: Any, origin: str, why: str) -> Any:
@@ -83,6 +83,12 @@ def complete(config: Config, machine: Machine) -> Resolved:
     runtime = fill(runtime, "num_threads", machine.num_cores, "auto", machine.cores_note)
     done = replace(config, model=part, cache=cache, runtime=runtime, origins=origins)
     return Resolved(done, directory, model, layout, memory)
+
+
+def can_pack(cpu_kernels: str, dtype: str, layout: KVLayout) -> bool:
+    """Whether these settings leave the weights to native kernels; plain torch holds quantized ones dequantized."""
+    shapes = all(g.block_size == CPU_BLOCK_TOKENS and g.head_dim % 16 == 0 and g.head_dim <= 256 for g in layout.groups)
+    return cpu_kernels != "torch" and dtype == "bfloat16" and shapes
 
 
 def _quantization(config: Config, model: ModelConfig) -> str:

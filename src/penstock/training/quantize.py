@@ -32,7 +32,7 @@ from penstock.nn.weights.routes import Route
 from penstock.nn.weights.shards import SHARD_BYTES, Planned, ShardWriter
 from penstock.training.layerwise import CalibratedLayers
 
-HEAD = "lm_head"
+HEAD, TABLE = "lm_head", "model.embed_tokens.weight"
 # Beside config.json: what a server or a tokenizer reads, and the terms.
 COPIED = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 Tell = Callable[[str, int, int], None]
@@ -177,19 +177,18 @@ class _Work:
         found: dict[WeightScheme, list[str]] = {}
         for name, scheme in self.schemes.items():
             found.setdefault(scheme, []).append(name)
-        layers = max((scheme for name, scheme in self.schemes.items() if name != HEAD), key=lambda s: len(found[s]))
-        found = {layers: ["Linear"], **{scheme: names for scheme, names in found.items() if scheme != layers}}
-        if HEAD in self.schemes and self.schemes[HEAD] == layers:
-            found[layers] = ["Linear"]
+        of_layers = [scheme for name, scheme in self.schemes.items() if name != HEAD]
+        if of_layers:
+            found[max(of_layers, key=lambda scheme: len(found[scheme]))] = ["Linear"]
         plain = [name for name in (*self.config.modules, HEAD) if name not in self.schemes]
         return found, plain
 
     def plan(self) -> list[Planned]:
         """Every tensor of the new checkpoint."""
-        sources = self._sources()
+        sources, replaced = self._sources(), self._replaced()
         plan: list[Planned] = []
         for name, (_, stored) in self.homes.items():
-            if name not in sources.values():
+            if name not in replaced:
                 plan.append((name, stored.dtype, stored.shape))
         for module, scheme in self.schemes.items():
             n, k = self.homes[sources[module]][1].shape
@@ -206,13 +205,18 @@ class _Work:
         """The tensor that each module is made from; a tied head may be stored as the token table."""
         sources = {module: f"{module}.weight" for module in self.schemes}
         if HEAD in sources and sources[HEAD] not in self.homes:
-            sources[HEAD] = "model.embed_tokens.weight"
+            sources[HEAD] = TABLE
         return sources
 
+    def _replaced(self) -> set[str]:
+        """The tensors that are not copied. Of a head that is the token table, neither name: both would be one matrix."""
+        tied = {f"{HEAD}.weight", TABLE} if HEAD in self.schemes and self.config.tied_embeddings else set()
+        return tied | set(self._sources().values())
+
     def write(self, writer: ShardWriter, rows: Tensor | None, tell: Tell) -> None:
-        sources = self._sources()
+        sources, replaced = self._sources(), self._replaced()
         for name, (path, stored) in self.homes.items():
-            if name not in sources.values():
+            if name not in replaced:
                 writer.write(name, memoryview(_raw(path, stored)))
         total = self.config.num_layers
         layers = None if rows is None else CalibratedLayers(self.config, rows, self._tensor)

@@ -112,11 +112,12 @@ def test_the_fused_choice_is_that_of_the_scores(kernels, seed, num_rows, size, k
         assert alone[0] == tokens[one]
 
 
+@pytest.mark.parametrize("kind", FORMATS)
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_states_that_are_not_numbers_fail_their_row_alone(kernels):
+def test_states_that_are_not_numbers_fail_their_row_alone(kernels, kind):
     """NaN and infinite hidden states, greedy and sampled: NOT_A_NUMBER; what allows no token: NO_TOKEN."""
     rng = np.random.default_rng(0)
-    head = Head(kernels, 500, 64, False, 2)
+    head = Head(kernels, 500, 64, False, 2, kind)
     hidden = torch.randn(6, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
     params = random_params(rng, 6)
     params.temperature[:] = [0, 0, 1, 1, 0, 1]

@@ -15,5 +15,10 @@ with contextlib.suppress(ImportError):  # nn.kernels.native says why, to those w
 
 
 def begin_arena(num_bytes: int) -> Any | None:
-    """Memory for PackedWeights of some `num_bytes`: what does not fit comes from the heap. None without extension."""
-    return None if extension is None or num_bytes <= 0 else extension.Arena(num_bytes)
+    """Memory for PackedWeights of some `num_bytes`: what does not fit comes from the heap. None where it cannot be had."""
+    if extension is None or num_bytes <= 0:
+        return None
+    try:
+        return extension.Arena(num_bytes)
+    except (MemoryError, RuntimeError):  # no address space for it, or no thread: weights go to the heap
+        return None
