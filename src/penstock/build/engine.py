@@ -201,7 +201,9 @@ def _native_weights(resolved: Resolved, model: LlamaModel, arena: Any | None) ->
             raise ConfigError(str(error), "--cpu-kernels") from None
         if stored and can_pack(wanted, config.model.dtype, resolved.layout):
             hint = "--cpu-kernels torch computes with its weights dequantized, in the memory of a plain model"
-            raise ConfigError(f"this quantized checkpoint needs native kernels: {error}; {hint}", "--cpu-kernels")
+            raise ConfigError(
+                f"this quantized checkpoint needs native kernels: {error}; {hint}", "--cpu-kernels"
+            ) from None
         return None, f"plain torch: {error}"
     return weights, usable[0] if wanted == "auto" else wanted
 

@@ -209,7 +209,7 @@ class _Work:
         return sources
 
     def _replaced(self) -> set[str]:
-        """The tensors that are not copied. Of a head that is the token table, neither name: both would be one matrix."""
+        """The tensors that are not copied. Of a tied head neither name: both would be one matrix."""
         tied = {f"{HEAD}.weight", TABLE} if HEAD in self.schemes and self.config.tied_embeddings else set()
         return tied | set(self._sources().values())
 

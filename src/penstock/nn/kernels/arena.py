@@ -15,7 +15,7 @@ with contextlib.suppress(ImportError):  # nn.kernels.native says why, to those w
 
 
 def begin_arena(num_bytes: int) -> Any | None:
-    """Memory for PackedWeights of some `num_bytes`: what does not fit comes from the heap. None where it cannot be had."""
+    """Memory for PackedWeights of some `num_bytes`: what does not fit comes from the heap. None: it cannot be had."""
     if extension is None or num_bytes <= 0:
         return None
     try:
