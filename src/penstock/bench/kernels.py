@@ -19,9 +19,10 @@ from penstock.bench.flags import machine, parse, write_json
 from penstock.config.flags import FlagParser
 from penstock.config.hardware import probe
 from penstock.config.load import model_directory
-from penstock.config.model import KVGroup, ModelConfig, load_model_config
+from penstock.config.model import KVGroup, KVLayout, ModelConfig, load_model_config
 from penstock.config.values import ConfigError
 from penstock.nn.kernels.native import BF16, FORMATS, KV_FORMATS, Unsupported, load_native, usable_kernels
+from penstock.runner.kv_store import KVStore
 
 STREAMED_BYTES = 320 << 20  # of weights in turns, of keys and values: more than caches hold
 READ_BYTES = 1 << 30
@@ -139,17 +140,20 @@ class Bench:
         """One layer's attention of `batch` decoding rows, each with `context` tokens of its own."""
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         blocks = -(-context // BLOCK)
-        block_bytes = KVGroup(0, "full", (0,), None, BLOCK, kv_heads, dim, kv_dtype).layer_bytes
+        group = KVGroup(0, "full", (0,), None, BLOCK, kv_heads, dim, kv_dtype)
+        block_bytes = group.layer_bytes
         num_bytes = batch * context * block_bytes / BLOCK
         layers = max(2, min(64, STREAMED_BYTES // (batch * blocks * block_bytes)))
         program = self._native.Program(self.kernels, self._team, batch)
         qkv, to = program.buffer(BF16, (heads + 2 * kv_heads) * dim), program.buffer(BF16, heads * dim)
         kept = []
         for _ in range(layers):
-            bytes_of_pool = torch.zeros(1 + batch * blocks, block_bytes, dtype=torch.uint8).numpy()
-            pool = program.pool(bytes_of_pool, kv_heads, dim, 0, 0, KV_FORMATS[kv_dtype])
+            store = KVStore(KVLayout((group,)), (1 + batch * blocks,), torch.device("cpu"))
+            bytes_of_pool = store.pools[0].view(torch.uint8).view(-1, block_bytes)
+            bytes_of_pool.zero_()  # untouched memory would be read from one page
+            pool = program.pool(bytes_of_pool.numpy(), kv_heads, dim, 0, 0, KV_FORMATS[kv_dtype])
             program.attend(qkv, heads, pool, 1.0, to)
-            kept.append(bytes_of_pool)
+            kept.append(store)
         table = np.arange(1, 1 + batch * blocks, dtype=np.int32).reshape(batch, blocks)
         positions = np.full(batch, context - 1)
         spans = np.arange(batch + 1), positions

@@ -55,7 +55,9 @@ def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     num_bytes = math.prod(shape) * torch.empty(0, dtype=dtype).element_size()
     if num_bytes == 0:
         return torch.zeros(shape, dtype=dtype)
-    memory = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES)
+    # Private: what could be shared gets huge pages only where shmem_enabled says so, and by default it says never.
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, num_bytes + HUGE_PAGE_BYTES, **private)
     if hasattr(mmap, "MADV_HUGEPAGE"):
         with contextlib.suppress(OSError):  # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)
