@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
+from penstock.core.moves import KVMove, MoveResult
 from penstock.core.plan import StepPlan, StepResult
 from penstock.core.request import Request
 
@@ -38,6 +39,44 @@ class Executor(Protocol):
     def submit(self, plan: StepPlan) -> None: ...
 
     def collect(self) -> StepResult: ...
+
+
+class Mover(Protocol):
+    """Carries KV between this engine's device and everywhere else, beside the steps.
+
+    No method waits or raises for what befalls a move: that is in its result, of which each move gets exactly one.
+    """
+
+    def start(self, move: KVMove) -> None: ...
+
+    def expect(self, move_id: int, num_units: int, checksum: int) -> None:
+        """Of a receipt: it is complete when so much, with this sum, has arrived, before this call or after it."""
+        ...
+
+    def cancel(self, move_id: int) -> None:
+        """End it soon. Its result follows, with an error unless it was complete already."""
+        ...
+
+    def poll(self) -> Sequence[MoveResult]:
+        """What has ended since the last call."""
+        ...
+
+
+class Store(Protocol):
+    """Bytes of a tier: blocks page-first (`KVGroup.extent`), found by their hash.
+
+    May block: it is called from a thread of its tier, never from a step loop. A block whose checksum fails is missing.
+    """
+
+    def read(self, keys: Sequence[bytes], into: Sequence[memoryview]) -> list[bool]:
+        """Fill the buffers of those that are there, whole and unharmed."""
+        ...
+
+    def write(self, keys: Sequence[bytes], blocks: Sequence[memoryview]) -> list[bool]:
+        """Which were stored: a full or failing store says no, it does not raise."""
+        ...
+
+    def delete(self, keys: Sequence[bytes]) -> None: ...
 
 
 class SchedulePolicy(Protocol):
