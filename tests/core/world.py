@@ -16,7 +16,8 @@ from penstock.config.model import KVLayout
 from penstock.core.plan import StepPlan
 from penstock.core.policy import POLICIES
 from penstock.core.request import FINISH_ABORT, FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, Request, SamplingParams
-from penstock.core.scheduler import Scheduler, SchedulerLimits
+from penstock.core.scheduler import Scheduler
+from penstock.core.steps import SchedulerLimits
 
 BLOCK_SIZE = 4
 PREFIXES = [[(7 * p + 3 * i) % 91 for i in range(48)] for p in range(3)]

@@ -18,7 +18,8 @@ from tests.shared import tiny_tokenizers
 from penstock.config.schema import Config, ModelOptions, ServerOptions
 from penstock.core.plan import Admitted, Row, StepPlan, StepResult
 from penstock.core.policy import FcfsPolicy
-from penstock.core.scheduler import Scheduler, SchedulerLimits
+from penstock.core.scheduler import Scheduler
+from penstock.core.steps import SchedulerLimits
 from penstock.engine.engine import Engine, EngineLimits
 from penstock.engine.loop import turn
 from penstock.engine.messages import Ready

@@ -14,7 +14,8 @@ from penstock.build.start import Stages
 from penstock.config.complete import Resolved, can_pack
 from penstock.config.values import ConfigError
 from penstock.core.plan import StepPlan, StepResult
-from penstock.core.scheduler import Scheduler, SchedulerLimits
+from penstock.core.scheduler import Scheduler
+from penstock.core.steps import SchedulerLimits
 from penstock.engine.engine import Engine, EngineLimits
 from penstock.engine.messages import Ready
 from penstock.engine.ranks import InlineExecutor, ThreadExecutor

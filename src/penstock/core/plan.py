@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from penstock.core.request import MediaItem, SamplingParams
+from penstock.core.request import MediaItem, Request, SamplingParams
 
 
 @dataclass(slots=True)
@@ -36,6 +36,19 @@ class Admitted:
     stop_ids: frozenset[int] = frozenset()  # what `min_tokens` forbids
     adapter: str = ""
     media: tuple[MediaItem, ...] = ()
+
+    @staticmethod
+    def of(request: Request) -> Admitted:
+        return Admitted(
+            request.id,
+            tuple(request.token_ids),
+            request.prompt_len,
+            request.params,
+            request.seed,
+            request.stop_ids,
+            request.adapter,
+            request.media,
+        )
 
 
 @dataclass(slots=True)

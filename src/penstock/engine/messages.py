@@ -31,6 +31,8 @@ class AddRequest(Message, frozen=True):
     adapter: str = ""
     salt: str = ""
     end_ids: tuple[int, ...] = ()  # the tokenizer's end tokens; they count beside the model's own
+    prefill_at: tuple[str, ...] = ()  # peers that may compute the prompt, the best first; none: it is computed here
+    num_generated: int = 0  # the last so many of `token_ids` are output that the user has: another engine made it
 
 
 class CancelRequest(Message, frozen=True):

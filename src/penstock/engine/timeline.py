@@ -43,16 +43,22 @@ class Timeline:
         self._tracks[request.id] = _Track([_Open("queue", request.arrival_s)])
 
     def event(self, kind: str, request: Request, now: float) -> None:
-        """The scheduler admitted or preempted a request."""
+        """The scheduler admitted or preempted a request, or waits for KV of it from elsewhere, or has it."""
         track = self._tracks.get(request.id)
         if track is None:
             return
+        if kind == "received" and track.spans:
+            track.spans[-1].num_tokens = request.num_received
         self._close(track, now)
         if kind == "admitted":
             if track.miss is None and request.num_preemptions == 0:
                 track.miss = self._miss(request, now)
-        else:
+        elif kind == "receiving":
+            track.spans.append(_Open("transfer", now))
+        elif kind == "preempted":
             track.spans.append(_Open("preempted", now))
+        elif request.num_computed >= request.prompt_len:
+            track.spans.append(_Open("decode", now))
 
     def computed(self, chunks: list[tuple[Request, Row]], start_s: float, end_s: float) -> None:
         """A step computed these prompt pieces in [start_s, end_s); a request whose prompt is done decodes from then."""
