@@ -107,14 +107,15 @@ class Scheduler:
     def give(
         self,
         request_id: str,
+        position: int,
         tokens: list[int],
         now: float,
         logprobs: list[Logprobs] | None = None,
         prompt_logprobs: list[Logprobs | None] | None = None,
     ) -> Progress | None:
-        """First tokens of a request whose prompt another engine computes; None if it is gone or has some already."""
+        """Tokens at `position` that another engine computed; None if the request is gone or is elsewhere by now."""
         request = self.requests.get(request_id)
-        if request is None or request.num_output or request.num_in_flight:
+        if request is None or len(request.token_ids) != position or request.num_in_flight:
             return None
         tokens = request.append(tokens, now)
         self.counters.generation_tokens += len(tokens)

@@ -20,7 +20,7 @@ GATE = "kv"  # of Request.waiting_for: its prompt's beginning is on its way
 class Offer:
     """KV of a request's first `num_tokens` tokens can come from `src`, as far as the device lacks it.
 
-    Whole blocks, except that an offer of the whole prompt may end inside one.
+    Whole blocks, except that an offer of all known tokens may end inside one.
     """
 
     num_tokens: int
@@ -66,7 +66,7 @@ class Traffic:
         if ticket is None:
             return
         first = max(request.num_sent, ticket.first_block)
-        last = -(-request.prompt_len // size) if end >= request.prompt_len else end // size
+        last = -(-ticket.num_tokens // size) if end >= ticket.num_tokens else end // size
         if last <= first:
             return
         request.num_sent = last

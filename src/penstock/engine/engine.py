@@ -6,6 +6,7 @@ the live loop and the simulators drive the same object.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -216,6 +217,10 @@ class Engine:
         if chunks:
             self.timeline.computed(chunks, max(start, now - result.seconds), now)
         self.reporter.stepped(len(result.tokens), chunks, result.seconds)
+        return self.deliver(progress, now)
+
+    def deliver(self, progress: Sequence[Progress], now: float) -> list[FromEngine]:
+        """What requests were given, as messages."""
         out: list[FromEngine] = []
         deltas: list[TokenDelta] = []
         for item in progress:
@@ -223,6 +228,11 @@ class Engine:
         if deltas:
             out.append(Tokens(deltas, now))
         return out
+
+    def drop(self, request_id: str, now: float) -> None:
+        """End a request of which nobody is told."""
+        if self._finish(request_id, FINISH_ABORT, now) is not None:
+            self._forget(request_id)
 
     def _deliver(self, item: Progress, deltas: list[TokenDelta], out: list[FromEngine]) -> None:
         """One request's share of a step, as it goes to the front end."""
