@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
+from penstock.core.cost import FloatArray, IntArray, StepShape
 from penstock.core.moves import KVMove, MoveResult
 from penstock.core.plan import StepPlan, StepResult
 from penstock.core.request import Request
@@ -101,3 +102,19 @@ class DraftAllocator(Protocol):
     """How many drafts a request may have in its next row; 0 switches speculation off for it."""
 
     def num_draft(self, request: Request) -> int: ...
+
+
+class CostModel(Protocol):
+    """Predicts seconds. More of a prompt in place never costs more; moves are affine in their bytes."""
+
+    def step_seconds(self, shape: StepShape) -> float: ...
+
+    def prefill_seconds(self, new_tokens: int, prefix_tokens: int) -> float:
+        """Of a prompt of which `prefix_tokens` are in place, alone on an engine."""
+        ...
+
+    def prefill_seconds_each(self, new_tokens: IntArray, prefix_tokens: IntArray) -> FloatArray:
+        """The same for many prompts at once: a router asks for every engine."""
+        ...
+
+    def move_seconds(self, num_bytes: int, tier: str) -> float: ...
