@@ -8,6 +8,11 @@ from collections import Counter
 import pytest
 from tests.cluster.world import Setting, World
 
+from penstock.cluster.messages import Commit, FirstToken, Prefill, Refused, Stop
+from penstock.cluster.prefill_side import PrefillSide
+from penstock.core.moves import KVTicket
+from penstock.core.request import SamplingParams
+from penstock.engine.messages import AddRequest, TokenDelta
 from penstock.sim.clock import stream
 from penstock.sim.mover import LinkFaults
 from penstock.sim.wire import LineFaults
@@ -140,3 +145,65 @@ def test_a_seed_replays_exactly() -> None:
         first, again = play(seed)[0], play(seed)[0]
         assert first.clock.num_events == again.clock.num_events
         assert [ask.tokens for ask in first.asks.values()] == [ask.tokens for ask in again.asks.values()]
+
+
+def a_ticket(epoch: int, format: str = "f") -> KVTicket:
+    return KVTicket("d0.0:r", "r", epoch, "d0", "link:d0", format, 8, 0, ((1, 2),))
+
+
+def a_request(num_tokens: int = 8) -> AddRequest:
+    return AddRequest("r", list(range(num_tokens)), SamplingParams(max_tokens=4), 1, 0.5, prefill_at=("p0",))
+
+
+def test_a_prefill_engine_knows_an_epoch_once_and_drops_older_ones() -> None:
+    side = PrefillSide("f")
+    assert side.take(Prefill(a_ticket(3), a_request()), 0.0) is not None
+    assert side.take(Prefill(a_ticket(3), a_request()), 0.0) is None
+    assert side.take(Prefill(a_ticket(2), a_request()), 0.0) is None
+    assert not side.ended_requests
+    newer = side.take(Prefill(a_ticket(4), a_request()), 0.0)
+    assert newer is not None
+    assert newer.request_id != side.ended_requests[0]
+    assert len(side.live) == 1
+
+
+def test_a_prefill_engine_refuses_another_format_and_names_both() -> None:
+    side = PrefillSide("mine")
+    assert side.take(Prefill(a_ticket(1, "theirs"), a_request()), 0.0) is None
+    ((_, refused),) = side.outbox
+    assert isinstance(refused, Refused)
+    assert refused.code == 400
+    assert "mine" in refused.reason and "theirs" in refused.reason
+
+
+def test_an_unanswered_commit_is_said_again_and_given_up_at_last() -> None:
+    side = PrefillSide("f")
+    request = side.take(Prefill(a_ticket(1), a_request()), 0.0)
+    assert request is not None
+    side.sampled(TokenDelta(request.request_id, [7], "length"), 1.0)
+    now, num_commits = 1.0, 0
+    while side.live:
+        now += 0.1
+        assert now < 30.0
+        side.tick(now)
+        num_commits += sum(isinstance(message, Commit) for _, message in side.outbox)
+        side.outbox.clear()
+    assert num_commits >= 6
+    assert now > 1.0 + 3 * a_ticket(1).lease_s
+
+
+def test_what_an_older_epoch_says_is_not_heard() -> None:
+    world = World(Setting(), seed=6)
+    world.network.cut(["d0"], ["p0"])  # nobody computes it
+    ask = world.ask(range(200, 240), 6, "d0", ["p0"])
+    world.clock.run_until(0.02)
+    member, now = world.nodes["d0"].member, world.clock.now()
+    (hand_off,) = member.decode._live.values()
+    for epoch in (hand_off.epoch - 1, hand_off.epoch + 1):
+        post = member.handle("p0", FirstToken("d0.0:r0", epoch, 40, [1]), now)
+        assert [type(message) for to, message in post if to == "p0"] == [Stop]
+    for transfer_id in ("d0.1:r0", "d1.0:r0", "r0"):
+        member.handle("p0", FirstToken(transfer_id, hand_off.epoch, 40, [1]), now)
+    assert not ask.tokens
+    world.run()
+    world.check()

@@ -44,8 +44,8 @@ class Setting:
     max_num_batched_tokens: int = 16
     depth: int = 1
     min_tokens: int = 6
-    messages: LineFaults = LineFaults(delay_s=0.001)
-    links: LinkFaults = LinkFaults()
+    messages: LineFaults = field(default_factory=lambda: LineFaults(delay_s=0.001))
+    links: LinkFaults = field(default_factory=LinkFaults)
 
 
 @dataclass
