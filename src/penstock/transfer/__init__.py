@@ -1,1 +1,1 @@
-"""KV on its way between the memories of ranks: raw bytes, links and words that count. Imports no torch."""
+"""Moves KV between engines, over links: raw memory in, raw memory out. Knows no tensor, no request and no schedule."""
