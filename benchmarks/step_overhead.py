@@ -89,7 +89,7 @@ class NullModel:
 class NullAttention:
     """Prepares nothing: the model reads none of it."""
 
-    def prepare(self, spans: Spans) -> Any:
+    def prepare(self, spans: Spans, words: Any = None) -> Any:
         return spans
 
 
