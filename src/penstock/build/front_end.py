@@ -10,6 +10,7 @@ from penstock.config.complete import Resolved
 from penstock.config.load import model_directory
 from penstock.engine.messages import Ready
 from penstock.engine.tokenizer import load_tokenizer
+from penstock.server.backend import OneEngine
 from penstock.server.serve import run_server, served_model
 from penstock.server.state import Served
 
@@ -31,4 +32,4 @@ def run(
         tokenizer = load_tokenizer(model_directory(resolved.config.model.tokenizer))
         return served_model(resolved.config, resolved.directory, tokenizer, resolved.model.vocab_size)
 
-    return int(run_server(resolved.config, start, load, on_ready=on_ready, sock=sock))
+    return int(run_server(resolved.config, OneEngine(start), load, on_ready=on_ready, sock=sock))

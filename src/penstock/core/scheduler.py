@@ -387,8 +387,9 @@ class Scheduler:
         if request.admitted_s is None:
             request.admitted_s = now
             request.num_cached = request.num_computed
-            self.counters.prompt_tokens += request.prompt_len
-            self.counters.prompt_tokens_cached += request.num_computed
+            if request.ticket is None:  # else whoever decodes it counts it
+                self.counters.prompt_tokens += request.prompt_len
+                self.counters.prompt_tokens_cached += request.num_computed
             if self.kv.enabled:
                 self.counters.prefix_queries += request.prompt_len
                 self.counters.prefix_hits += request.num_computed
@@ -435,7 +436,7 @@ class Scheduler:
                 request.num_logprobs_done += len(prompt_logprobs)
             if tokens:
                 tokens = request.append(tokens, now)
-                self.counters.generation_tokens += len(tokens)
+                self.counters.generation_tokens += len(tokens) if request.ticket is None else 0
                 logprobs = result.logprobs.get(i) if result.logprobs else None
                 out.append(Progress(request, tokens, logprobs and logprobs[: len(tokens)], prompt_logprobs))
             elif prompt_logprobs:

@@ -60,6 +60,21 @@ class Drain(Message, frozen=True):
     until_s: float
 
 
+class Peer(msgspec.Struct, array_like=True, frozen=True):
+    """An engine as others see it. `role`: prefill, decode or both; `wire`: its inbox; `link`: where KV is sent."""
+
+    name: str
+    role: str
+    wire: str
+    link: str
+
+
+class Peers(Message, frozen=True):
+    """All engines of the cluster, the receiver among them. Said again when one comes or goes."""
+
+    peers: list[Peer]
+
+
 class Explain(Message, frozen=True):
     """Ask for the record of a live request; answered by a Record (or Failed with code 404)."""
 
@@ -190,6 +205,7 @@ class Ready(Message, frozen=True):
     device: str
     memory: list[tuple[str, str]]
     timeline: list[tuple[str, float]]
+    peer: Peer | None = None  # how other engines find this one
 
 
 class Progress(Message, frozen=True):
@@ -210,5 +226,5 @@ class Stopped(Message, frozen=True):
     """The engine has drained and is about to exit."""
 
 
-ToEngine = AddRequest | CancelRequest | Watch | ResetPrefixCache | Drain | Explain
+ToEngine = AddRequest | CancelRequest | Watch | ResetPrefixCache | Drain | Explain | Peers
 FromEngine = Tokens | Failed | Record | Report | Ready | Progress | Fatal | Stopped
