@@ -56,9 +56,7 @@ def send_move(
 
 
 def receive_move(move_id: int, dst: Sequence[Sequence[int]], *, transfer_id: str = "t", epoch: int = 1) -> KVMove:
-    return KVMove(
-        move_id, transfer_id, "r", Place("tcp://prefill:1"), Place(DEVICE, _tuples(dst)), epoch=epoch
-    )
+    return KVMove(move_id, transfer_id, "r", Place("tcp://prefill:1"), Place(DEVICE, _tuples(dst)), epoch=epoch)
 
 
 def _tuples(ids: Sequence[Sequence[int]]) -> tuple[tuple[int, ...], ...]:

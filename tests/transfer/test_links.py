@@ -68,9 +68,7 @@ def test_chunks_follow_the_steps(scheme: str, mode: str) -> None:
         for n in range(3):
             chunk = slice(10 * n, 10 * n + 10)
             step = 5 + n
-            rig.p.start(
-                send_move(n, rig.address, [s[chunk] for s in src], [d[chunk] for d in dst], after_step=step)
-            )
+            rig.p.start(send_move(n, rig.address, [s[chunk] for s in src], [d[chunk] for d in dst], after_step=step))
             rig.counter.begin(step)
             last = 3 if any(dst[1][chunk]) else 2  # the full group has layers 0 and 2, the window group 1 and 3
             for _ in range(last):
