@@ -28,7 +28,8 @@ def test_a_prompt_computed_elsewhere_gives_the_same_tokens() -> None:
     world.run()
     world.check()
     assert world.nodes["d0"].member.decode.num_received == 2
-    assert world.nodes["p0"].scheduler.counters.prompt_tokens == 23
+    assert world.nodes["p0"].executor.num_tokens == 23
+    assert world.nodes["p1"].executor.num_tokens == 41
     assert world.nodes["d0"].scheduler.counters.prompt_tokens_received == 23 + 41
 
 

@@ -11,7 +11,9 @@ from typing import Any
 import torch
 
 from penstock.build.start import Stages
+from penstock.cluster.seat import Seat
 from penstock.config.complete import Resolved, can_pack
+from penstock.config.model import KVLayout
 from penstock.config.values import ConfigError
 from penstock.core.plan import StepPlan, StepResult
 from penstock.core.scheduler import Scheduler
@@ -41,6 +43,10 @@ from penstock.runner.inputs import RequestTable
 from penstock.runner.kv_store import KVStore
 from penstock.runner.runner import Model, Runner
 from penstock.runner.sampler import Sampler
+from penstock.transfer.counter import StepCounter
+from penstock.transfer.frames import Identity
+from penstock.transfer.memory import KVMemory
+from penstock.transfer.mover import LinkMover
 
 ProgressCallback = Callable[[str, int, int], None]
 # Setting -> formats of the layers' projections and of the head, whose rows the token table may be.
@@ -61,20 +67,26 @@ class BuiltEngine:
     executor: InlineExecutor | ThreadExecutor
     runner: Runner
     ready: Ready
+    links: LinkMover | None = None
 
 
 def build_engine(
-    resolved: Resolved, progress: ProgressCallback, stages: Stages, arena: Any | None = None
+    resolved: Resolved,
+    progress: ProgressCallback,
+    stages: Stages,
+    arena: Any | None = None,
+    seat: Seat | None = None,
 ) -> BuiltEngine:
     """Load the model and put an engine around it, weights into the arena where one was begun.
 
-    torch's number of threads is changed on the calling thread while this runs and while a step does, and is as before
-    in between. Raises CheckpointError, MemoryError.
+    `seat`: its place among engines that hand prompts to one another: then it has links. torch's number of threads is
+    changed on the calling thread while this runs and while a step does, and is as before in between. Raises
+    CheckpointError, MemoryError.
     """
     config = resolved.config
     assert config.runtime.num_threads is not None
     with torch_threads(config.runtime.num_threads):
-        return _build(resolved, progress, stages, arena)
+        return _build(resolved, progress, stages, arena, seat)
 
 
 @contextmanager
@@ -103,7 +115,9 @@ def _stepping(run: Callable[[StepPlan], StepResult], threads: int) -> Callable[[
     return step
 
 
-def _build(resolved: Resolved, progress: ProgressCallback, stages: Stages, arena: Any | None) -> BuiltEngine:
+def _build(
+    resolved: Resolved, progress: ProgressCallback, stages: Stages, arena: Any | None, seat: Seat | None
+) -> BuiltEngine:
     config, shape = resolved.config, resolved.model
     assert config.runtime.num_threads is not None and config.model.max_model_len is not None
     keep_freed_memory()
@@ -138,7 +152,9 @@ def _build(resolved: Resolved, progress: ProgressCallback, stages: Stages, arena
         max_tokens = config.scheduler.max_num_batched_tokens
         computing = NativeModel(model, weights, layout, store.pools, kernels=kernels, max_tokens=max_tokens)
         attention = NativeAttention()
-    runner = Runner(computing, attention, store, Sampler(max_num_seqs, shape.vocab_size), table)
+    counter = None if seat is None else StepCounter()
+    runner = Runner(computing, attention, store, Sampler(max_num_seqs, shape.vocab_size), table, counter=counter)
+    links = None if seat is None or counter is None else _links(seat, layout, store, counter)
     run = _stepping(runner.run, config.runtime.num_threads if weights is None else 1)
     executor = ThreadExecutor(run) if config.scheduler.async_scheduling == "on" else InlineExecutor(run)
     setup = Setup(
@@ -156,6 +172,7 @@ def _build(resolved: Resolved, progress: ProgressCallback, stages: Stages, arena
         _scheduler(setup, config.scheduler.record_path),
         executor,
         EngineLimits(config.model.max_model_len, shape.vocab_size, frozenset(shape.eos_token_ids)),
+        links,
     )
     stages.done("allocate KV")
     names = config.model.served_model_name or (config.model.model,)
@@ -169,7 +186,15 @@ def _build(resolved: Resolved, progress: ProgressCallback, stages: Stages, arena
         memory=list(resolved.memory.rows),
         timeline=stages.rows,
     )
-    return BuiltEngine(engine, executor, runner, ready)
+    return BuiltEngine(engine, executor, runner, ready, links)
+
+
+def _links(seat: Seat, layout: KVLayout, store: KVStore, counter: StepCounter) -> LinkMover:
+    """What carries KV to and from other engines."""
+    address = f"shm://{seat.directory}/{seat.name}.link" if seat.link == "shm" else "tcp://127.0.0.1:0"
+    identity = Identity(seat.name, layout.format, seat.secret.encode())
+    memory = KVMemory(layout, store.byte_views())
+    return LinkMover(memory, counter, identity, [address], mode=seat.link_mode)
 
 
 def _native_weights(resolved: Resolved, model: LlamaModel, arena: Any | None) -> tuple[PackedWeights | None, str]:

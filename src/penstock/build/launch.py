@@ -8,7 +8,8 @@ import sys
 import time
 from pathlib import Path
 
-from penstock.build.handover import encode_resolved
+from penstock.build.handover import Handover, encode
+from penstock.cluster.seat import Seat
 from penstock.config.complete import Resolved
 from penstock.config.openmp import bound_spinning
 
@@ -16,10 +17,10 @@ from penstock.config.openmp import bound_spinning
 class EngineProcess:
     """A process that loads at once and dials when it is told an address. Its log goes where ours goes."""
 
-    def __init__(self, resolved: Resolved) -> None:
+    def __init__(self, resolved: Resolved, seat: Seat | None = None) -> None:
         command = [sys.executable, "-m", "penstock.build.engine_process", repr(time.monotonic())]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=_environment(resolved))
-        encoded = encode_resolved(resolved)
+        encoded = encode(Handover(resolved, seat))
         self._tell(len(encoded).to_bytes(8, "little") + encoded)
 
     def dial(self, address: str) -> None:

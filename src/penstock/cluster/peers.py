@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
-import shutil
-import tempfile
 from typing import Any
 
 import msgspec
@@ -38,11 +35,11 @@ def curve_keys(secret: str) -> tuple[bytes, bytes]:
 class PeerWire:
     """The inbox of the engine `name`, and the way to its peers. Not thread-safe.
 
-    `host`: listen on TCP there, on any port, and require `secret`; None: a socket file that only this user can reach.
-    `address`: where peers find the inbox.
+    `place`: a directory that only this user can enter, for a socket file; or, with a `secret`, a host to listen on by
+    TCP, on any port. `address`: where peers find the inbox.
     """
 
-    def __init__(self, name: str, host: str | None = None, secret: str = "") -> None:
+    def __init__(self, name: str, place: str, secret: str = "") -> None:
         self.name = name
         self.num_lost = 0
         self._secret = secret
@@ -52,16 +49,12 @@ class PeerWire:
         self._addresses: dict[str, str] = {}
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(_Envelope)
-        self._directory: str | None = None
-        if host is None:
-            self._directory = tempfile.mkdtemp(prefix="penstock-")
-            self._inbox.bind("ipc://" + os.path.join(self._directory, "inbox"))
+        if not secret:
+            self._inbox.bind(f"ipc://{place}/{name}.inbox")
         else:
-            if not secret:
-                raise ValueError("engines on other machines need a cluster secret")
             self._inbox.curve_server = True
             self._inbox.curve_publickey, self._inbox.curve_secretkey = curve_keys(secret)
-            self._inbox.bind(f"tcp://{host}:*")
+            self._inbox.bind(f"tcp://{place}:*")
         self.address = self._inbox.getsockopt_string(zmq.LAST_ENDPOINT)
 
     @property
@@ -117,6 +110,3 @@ class PeerWire:
             socket.close(linger=0)
         self._outboxes.clear()
         self._context.term()
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
-            self._directory = None

@@ -172,6 +172,41 @@ class SchedulerOptions:
 
 
 @dataclass(frozen=True, slots=True)
+class ClusterOptions:
+    """Several engines behind one server."""
+
+    pd: str | None = setting(
+        None,
+        "prefill and decode engines of their own on this machine, e.g. 1P1D or 2P2D; default: one engine for both",
+        metavar="xPyD",
+        headline=True,
+    )
+    kv_link: str = setting(
+        "auto",
+        "how KV travels between engines; auto: shared memory on one machine",
+        choices=("auto", "shm", "tcp"),
+        headline=True,
+    )
+    kv_link_mode: str = setting(
+        "coalesced",
+        "layers of KV in one message: as many as fill the link, one, or all",
+        choices=("coalesced", "layerwise", "whole"),
+    )
+    kv_lease_s: float = setting(
+        5.0, "a prompt's reservation is dropped when its prefill engine was silent so long", above=0.0, unit="s"
+    )
+    pd_min_tokens: int = setting(
+        256,
+        "prompts that lack fewer tokens after the cache's part are computed where they are decoded",
+        low=0,
+        unit="tokens",
+    )
+    cluster_secret: str | None = setting(
+        None, "what engines must know to speak to each other; default: a random one", secret=True, metavar="SECRET"
+    )
+
+
+@dataclass(frozen=True, slots=True)
 class ServerOptions:
     """HTTP."""
 
@@ -251,6 +286,7 @@ class Config:
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     server: ServerOptions = field(default_factory=ServerOptions)
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+    cluster: ClusterOptions = field(default_factory=ClusterOptions)
     origins: dict[str, tuple[str, str]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
@@ -261,6 +297,7 @@ SECTIONS: dict[str, type[Any]] = {
     "scheduler": SchedulerOptions,
     "server": ServerOptions,
     "runtime": RuntimeOptions,
+    "cluster": ClusterOptions,
 }
 
 

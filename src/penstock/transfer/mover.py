@@ -160,7 +160,7 @@ class LinkMover:
             return "the link is closed"
         sends = move.src.where == DEVICE
         other = move.dst if sends else move.src
-        if scheme_of(other.where) is None or (not sends and move.dst.where != DEVICE):
+        if move.dst.where != DEVICE and scheme_of(other.where) is None:
             return f"no link carries a move from {move.src.where} to {move.dst.where}"
         here = move.src if sends else move.dst
         error = self._outside(here)
