@@ -1,7 +1,7 @@
 """The pool of one machine: which blocks lie in host memory and in the tiers below, who reads them, what moves and goes.
 
-A state machine: `handle(source, message, now)` gives messages, `jobs()` gives work for the stores, `job_done(...)` takes
-its end. Knows keys, slots and seconds; no byte, clock, thread or socket. Several engines share it, each a `source`.
+A state machine: `handle(source, message, now)` gives messages, `jobs()` work for the stores, `job_done(...)` takes its
+end. Knows keys, slots and seconds; no byte, clock, thread or socket. Several engines share it, each a `source`.
 """
 
 from __future__ import annotations

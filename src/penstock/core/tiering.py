@@ -21,7 +21,12 @@ WRITE_SELECTIVE = "write_through_selective"  # when a second request has asked f
 WRITE_BACK = "write_back"  # when it is about to be evicted above
 WRITE_POLICIES = (WRITE_THROUGH, WRITE_SELECTIVE, WRITE_BACK)
 
-BEST_EFFORT, WAIT_COMPLETE, TIMEOUT = "best_effort", "wait_complete", "timeout"
+BEST_EFFORT = "best_effort"  # what is there when the request could start
+WAIT_COMPLETE = "wait_complete"  # all that was asked for, up to `max_wait_s`
+TIMEOUT = "timeout"  # what is there after `wait_s + wait_token_s * tokens` from arrival
+WAIT_POLICIES = (BEST_EFFORT, WAIT_COMPLETE, TIMEOUT)
+
+BAD_BLOCK = "a block is not what its checksum says"  # beginning of MoveResult.error of a load that met one
 
 
 def block_key(hash_: bytes, group: int) -> bytes:
@@ -179,6 +184,30 @@ class TierSettings:
     def __post_init__(self) -> None:
         if self.write not in WRITE_POLICIES:
             raise ValueError(f"write policy of tier {self.name}: {self.write!r} is none of {', '.join(WRITE_POLICIES)}")
+
+
+@dataclass(frozen=True, slots=True)
+class ClientSettings:
+    """How one engine uses its machine's pool. `write` is about host memory, one of WRITE_POLICIES."""
+
+    write: str = WRITE_THROUGH
+    wait: str = TIMEOUT
+    wait_s: float = 0.02
+    wait_token_s: float = 2e-5
+    max_wait_s: float = 5.0
+    min_tokens: int = 256  # shorter beginnings are not asked for
+    detour_s: float = 0.005  # of a step between two loads
+    latency_s: float = 1e-4  # from host memory, until loads were measured
+    byte_s: float = 3e-10
+    max_saves: int = 4  # reservations at a time
+    save_blocks: int = 32  # of one reservation
+    max_queued: int = 4096  # blocks to be saved; beyond it new ones are given up: the oldest are their parents
+
+    def __post_init__(self) -> None:
+        if self.write not in WRITE_POLICIES:
+            raise ValueError(f"write policy {self.write!r} is none of {', '.join(WRITE_POLICIES)}")
+        if self.wait not in WAIT_POLICIES:
+            raise ValueError(f"wait policy {self.wait!r} is none of {', '.join(WAIT_POLICIES)}")
 
 
 @dataclass(frozen=True, slots=True)
