@@ -132,6 +132,7 @@ class Scheduler:
         if flight is None:
             return
         request = flight.request
+        assert request is not None
         if result.error is None:
             num_received = flight.num_tokens - request.num_computed
             self.kv.receive(request, flight.num_tokens, self._fence())

@@ -31,10 +31,10 @@ class Offer:
 
 @dataclass(slots=True)
 class Flight:
-    """A move that has not ended."""
+    """A move that has not ended. `request`: None for a save, which is nobody's."""
 
     move: KVMove
-    request: Request
+    request: Request | None
     num_tokens: int = 0  # of a receipt: computed once it is there
     filling: tuple[bytes, ...] = ()  # of a receipt: hashes that others may wait for
 
@@ -82,6 +82,12 @@ class Traffic:
         move = self._start(request, ticket.transfer_id, here, there, ticket.epoch, first_unit, after_step)
         self.flights[move.id] = Flight(move, request)
 
+    def save(self, src: Place, dst: Place) -> KVMove:
+        """Copy published blocks into a tier."""
+        move = self._start(None, "", src, dst, 0, 0, -1)
+        self.flights[move.id] = Flight(move, None)
+        return move
+
     def drop(self, request: Request) -> None:
         """The request no longer waits for what is on its way to it."""
         if request.arriving < 0:
@@ -96,9 +102,10 @@ class Traffic:
             return None
         for pool, id_ in self._pins(flight.move):
             pool.unpin(id_)
-        if flight.request.arriving != result.id:
+        request = flight.request
+        if request is None or request.arriving != result.id:
             return None
-        self._land(flight.request, flight)
+        self._land(request, flight)
         return flight
 
     def _land(self, request: Request, flight: Flight) -> None:
@@ -108,9 +115,17 @@ class Traffic:
         request.waiting_for.pop(GATE, None)
 
     def _start(
-        self, request: Request, transfer_id: str, src: Place, dst: Place, epoch: int, first_unit: int, after_step: int
+        self,
+        request: Request | None,
+        transfer_id: str,
+        src: Place,
+        dst: Place,
+        epoch: int,
+        first_unit: int,
+        after_step: int,
     ) -> KVMove:
-        move = KVMove(self._num_moves, transfer_id, request.id, src, dst, epoch, first_unit, after_step)
+        request_id = "" if request is None else request.id
+        move = KVMove(self._num_moves, transfer_id, request_id, src, dst, epoch, first_unit, after_step)
         self._num_moves += 1
         for pool, id_ in self._pins(move):
             pool.pin(id_)
