@@ -35,7 +35,6 @@ def member_loop(built: BuiltEngine, seat: Seat, front: ZmqWire) -> Callable[[], 
         try:
             loop.run()
         finally:
-            links.close()
             peers.close()
 
     return run

@@ -138,6 +138,9 @@ class Scheduler:
             self.kv.receive(request, flight.num_tokens, self._fence())
             self.counters.prompt_tokens_received += num_received
             request.num_received += num_received
+            if flight.is_cache:
+                request.num_cached += num_received
+                self.counters.prompt_tokens_cached += num_received
             self.trace("received", request, now)
         else:
             self._requeue(request)

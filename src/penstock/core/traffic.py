@@ -27,6 +27,7 @@ class Offer:
     src: Place
     transfer_id: str
     epoch: int = 0
+    is_cache: bool = False  # it was computed for somebody else: it counts as cached
 
 
 @dataclass(slots=True)
@@ -36,6 +37,7 @@ class Flight:
     move: KVMove
     request: Request | None
     num_tokens: int = 0  # of a receipt: computed once it is there
+    is_cache: bool = False
     filling: tuple[bytes, ...] = ()  # of a receipt: hashes that others may wait for
 
 
@@ -56,7 +58,7 @@ class Traffic:
         dst = Place(DEVICE, blocks)
         filling = tuple(kv.begin_filling(request, request.num_computed, offer.num_tokens))
         move = self._start(request, offer.transfer_id, offer.src, dst, offer.epoch, 0, -1)
-        self.flights[move.id] = Flight(move, request, offer.num_tokens, filling)
+        self.flights[move.id] = Flight(move, request, offer.num_tokens, offer.is_cache, filling)
         request.arriving = move.id
         request.waiting_for[GATE] = request.num_computed
 

@@ -228,6 +228,8 @@ class Engine:
         if chunks:
             self.timeline.computed(chunks, max(start, now - result.seconds), now)
         self.reporter.stepped(len(result.tokens), chunks, result.seconds)
+        if self.tiers is not None:
+            self.tiers.stepped(len(result.tokens), chunks, result.seconds)
         return self.deliver(progress, now)
 
     def deliver(self, progress: Sequence[Progress], now: float) -> list[FromEngine]:

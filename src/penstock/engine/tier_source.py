@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from penstock.core.moves import KVMove, MoveResult
+from penstock.core.plan import Row
 from penstock.core.request import Request
 from penstock.core.scheduler import Scheduler
 from penstock.core.tier_client import TierClient
@@ -20,6 +21,7 @@ from penstock.core.traffic import Offer
 log = logging.getLogger("penstock.tiers")
 
 COOL_SHARE = 16  # of write-back: blocks are saved when less than one in so many is free
+MAX_OTHER_ROWS = 4  # of a step whose time is taken for that of its prompt's piece
 WAITING = "tier"  # the reason of waiting
 
 
@@ -67,12 +69,18 @@ class TierSource:
             return None
         self._loads[request.id] = (num_blocks, found.num_blocks)
         num_tokens = (num_blocks + found.num_blocks) * self.scheduler.block_size
-        return Offer(num_tokens, found.place, request.id)
+        return Offer(num_tokens, found.place, request.id, is_cache=True)
 
     def started(self, move: KVMove) -> None:
         """A move has begun."""
         if move.src.where == HOST and move.request_id in self._loads:
             self.client.load_started(move.request_id, *self._loads.pop(move.request_id), move.id)
+
+    def stepped(self, num_rows: int, chunks: Sequence[tuple[Request, Row]], seconds: float) -> None:
+        """A step ended: one that did little else than a piece of one prompt tells what computing costs."""
+        if len(chunks) == 1 and num_rows <= MAX_OTHER_ROWS:
+            row = chunks[0][1]
+            self.client.prefill.observe(row.start, row.start + row.num_tokens, seconds)
 
     def ended_move(self, result: MoveResult) -> None:
         """A move has ended."""
