@@ -174,6 +174,24 @@ def test_numbers_out_of_range_are_protocol_errors() -> None:
             Desk().feed(LENGTH.pack(len(body)) + body)
 
 
+def test_a_frame_on_two_connections_counts_once() -> None:
+    """Both copies are under way before either has ended."""
+    desk = Desk()
+    desk.receipts.start(receive_move(4, [[1]]))
+    raw = data([(0, 1, 1)], b"\x01" * ROOM)
+    second = FrameReader(desk.receipts, "prefill-0", desk.answers.append)
+    first, desk.reader = desk.reader, second
+    desk.feed(raw[:-100])
+    desk.reader = first
+    desk.feed(raw)
+    desk.reader = second
+    desk.feed(raw[-100:])
+    receipt = desk.receipts.of_move(4)
+    assert receipt is not None
+    assert receipt.num_units == 1
+    assert desk.receipts.counts() == {"whole": 1, "uncounted": 1}
+
+
 def test_abandoned_frames_do_not_count() -> None:
     desk = Desk()
     desk.receipts.start(receive_move(4, [[1]]))
