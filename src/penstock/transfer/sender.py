@@ -218,6 +218,7 @@ class Sender:
         while seconds - message_s < PROBE_S and num_bytes < MAX_PING_BYTES:
             num_bytes *= 4
             seconds = self._ping(num_bytes)
+        seconds = min(seconds, self._ping(num_bytes))
         with self._lock:
             self._cost = LinkCost(num_bytes / max(seconds - message_s, 1e-9), message_s / 2)
             self._stats.cost = self._cost
