@@ -309,7 +309,7 @@ class World:
             self.add(self.asks.pop(0))
         bound = 200 + 20 * sum(r.max_total for r in self.scheduler.requests.values())
         if self.tiers is not None:
-            bound *= 4  # a load that fails is begun again
+            bound *= 2  # a load that fails is begun again
         while self.scheduler.has_work or (self.tiers is not None and self.tiers.pending):
             bound -= 1
             assert bound, "too many steps"
@@ -323,8 +323,9 @@ class World:
                     self.tiers.land(bound, self.now)
                     continue
                 self.now += 1.0
-                if any(r.queue_reason == WAITING for r in self.scheduler.waiting):
-                    continue
+                num_offers = self.tiers.num_offers
+                if self.submit() is not None or self.tiers.num_offers > num_offers:
+                    continue  # a tier was asked: it will say something else next time
             if not moved:
                 stuck = list(self.scheduler.requests.values())
                 assert any(r.waiting_for for r in stuck), f"nothing moves: {[(r.id, r.queue_reason) for r in stuck]}"

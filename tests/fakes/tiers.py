@@ -39,7 +39,7 @@ class FakeTiers:
         while end < len(hashes) and all((g, hashes[end]) in self._saved for g in range(len(self.scheduler.pools))):
             end += 1
         self.num_offers += 1
-        mood = hash((request.id, self.num_offers)) % 8
+        mood = hash((request.seed, self.num_offers)) % 8
         if end == num_blocks or mood == 0:
             return None
         if mood == 1:
