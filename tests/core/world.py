@@ -324,7 +324,8 @@ class World:
                     continue
                 self.now += 1.0
                 num_offers = self.tiers.num_offers
-                if self.submit() is not None or self.tiers.num_offers > num_offers:
+                no_gate = not self.gates and not self.executor.arriving
+                if self.submit() is not None or (no_gate and self.tiers.num_offers > num_offers):
                     continue  # a tier was asked: it will say something else next time
             if not moved:
                 stuck = list(self.scheduler.requests.values())
