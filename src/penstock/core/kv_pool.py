@@ -30,7 +30,6 @@ from penstock.core.tiering import (
     Reserve,
     Reserved,
     TierEvent,
-    TierRate,
     TierSettings,
     ToEngine,
     ToPool,
@@ -177,8 +176,7 @@ class KVPool:
                 self.host_counts.num_found += 1
             elif found != NO_TIER:
                 self.lower[found - IN_HOST - 1].counts.num_found += 1
-        rates = tuple(TierRate(tier.name, tier.rate.latency_s, tier.rate.byte_s) for tier in self.lower)
-        return lookup.source, Matched(lookup.id, tuple(lookup.tiers), rates)
+        return lookup.source, Matched(lookup.id, tuple(lookup.tiers), tuple(tier.predict() for tier in self.lower))
 
     # ---- fetching ----
 

@@ -95,7 +95,7 @@ class Filled:
 
 @dataclass(frozen=True, slots=True)
 class TierRate:
-    """How fast a tier reads into host memory: `latency_s` per run of blocks, and `byte_s` per byte."""
+    """How fast a tier will read into host memory: `latency_s` per run, what waits there included; `byte_s` per byte."""
 
     name: str
     latency_s: float
