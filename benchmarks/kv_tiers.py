@@ -205,6 +205,12 @@ class Chats:
             if turns_left[session]:
                 waiting.append((now + dice.expovariate(1 / 120.0), session, turn + 1))
         self.num_blocks = len({name for _, chat, _ in self.requests for name in chat})
+        seen: set[bytes] = set()
+        num_new = 0  # what no cache can have
+        for _, chat, num_prompt in self.requests:
+            num_new += num_prompt - sum(name in seen for name in chat[: num_prompt - 1])
+            seen.update(chat)
+        self.new_share = num_new / sum(num_prompt for _, _, num_prompt in self.requests)
 
     @staticmethod
     def _name(text: str, number: int) -> bytes:
@@ -330,11 +336,13 @@ class Replay:
             if self.tiered:
                 self.client.saving.published(chat[n], chat[n - 1] if n else None, n)
         self.pump(now)
-        for save in self.client.saving.ready():
-            self.move_id += 1
-            self.client.saving.started(save, self.move_id, range(len(save.items)))
-            seconds = self.seconds("host", "write", len(save.items))
-            self.client.moved(MoveResult(self.move_id, seconds=seconds))
+        while saves := self.client.saving.ready():
+            for save in saves:
+                self.move_id += 1
+                self.client.saving.started(save, self.move_id, range(len(save.items)))
+                seconds = self.seconds("host", "write", len(save.items))
+                self.client.moved(MoveResult(self.move_id, seconds=seconds))
+            self.pump(now)
         for block_id in reversed(held):
             self.device.release(block_id, -1)
 
@@ -348,7 +356,12 @@ def workload(num_sessions: int, rates: dict[str, Any], token_s: float, seed: int
         replay = Replay(chats, policy, rates, token_s, tiers)
         seconds, found = timed(replay.run)
         rows.append({"tiers": tiers or "none", "policy": policy, **found, "wall_s": seconds})
-    capacity = {"requests": len(chats.requests), "blocks": chats.num_blocks, "device_blocks": replay.num_device}
+    capacity = {
+        "requests": len(chats.requests),
+        "blocks": chats.num_blocks,
+        "device_blocks": replay.num_device,
+        "new_share": round(chats.new_share, 4),
+    }
     return [capacity, *rows]
 
 

@@ -143,6 +143,14 @@ def evict_host(engine: Engine) -> None:
             index.remove(key)
 
 
+def test_unknown_policies_are_refused():
+    for wrong in ({"write": "sometimes"}, {"wait": "for ever"}):
+        with pytest.raises(ValueError, match="none of"):
+            ClientSettings(**wrong)
+    with pytest.raises(ValueError, match="disk"):
+        TierSettings("disk", (1,), "sometimes")
+
+
 def test_what_one_request_computed_another_loads():
     engine = Engine()
     names = hashes(1, 6)

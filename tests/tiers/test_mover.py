@@ -163,6 +163,47 @@ def test_a_cancelled_move_ends_once(two):
     assert not first.results and not first.mover.poll()
 
 
+def test_loads_overtake_saves(two):
+    first, _, _ = two
+    blocked = threading.Event()
+    original = first.mover._save
+
+    def slow(move):
+        blocked.wait(30)
+        return original(move)
+
+    first.mover._save = slow
+    for n in (1, 2, 3):
+        first.mover.start(KVMove(n, "t", "r", Place(DEVICE, ((1,), ())), Place(HOST, ((n,), ()), (key(n),))))
+    first.mover.start(KVMove(4, "t", "r", Place(HOST, ((1,), ()), (key(1),)), Place(DEVICE, ((2,), ()))))
+    blocked.set()
+    order = [first.result().id for _ in range(4)]
+    assert order.index(4) <= 1
+
+
+def test_a_slot_that_changes_during_a_load_is_never_taken_for_the_block():
+    """Another block moves in while it is being copied: all of the old one, or an error."""
+    layout = layout_of(None, num_layers=8, head_dim=512)
+    arena = Arena.private(layout, (2,))
+    rank = Rank(layout, arena)
+    assert rank.save(((1,),), ((1,),), (key(1),)).error is None
+    assert rank.save(((2,),), ((2,),), (key(2),)).error is None
+    old, new = arena.record(0, 1).copy(), arena.record(0, 2).copy()
+    for _ in range(30):
+        rank.next_id += 1
+        rank.mover.start(
+            KVMove(rank.next_id, "t", "r", Place(HOST, ((1,),), (key(1),)), Place(DEVICE, ((3,),)))
+        )  # fmt: skip
+        arena.record(0, 1)[:] = new
+        result = rank.result()
+        if result.error is None:
+            assert all(np.array_equal(pool[3], pool[1]) for pool in rank.pools)
+        else:
+            assert result.error.startswith(BAD_BLOCK)
+        arena.record(0, 1)[:] = old
+    rank.mover.close()
+
+
 def test_moves_that_make_no_sense_fail_alone(two):
     """A slot or block out of range, a step to wait for, a peer: each gets its error, and the thread lives on."""
     first, _, _ = two
