@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 from penstock.config.model import KVLayout
 from penstock.core.admission import Sharing
 from penstock.core.blocks import BlockPool
+from penstock.core.kv_events import KVEventSource
 from penstock.core.prefix import Hit, PrefixCache, chain_root, extend_chain
 from penstock.core.request import Request
 
@@ -41,6 +42,7 @@ class KVCache:
         self.nothing: BlockIds = ((),) * len(self.pools)
         self.windows = [(g, group.window) for g, group in enumerate(layout.groups) if group.window is not None]
         self._full = next((g for g, group in enumerate(layout.groups) if group.window is None), None)
+        self._events: KVEventSource | None = None
         self._computing: dict[bytes, int] = {}  # block hash -> rows of submitted steps that fill it
         self._roots: dict[tuple[str, str], bytes] = {}
 
@@ -144,6 +146,16 @@ class KVCache:
 
     # ---- prefix cache ----
 
+    def tell(self, events: KVEventSource) -> None:
+        """Tell of blocks that can be hit, and of those that no longer can: of one group, that of full attention."""
+        self._events = events
+        self.events_pool.listener = events
+
+    @property
+    def events_pool(self) -> BlockPool:
+        """The pool whose blocks `tell` speaks of."""
+        return self.pools[self._full or 0]
+
     def match(self, request: Request) -> Hit:
         """The longest cached prefix that the request may start on."""
         if not self.enabled:
@@ -164,6 +176,9 @@ class KVCache:
         for g, (pool, table) in enumerate(zip(self.pools, request.block_tables, strict=True)):
             for n in range(request.num_published[g], end):
                 if table[n]:
+                    if self._events is not None and self._events.with_tokens and pool.listener is not None:
+                        tokens = request.token_ids[n * self.block_size : (n + 1) * self.block_size]
+                        self._events.describe(hashes[n], hashes[n - 1] if n else None, tokens)
                     pool.publish(table[n], hashes[n], hashes[n - 1] if n else None)
             request.num_published[g] = end
 
