@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -15,7 +15,16 @@ from penstock.core.cost import FloatArray
 from penstock.core.doors import CostModel
 from penstock.core.hot_prefixes import HotPrefixes
 from penstock.core.kv_index import KVIndex
-from penstock.core.routing import BoolArray, Choice, EngineViews, Prediction, Replicate, RouteRequest, predict
+from penstock.core.routing import (
+    BoolArray,
+    Choice,
+    EngineViews,
+    Prediction,
+    Replicate,
+    RouteRequest,
+    load_seconds,
+    predict,
+)
 
 TIE_SHARE, TIE_S = 0.10, 0.020  # scores within the larger of the two are equal
 HOT = 3.0  # times the mean
@@ -73,14 +82,18 @@ class Policy:
 
     def among(self, scores: FloatArray) -> int:
         """One of the best, at random."""
-        best = np.flatnonzero(scores == scores.min())
-        return int(best[0] if len(best) == 1 else best[self.random.randrange(len(best))])
+        return self.any_of(scores == scores.min())
 
-    def among_near(self, scores: FloatArray) -> int:
-        """One of those that are nearly best: two routers, or two decisions on stale news, do not run to the same."""
-        best = float(scores.min())
-        near = np.flatnonzero(scores <= best + max(TIE_SHARE * best, TIE_S))
-        return int(near[0] if len(near) == 1 else near[self.random.randrange(len(near))])
+    def any_of(self, rows: BoolArray) -> int:
+        """One of them, at random."""
+        found = np.flatnonzero(rows)
+        return int(found[0] if len(found) == 1 else found[self.random.randrange(len(found))])
+
+
+def near_best(scores: FloatArray) -> BoolArray:
+    """Which are nearly best: two routers, or two decisions on stale news, then do not all run to the same engine."""
+    best = float(scores.min())
+    return np.asarray(scores <= best + max(TIE_SHARE * best, TIE_S))
 
 
 class RandomPolicy(Policy):
@@ -168,7 +181,7 @@ class FlexLBPolicy(Policy):
         predicted = predict(request, engines, index, self.cost, now, tiers=self.tiers)
         scores = predicted.total_s
         kept = allowed & within(engines.num_requests, allowed, HOT) & within(predicted.wait_s, allowed, HOT)
-        row = self.among_near(np.where(kept if kept.any() else allowed, scores, np.inf))
+        row = self.any_of(near_best(np.where(kept if kept.any() else allowed, scores, np.inf)))
         return chosen(row, 1e3 * scores, allowed, engines, predicted)
 
 
@@ -255,6 +268,27 @@ class PreblePolicy(Policy):
         return np.where(holders, load, 1e9)
 
 
+def fetch_from_best(
+    request: RouteRequest, engines: EngineViews, predicted: Prediction, allowed: BoolArray, cost: CostModel
+) -> tuple[int, Prediction]:
+    """(row of the engine with the longest hit in its device, what the others get when they copy it from there)."""
+    own = np.where(allowed, predicted.device_tokens, 0)
+    src = int(own.argmax())
+    best = int(own[src])
+    num_blocks = (best - own) // engines.block_size
+    load_s = np.where(num_blocks > 0, load_seconds(num_blocks, engines.block_bytes, "peer", cost), np.inf)
+    prefill_s = cost.prefill_seconds(request.prompt_tokens - best, best) * engines.slowness
+    hit = np.full(len(own), best)
+    return src, replace(
+        predicted, load_s=load_s, prefill_s=prefill_s, hit_tokens=hit, new_tokens=request.prompt_tokens - hit
+    )
+
+
+def copy_of(request: RouteRequest, engines: EngineViews, src: int, dst: int, tokens: int) -> Replicate:
+    """The copy of a prompt's first tokens."""
+    return Replicate(tuple(request.hashes[: tokens // engines.block_size]), engines.names[src], engines.names[dst])
+
+
 @dataclass(slots=True)
 class MooncakePolicy(Policy):
     """Mooncake's Conductor: the least estimated TTFT, of computing from the own prefix or of fetching the best one.
@@ -270,37 +304,28 @@ class MooncakePolicy(Policy):
         if not allowed.any():
             return None
         predicted = predict(request, engines, index, self.cost, now, tiers=self.tiers)
-        own = np.where(allowed, predicted.device_tokens, 0)
-        best_row = int(own.argmax())
-        best = int(own[best_row])
-        fetched_s = self.cost.prefill_seconds(request.prompt_tokens - best, best)
-        num_blocks = (best - own) // engines.block_size
-        copy_s = np.array(
-            [self.cost.move_seconds(int(n) * engines.block_bytes, "peer") if n else 0 for n in num_blocks]
-        )
-        fetches = (best > self.balancing * own) & (best > 0)
-        scores = np.where(
-            fetches, predicted.wait_s + copy_s + fetched_s * engines.slowness, predicted.wait_s + predicted.prefill_s
-        )
+        src, fetched = fetch_from_best(request, engines, predicted, allowed, self.cost)
+        own, best = predicted.device_tokens, int(fetched.hit_tokens[src])
+        fetches = (best > self.balancing * own) & np.isfinite(fetched.load_s)
+        # The transfer is counted in full, as in the algorithm, though it may run while the request waits.
+        scores = np.where(fetches, fetched.wait_s + fetched.load_s + fetched.prefill_s, predicted.total_s)
         row = self.among(np.where(allowed, scores, np.inf))
-        copies: tuple[Replicate, ...] = ()
-        if fetches[row]:
-            hashes = tuple(request.hashes[: best // engines.block_size])
-            copies = (Replicate(hashes, engines.names[best_row], engines.names[row]),)
-        return chosen(row, 1e3 * scores, allowed, engines, predicted, copies)
+        if not fetches[row]:
+            return chosen(row, 1e3 * scores, allowed, engines, predicted)
+        copies = (copy_of(request, engines, src, row, best),)
+        return chosen(row, 1e3 * scores, allowed, engines, fetched, copies)
 
 
 @dataclass(slots=True)
 class LeastTimePolicy(Policy):
     """Ours: the least predicted time to the first token, over all tiers; one of the near-best at random.
 
-    Hard filters: alive, memory, the SLO, requests over 3 times the mean (and over `hot_floor`, for with few requests a
-    mean says little). Where all are filtered out, the least predicted time is chosen without the last two. Prefixes in
-    high demand are copied to further engines.
+    What a peer's device holds is one more tier: it is copied where that is sooner. Hard filters: alive, memory, the
+    SLO, requests over 3 times the mean (and over `hot_floor`, for with few requests a mean says little). Where all are
+    filtered out, the last two do not count. Prefixes in high demand are copied to further engines ahead of need.
     """
 
     tail_s: float = 0.0  # of the transfer to a decode engine that a prompt's length does not change
-    work_weight: float = 0.0
     hot_floor: int = 4
     hot: HotPrefixes | None = None
 
@@ -309,17 +334,21 @@ class LeastTimePolicy(Policy):
         if not allowed.any():
             return None
         predicted = predict(request, engines, index, self.cost, now, tiers=self.tiers)
-        total = predicted.total_s + self.tail_s
-        scores = total + self.work_weight * predicted.prefill_s
+        src, fetched = fetch_from_best(request, engines, predicted, allowed, self.cost)
+        own_s, fetched_s = predicted.total_s, fetched.total_s
+        fetches = fetched_s < own_s
+        total = np.where(fetches, fetched_s, own_s) + self.tail_s
         kept = allowed & (within(engines.num_requests, allowed, HOT) | (engines.num_requests <= self.hot_floor))
         if request.ttft_slo_s is not None:
             in_time = kept & (total <= request.ttft_slo_s - SLO_MARGIN_S)
             kept = in_time if in_time.any() else kept
-        row = self.among_near(np.where(kept if kept.any() else allowed, scores, np.inf))
+        row = self.any_of(near_best(np.where(kept if kept.any() else allowed, total, np.inf)))
         copies: tuple[Replicate, ...] = ()
+        if fetches[row]:
+            copies = (copy_of(request, engines, src, row, int(fetched.hit_tokens[row])),)
         if self.hot is not None:
-            copies = self.hot.copies(request, engines, predicted, allowed, self.cost, now)
-        return chosen(row, 1e3 * scores, allowed, engines, predicted, copies)
+            copies += self.hot.copies(request, engines, predicted, allowed, self.cost, now)
+        return chosen(row, 1e3 * total, allowed, engines, fetched if fetches[row] else predicted, copies)
 
 
 PREFILL_POLICIES: dict[str, type[Policy]] = {

@@ -21,6 +21,7 @@ BoolArray = NDArray[np.bool_]
 RESERVED_S = 5.0  # a reservation that is not renewed
 ALPHA = 0.1  # weight of the newest request in what is learnt of an engine
 SLOWNESS = (0.25, 4.0)
+DISTRUST = 0.8  # hits that came true less often than this are counted as far as they did; above it, luck
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,13 +263,14 @@ def predict(
     size = engines.block_size
     blocks = index.match(request.hashes).blocks.astype(np.int64)
     longest = max(request.prompt_tokens - 1, 0)
-    device = np.minimum((blocks[0] * size * engines.trust).astype(np.int64), longest)
+    believed = size * np.where(engines.trust < DISTRUST, engines.trust, 1.0)
+    device = np.minimum((blocks[0] * believed).astype(np.int64), longest)
     prefill_s = cost.prefill_seconds_each(request.prompt_tokens - device, device)
     load_s, hit = np.zeros(len(device)), device
     if tiers and blocks[1:].any():
         for tier, counts in zip(TIERS[1:], blocks[1:], strict=True):
-            load_s += _load_seconds(counts, engines.block_bytes, tier, cost)
-        with_loads = np.minimum(((blocks.sum(axis=0)) * size * engines.trust).astype(np.int64), longest)
+            load_s += load_seconds(counts, engines.block_bytes, tier, cost)
+        with_loads = np.minimum((blocks.sum(axis=0) * believed).astype(np.int64), longest)
         sooner = cost.prefill_seconds_each(request.prompt_tokens - with_loads, with_loads)
         pays = sooner + load_s < prefill_s
         prefill_s, load_s = np.where(pays, sooner, prefill_s), np.where(pays, load_s, 0.0)
@@ -278,7 +280,7 @@ def predict(
     )
 
 
-def _load_seconds(counts: IntArray, block_bytes: int, tier: str, cost: CostModel) -> FloatArray:
+def load_seconds(counts: IntArray, block_bytes: int, tier: str, cost: CostModel) -> FloatArray:
     """Of loading so many blocks, per row. Moves are affine in their bytes, so two of them tell all."""
     most = int(counts.max())
     if not most:

@@ -240,12 +240,16 @@ class SimFleet:
                 self._hear(told)
 
     def _hear(self, events: KVEvents) -> None:
-        self.clock.call_in(self.settings.event_delay_s, lambda: self.index.apply(events, self.clock.now()))
+        def apply() -> None:
+            asked = self.index.apply(events, self.clock.now())
+            assert asked is None  # nothing is lost here, so nothing is missing
+
+        self.clock.call_in(self.settings.event_delay_s, apply)
 
     # ---- moves ----
 
     def _load(self, engine: SimEngine, hashes: Sequence[bytes]) -> float:
-        """Fetch from the pool what continues the device's hit, if that is sooner than computing it. When it is there."""
+        """Fetch from the pool what continues the device's hit, if that is sooner than computing. When it is there."""
         assert self.pool is not None
         first = engine.num_on_device(hashes)
         end = first + self.pool.run(hashes[first:])

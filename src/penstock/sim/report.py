@@ -36,8 +36,11 @@ def report(fleet: SimFleet, outcomes: Sequence[Outcome], ttft_slo_s: float = 2.0
     predicted = np.array([outcome.choice.predicted_ms / 1000 for outcome in outcomes])
     busy = np.array([engine.executor.busy_s for engine in fleet.engines.values()])
     long = ttft > 0.1
+    p50, p95, p99 = map(float, np.percentile(ttft, (50, 95, 99)))
     return FleetReport(
-        *(float(np.percentile(ttft, p)) for p in (50, 95, 99)),
+        p50,
+        p95,
+        p99,
         float(ttft.mean()),
         sum(outcome.cached_tokens for outcome in outcomes) / sum(o.request.prompt_tokens for o in outcomes),
         float(busy.max() / busy.mean()),

@@ -50,9 +50,9 @@ def read_mooncake(
     if TRACE_BLOCK % tokens_per_token:
         raise ValueError(f"tokens_per_token must divide {TRACE_BLOCK}, got {tokens_per_token}")
     path = Path(path)
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open(encoding="utf-8")
-    with opened as lines:
-        rows = list(_rows(lines, path, max_requests))
+    packed = path.read_bytes()
+    text = (gzip.decompress(packed) if path.suffix == ".gz" else packed).decode()
+    rows = list(_rows(text.splitlines(), path, max_requests))
     times = _spread([row["timestamp"] / 1000 for row in rows], spread)
     size = TRACE_BLOCK // tokens_per_token
     requests = []
@@ -66,7 +66,8 @@ def read_mooncake(
 def block_tokens(block_ids: Sequence[int], block_size: int, vocab_size: int) -> list[int]:
     """Token ids of some blocks: a pure function of each block's id (the mixer of splitmix64)."""
     with np.errstate(over="ignore"):
-        x = np.array(block_ids, np.uint64)[:, None] * np.uint64(block_size) + np.arange(block_size, dtype=np.uint64)
+        first = np.array(block_ids, np.uint64) * np.uint64(block_size)
+        x = np.asarray(np.add.outer(first, np.arange(block_size, dtype=np.uint64)), np.uint64)
         x = (x + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
         x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
