@@ -31,22 +31,23 @@ class HashTable:
         self.keys = np.zeros((num_buckets, WAYS), np.uint64)
         self.values = np.zeros((num_buckets, WAYS), np.uint32)
         self.spilled: dict[int, int] = {}
+        self._overflowed = np.zeros(num_buckets, bool)  # something of this bucket was spilled since the table grew
         self.num_entries = 0
 
     @property
     def num_bytes(self) -> int:
         """Of the arrays, and an estimate of the dict."""
-        return self.keys.nbytes + self.values.nbytes + 130 * len(self.spilled)
+        return self.keys.nbytes + self.values.nbytes + self._overflowed.nbytes + 130 * len(self.spilled)
 
     def get(self, keys: Keys) -> Values:
         """The values, 0 where a key is not there. Shapes [N]."""
         buckets = (keys % np.uint64(self.num_buckets)).astype(np.int64)
-        ways = (self.keys[buckets] == keys[:, None]).argmax(axis=1)
-        found = np.where(self.keys[buckets, ways] == keys, self.values[buckets, ways], np.uint32(0))
+        equal = self.keys[buckets] == keys[:, None]
+        # At most one way is equal, so the sum of products is that way's value, or 0.
+        found: Values = np.einsum("nw,nw->n", self.values[buckets], equal, dtype=np.uint32, casting="unsafe")
         if self.spilled:
-            spilled = self.spilled
-            for i in np.flatnonzero(found == 0).tolist():
-                found[i] = spilled.get(int(keys[i]), 0)
+            for i in np.flatnonzero(self._overflowed[buckets] & (found == 0)).tolist():
+                found[i] = self.spilled.get(int(keys[i]), 0)
         return found
 
     def put(self, keys: Keys, values: Values) -> None:
@@ -65,7 +66,7 @@ class HashTable:
                 self.num_entries -= int(gone.sum())
         left = np.flatnonzero(~there)
         if self.spilled:
-            left = self._change_spilled(keys, values, left)
+            left = self._change_spilled(keys, values, left, self._overflowed[buckets[left]])
         left = left[values[left] != 0]
         while left.size:
             _, first = np.unique(buckets[left], return_index=True)  # one per bucket and round
@@ -77,22 +78,26 @@ class HashTable:
             self.values[buckets[into], ways] = values[into]
             for i in chosen[~fits].tolist():
                 self.spilled[int(keys[i])] = int(values[i])
+                self._overflowed[buckets[i]] = True
             self.num_entries += len(chosen)
             left = np.delete(left, first)
 
-    def _change_spilled(self, keys: Keys, values: Values, left: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Change those that are in the dict; the indices of the others."""
-        others = []
-        for i in left.tolist():
-            key, value = int(keys[i]), int(values[i])
+    def _change_spilled(
+        self, keys: Keys, values: Values, left: NDArray[np.int64], suspected: NDArray[np.bool_]
+    ) -> NDArray[np.int64]:
+        """Change those of `left` that are in the dict; the indices of the others."""
+        others = np.ones(len(left), bool)
+        for n in np.flatnonzero(suspected).tolist():
+            key, value = int(keys[left[n]]), int(values[left[n]])
             if key not in self.spilled:
-                others.append(i)
-            elif value:
+                continue
+            others[n] = False
+            if value:
                 self.spilled[key] = value
             else:
                 del self.spilled[key]
                 self.num_entries -= 1
-        return np.array(others, np.int64)
+        return left[others]
 
     def _grow(self, num_entries: int) -> None:
         keys, values, spilled = self.keys, self.values, self.spilled

@@ -21,6 +21,7 @@ ASK_AGAIN_S = 1.0  # a snapshot that does not come is asked for again
 BAN_S = 60.0  # how long a liar is not listened to
 MAX_LATER = 1000  # batches kept while a snapshot is awaited
 EXCESS = 1.25  # an engine may claim so much more than it said it can hold: events of a step come in any order
+LOOK = 64  # blocks looked up before it is asked whether the rest can matter
 SWEEP_BUCKETS = 4096  # looked through per `tick`, 1 ms, for what engines that are gone held
 _MASK = 2**64 - 1
 
@@ -242,7 +243,8 @@ class KVIndex:
 
     def _rewrite(self, slot: int, keys: Keys, set_bits: int, clear_bits: int, watched: int) -> Keys:
         """Change the bits of a slot at some keys; those keys whose `watched` bit has changed."""
-        keys = np.unique(keys)
+        if len(keys) > 1:
+            keys = np.unique(keys)
         old = self._table.get(keys)
         distinct, inverse = np.unique(old, return_inverse=True)
         counts = np.bincount(inverse)
@@ -338,7 +340,10 @@ class KVIndex:
         """How far each engine can go into a prompt whose block hashes, in order, are these."""
         blocks = np.zeros((NUM_TIERS, self._num_slots), np.int32)
         if hashes:
-            values = self._table.get(keys_of(hashes))
+            keys = keys_of(hashes)
+            values = self._table.get(keys[:LOOK])
+            if len(keys) > LOOK and values.all():  # most prompts part from what is held early
+                values = np.concatenate([values, self._table.get(keys[LOOK:])])
             ends = np.append(np.flatnonzero(values[1:] != values[:-1]) + 1, len(values))
             alive, start = self._live & ~self._shared, 0
             for value, end in zip(values[ends - 1].tolist(), ends.tolist(), strict=True):

@@ -6,6 +6,7 @@ Each is a small object with a seeded generator. Knows columns of engines and the
 from __future__ import annotations
 
 import hashlib
+import math
 import random
 from dataclasses import dataclass, replace
 
@@ -43,15 +44,20 @@ def chosen(
     copies: tuple[Replicate, ...] = (),
 ) -> Choice:  # fmt: skip
     """The decision in full. `scores`: lower is better, in the policy's own unit; runner-ups are told in it."""
-    others = np.flatnonzero(allowed)
-    if len(others) > 8 * NUM_RUNNER_UPS:
-        others = others[np.argpartition(scores[others], NUM_RUNNER_UPS)[: NUM_RUNNER_UPS + 1]]
-    ranked = sorted((float(scores[other]), int(other)) for other in others if other != row)[:NUM_RUNNER_UPS]
+    left = np.where(allowed, scores, np.inf)
+    left[row] = np.inf
+    ranked = []
+    for _ in range(NUM_RUNNER_UPS):
+        other = int(left.argmin())
+        if math.isinf(left[other]):
+            break
+        ranked.append((engines.names[other], float(left[other])))
+        left[other] = np.inf
     wait, load, prefill = (float(c[row]) for c in (predicted.wait_s, predicted.load_s, predicted.prefill_s))
     terms = {"wait": 1e3 * wait, "load": 1e3 * max(0.0, load - wait), "prefill": 1e3 * prefill}
     return Choice(
         engines.names[row], row, sum(terms.values()), terms,
-        tuple((engines.names[other], score) for score, other in ranked),
+        tuple(ranked),
         int(predicted.hit_tokens[row]), int(predicted.new_tokens[row]), prefill, copies,
     )  # fmt: skip
 
@@ -275,6 +281,8 @@ def fetch_from_best(
     own = np.where(allowed, predicted.device_tokens, 0)
     src = int(own.argmax())
     best = int(own[src])
+    if not best:
+        return src, replace(predicted, load_s=np.full(len(own), np.inf))
     num_blocks = (best - own) // engines.block_size
     load_s = np.where(num_blocks > 0, load_seconds(num_blocks, engines.block_bytes, "peer", cost), np.inf)
     prefill_s = cost.prefill_seconds(request.prompt_tokens - best, best) * engines.slowness

@@ -21,6 +21,7 @@ BoolArray = NDArray[np.bool_]
 RESERVED_S = 5.0  # a reservation that is not renewed
 ALPHA = 0.1  # weight of the newest request in what is learnt of an engine
 SLOWNESS = (0.25, 4.0)
+MANY = 16  # rows: more are computed as arrays
 DISTRUST = 0.8  # hits that came true less often than this are counted as far as they did; above it, luck
 
 
@@ -260,24 +261,44 @@ def predict(
 
     What other tiers hold is loaded or computed, whichever is sooner. Hits count as far as they came true so far.
     """
-    size = engines.block_size
+    size, prompt = engines.block_size, request.prompt_tokens
     blocks = index.match(request.hashes).blocks.astype(np.int64)
-    longest = max(request.prompt_tokens - 1, 0)
-    believed = size * np.where(engines.trust < DISTRUST, engines.trust, 1.0)
-    device = np.minimum((blocks[0] * believed).astype(np.int64), longest)
-    prefill_s = cost.prefill_seconds_each(request.prompt_tokens - device, device)
+    longest = max(prompt - 1, 0)
+    device = _believed(blocks[0], engines.trust, size, longest)
+    prefill_s = prefill_after(device, prompt, cost)
     load_s, hit = np.zeros(len(device)), device
     if tiers and blocks[1:].any():
         for tier, counts in zip(TIERS[1:], blocks[1:], strict=True):
             load_s += load_seconds(counts, engines.block_bytes, tier, cost)
-        with_loads = np.minimum((blocks.sum(axis=0) * believed).astype(np.int64), longest)
-        sooner = cost.prefill_seconds_each(request.prompt_tokens - with_loads, with_loads)
+        with_loads = _believed(blocks.sum(axis=0), engines.trust, size, longest)
+        sooner = prefill_after(with_loads, prompt, cost)
         pays = sooner + load_s < prefill_s
         prefill_s, load_s = np.where(pays, sooner, prefill_s), np.where(pays, load_s, 0.0)
         hit = np.where(pays, with_loads, device)
-    return Prediction(
-        engines.wait_s(now), load_s, prefill_s * engines.slowness, device, hit, request.prompt_tokens - hit
-    )
+    return Prediction(engines.wait_s(now), load_s, prefill_s * engines.slowness, device, hit, prompt - hit)
+
+
+def _believed(blocks: IntArray, trust: FloatArray, block_size: int, longest: int) -> IntArray:
+    """Tokens of a hit, as far as hits came true so far."""
+    tokens = np.minimum(blocks * block_size, longest)
+    doubted = trust < DISTRUST
+    if doubted.any():
+        tokens[doubted] = (tokens[doubted] * trust[doubted]).astype(np.int64)
+    return tokens
+
+
+def prefill_after(hits: IntArray, prompt_tokens: int, cost: CostModel) -> FloatArray:
+    """Seconds to compute a prompt after hits of so many tokens, per row. Most rows of a large fleet are alike."""
+    least = int(hits.min())
+    seconds = np.full(len(hits), cost.prefill_seconds(prompt_tokens - least, least))
+    more = np.flatnonzero(hits > least)
+    if len(more) > MANY:
+        seconds[more] = cost.prefill_seconds_each(prompt_tokens - hits[more], hits[more])
+    else:
+        for row in more.tolist():
+            hit = int(hits[row])
+            seconds[row] = cost.prefill_seconds(prompt_tokens - hit, hit)
+    return seconds
 
 
 def load_seconds(counts: IntArray, block_bytes: int, tier: str, cost: CostModel) -> FloatArray:
