@@ -62,14 +62,34 @@ def test_engines_of_every_age_are_understood():
         [
             ["BlockStored", [5, 6], None, [1, 2], 1, None],
             ["BlockRemoved", [5]],
-            {"type": "BlockStored", "block_hashes": [long_hash], "parent_block_hash": A, "token_ids": [],
-             "block_size": 16, "lora_id": None, "medium": "GPU", "lora_name": None, "extra_keys": [None], "group_idx": 0, "session_id": "s"},
-            {"type": "BlockStored", "block_hashes": [A], "parent_block_hash": None, "token_ids": [],
-             "block_size": 16, "lora_id": None, "medium": "GPU", "lora_name": None, "group_idx": 1},
+            {
+                "type": "BlockStored",
+                "block_hashes": [long_hash],
+                "parent_block_hash": A,
+                "token_ids": [],
+                "block_size": 16,
+                "lora_id": None,
+                "medium": "GPU",
+                "lora_name": None,
+                "extra_keys": [None],
+                "group_idx": 0,
+                "session_id": "s",
+            },
+            {
+                "type": "BlockStored",
+                "block_hashes": [A],
+                "parent_block_hash": None,
+                "token_ids": [],
+                "block_size": 16,
+                "lora_id": None,
+                "medium": "GPU",
+                "lora_name": None,
+                "group_idx": 1,
+            },
             {"type": "SomethingNew", "x": 1},
             ["AllBlocksCleared"],
         ],
-    ]  # fmt: skip
+    ]
     told = decode(frames_of(batch, 9), "v").changes
     assert told[0] == KVChange(True, "device", (sixteen(5), sixteen(6)), StoredTokens(None, (1, 2), 1))
     assert told[1] == KVChange(False, "device", (sixteen(5),))
@@ -80,11 +100,17 @@ def test_engines_of_every_age_are_understood():
 @pytest.mark.parametrize(
     "frames",
     [
-        [], [b"", b"123", b""], [b"", bytes(8), b"\xc1"], frames_of("text"), frames_of([1.0, [[]]]),
-        frames_of([1.0, [5]]), frames_of([1.0, [["BlockStored", "no list", None, [], 1, None]]]), frames_of([1.0, [{"type": "BlockRemoved"}]]),
+        [],
+        [b"", b"123", b""],
+        [b"", bytes(8), b"\xc1"],
+        frames_of("text"),
+        frames_of([1.0, [[]]]),
+        frames_of([1.0, [5]]),
+        frames_of([1.0, [["BlockStored", "no list", None, [], 1, None]]]),
+        frames_of([1.0, [{"type": "BlockRemoved"}]]),
         frames_of([1.0, [[["x"]]]]),
     ],
-)  # fmt: skip
+)
 def test_what_is_no_batch_is_refused_by_name(frames):
     with pytest.raises(FormatError, match="engine-7"):
         decode(frames, "engine-7")

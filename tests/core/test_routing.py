@@ -65,7 +65,7 @@ def test_every_policy_keeps_to_what_is_there(name, seed, num, num_steps):
         for step in range(num_steps):
             now += draw.random() * 0.05
             if draw.random() < 0.1 and len(dead) < num:
-                gone = draw.choice([n for n in views.index.rows])
+                gone = draw.choice(list(views.index.rows))
                 dead.add(gone)
                 lost = views.remove(gone)
                 assert all(i in open_ for i in lost)

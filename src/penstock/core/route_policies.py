@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -198,19 +198,22 @@ def within(amounts: np.ndarray, allowed: BoolArray, times: float) -> BoolArray:
 
 @dataclass(slots=True)
 class SGLangPolicy(Policy):
-    """SGLang's cache-aware router: the best match if it is over half of the prompt, else the emptiest cache.
+    """SGLang's cache-aware router: the best match if it is over half of the prompt, else the smallest tree.
 
-    When requests are out of balance (largest - smallest > 32 and > 1.0001 times), the shortest queue.
+    When requests are out of balance (largest - smallest > 32 and > 1.0001 times), the shortest queue. Its tree is what
+    it sent to a worker itself, so its size is what was new of that.
     """
 
     threshold: float = 0.5
     balance_abs: int = 32
     balance_rel: float = 1.0001
-    index: KVIndex | None = None
+    tree_tokens: dict[str, int] = field(default_factory=dict)
 
     def pick(self, request: RouteRequest, engines: EngineViews, index: KVIndex, now: float) -> Choice | None:
-        self.index = index
-        return Policy.pick(self, request, engines, index, now)
+        choice = Policy.pick(self, request, engines, index, now)
+        if choice is not None:
+            self.tree_tokens[choice.engine] = self.tree_tokens.get(choice.engine, 0) + choice.new_tokens
+        return choice
 
     def scores(
         self, request: RouteRequest, engines: EngineViews, predicted: Prediction, allowed: BoolArray, now: float
@@ -222,11 +225,7 @@ class SGLangPolicy(Policy):
         matched = np.where(allowed, predicted.device_tokens, 0)
         if matched.max() > self.threshold * request.prompt_tokens:
             return -matched.astype(float)
-        assert self.index is not None
-        sizes = np.full(len(allowed), np.inf)
-        for row in np.flatnonzero(allowed).tolist():
-            sizes[row] = self.index.held_by(engines.names[row])
-        return sizes
+        return np.array([float(self.tree_tokens.get(name, 0)) for name in engines.names])
 
 
 @dataclass(slots=True)
