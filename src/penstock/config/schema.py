@@ -192,7 +192,11 @@ class SchedulerOptions:
         aliases=("--chunked-prefill-size",),
     )
     scheduling_policy: str = setting(
-        "fcfs", "who goes first", choices=("fcfs", "priority"), headline=True, aliases=("--schedule-policy",)
+        "fcfs",
+        "who goes first",
+        choices=("fcfs", "priority", "sjf_aged"),
+        headline=True,
+        aliases=("--schedule-policy",),
     )
     max_queue_wait_s: float = setting(
         30.0, "a request that was ready this long is no longer overtaken", low=0.0, unit="s"
