@@ -96,7 +96,8 @@ def check_scheduler(scheduler: Scheduler) -> None:
                 planned[request.id] += row.num_tokens
     for id_, flight in scheduler.traffic.flights.items():
         computing.update(flight.filling)
-        assert flight.request.arriving == id_ or not flight.filling, "others wait for what nobody waits for"
+        waits = flight.request is not None and flight.request.arriving == id_
+        assert waits or not flight.filling, "others wait for what nobody waits for"
     assert scheduler.kv._computing == dict(computing)
     for request in scheduler.requests.values():
         assert request.finish_reason is None

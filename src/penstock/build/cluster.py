@@ -10,7 +10,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 
-from penstock.build.launch import EngineProcess
+from penstock.build.launch import EngineProcess, PoolProcess
 from penstock.build.start import import_server
 from penstock.cluster.seat import Seat, parse_roles
 from penstock.config.complete import Resolved, complete
@@ -34,6 +34,7 @@ def serve_cluster(
     with listening_socket(config.server) as sock, _directory() as directory:
         if on_resolved is not None:
             on_resolved(resolved)
+        pool = None if config.cache.kv_offloading_size is None else PoolProcess(resolved.config.cache, directory)
         seats = make_seats(config, roles, directory)
         processes = {seat.name: EngineProcess(resolved, seat) for seat in seats}
         try:
@@ -42,6 +43,8 @@ def serve_cluster(
             for process in processes.values():
                 if process.poll() is None:
                     process.kill()
+            if pool is not None:
+                pool.close()
 
 
 def share_of(machine: Machine, num_engines: int) -> Machine:
@@ -81,7 +84,8 @@ def make_seats(config: Config, roles: dict[str, str], directory: str) -> list[Se
 @contextlib.contextmanager
 def _directory() -> Iterator[str]:
     """For socket files: short names, for they may have 107 characters."""
-    directory = tempfile.mkdtemp(prefix="penstock-")
+    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # the KV arena is a file there
+    directory = tempfile.mkdtemp(prefix="penstock-", dir=memory)
     try:
         yield directory
     finally:

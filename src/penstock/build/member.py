@@ -39,7 +39,6 @@ def member_loop(built: BuiltEngine, seat: Seat, front: ZmqWire) -> Callable[[], 
         try:
             loop.run()
         finally:
-            links.close()
             peers.close()
 
     return run

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import msgspec
 
 from penstock.cluster.messages import Ack, Alive, Commit, FirstToken, Prefill, Refused, Stop, ToPeer
+from penstock.core.doors import KVSource
 from penstock.core.moves import CANCELLED, KVMove, KVTicket, MoveResult, Place
 from penstock.core.request import Request
 from penstock.core.scheduler import Scheduler
@@ -56,12 +57,13 @@ class DecodeSide:
         self.num_received = self.num_failed = self.num_local = 0
         self.tokens_received = self.tokens_received_cached = 0  # of the latter the peers' caches had the KV
         self._scheduler: Scheduler | None = None
+        self._other: KVSource | None = None
         self._num_epochs = 0  # over all hand-offs, so that an id used again is no old acquaintance
         self._live: dict[str, HandOff] = {}  # by request id
 
     def attach(self, scheduler: Scheduler) -> None:
-        """Serve this scheduler, before it is used."""
-        self._scheduler = scheduler
+        """Serve this scheduler, before it is used. Another source that it has is asked first."""
+        self._scheduler, self._other = scheduler, scheduler.source
         scheduler.source = self
 
     def want(self, request: AddRequest) -> None:
@@ -84,15 +86,16 @@ class DecodeSide:
     def offer(self, request: Request, num_blocks: int, now: float) -> Offer | str | None:
         """See KVSource."""
         hand_off = self._live.get(request.id)
-        if hand_off is None:
-            return None
+        other = None if self._other is None else self._other.offer(request, num_blocks, now)
+        if hand_off is None or isinstance(other, str):
+            return other
         num_tokens = len(hand_off.request.token_ids)
         is_same = len(request.token_ids) == num_tokens
-        num_missing = num_tokens - num_blocks * self._size
+        num_missing = num_tokens - (num_blocks * self._size if other is None else other.num_tokens)
         if not is_same or not hand_off.peers or num_missing < self.min_tokens or hand_off.num_tries >= MAX_TRIES:
             self.num_local += 1
             del self._live[request.id]
-            return None
+            return other
         self._num_epochs += 1
         return Offer(num_tokens, Place(hand_off.peers[0]), self._transfer_id(request.id), self._num_epochs)
 

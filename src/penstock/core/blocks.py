@@ -151,6 +151,11 @@ class BlockPool:
             self.num_limbo -= 1
             self._retire(block)
 
+    def coldest(self, num: int) -> list[bytes]:
+        """Hashes of cached blocks that are given away next, as far as the newest look at them tells."""
+        blocks = (self.blocks[id_] for _, id_ in heapq.nsmallest(num, self._heap))
+        return [block.hash for block in blocks if block.hash is not None and self._idle(block)]
+
     def forget(self) -> None:
         """Unpublish everything: cached blocks become free, held and limbo ones lose their hash."""
         self.index.clear()

@@ -6,7 +6,7 @@ gives way, is the scheduler's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from penstock.config.model import KVLayout
 from penstock.core.admission import Sharing
@@ -41,6 +41,7 @@ class KVCache:
         self.nothing: BlockIds = ((),) * len(self.pools)
         self.windows = [(g, group.window) for g, group in enumerate(layout.groups) if group.window is not None]
         self._full = next((g for g, group in enumerate(layout.groups) if group.window is None), None)
+        self.on_published: Callable[[bytes, bytes | None, int], None] | None = None  # hash, its parent, which block
         self._computing: dict[bytes, int] = {}  # block hash -> rows of submitted steps that fill it
         self._roots: dict[tuple[str, str], bytes] = {}
 
@@ -182,6 +183,16 @@ class KVCache:
         self._extend_hashes(request)
         return self.prefix.match(request.block_hashes, self._hit_limit(request))
 
+    def ask(self, request: Request) -> tuple[Hit, list[bytes]]:
+        """What the device has of a request, and the hashes of all its blocks that may come from a cache."""
+        hit = self.match(request)
+        return hit, request.block_hashes[: self._hit_limit(request)] if self.enabled else []
+
+    def find(self, group: int, hash_: bytes) -> int:
+        """The block with this content, 0 if it is not on the device."""
+        block = self.pools[group].index.get(hash_)
+        return 0 if block is None else block.id
+
     def is_being_computed(self, request: Request, hit: Hit) -> bool:
         """Does a submitted step fill the block that comes after the hit?"""
         n, hashes = hit.num_blocks, request.block_hashes
@@ -195,6 +206,8 @@ class KVCache:
         for g, (pool, table) in enumerate(zip(self.pools, request.block_tables, strict=True)):
             for n in range(request.num_published[g], end):
                 if table[n]:
+                    if self.on_published is not None and pool is self.pools[-1]:
+                        self.on_published(hashes[n], hashes[n - 1] if n else None, n)
                     pool.publish(table[n], hashes[n], hashes[n - 1] if n else None)
             request.num_published[g] = end
 

@@ -132,11 +132,15 @@ class Scheduler:
         if flight is None:
             return
         request = flight.request
+        assert request is not None
         if result.error is None:
             num_received = flight.num_tokens - request.num_computed
             self.kv.receive(request, flight.num_tokens, self._fence())
             self.counters.prompt_tokens_received += num_received
             request.num_received += num_received
+            if flight.is_cache:
+                request.num_cached += num_received
+                self.counters.prompt_tokens_cached += num_received
             self.trace("received", request, now)
         else:
             self._requeue(request)

@@ -27,15 +27,17 @@ class Offer:
     src: Place
     transfer_id: str
     epoch: int = 0
+    is_cache: bool = False  # it was computed for somebody else: it counts as cached
 
 
 @dataclass(slots=True)
 class Flight:
-    """A move that has not ended."""
+    """A move that has not ended. `request`: None for a save, which is nobody's."""
 
     move: KVMove
-    request: Request
+    request: Request | None
     num_tokens: int = 0  # of a receipt: computed once it is there
+    is_cache: bool = False
     filling: tuple[bytes, ...] = ()  # of a receipt: hashes that others may wait for
 
 
@@ -56,7 +58,7 @@ class Traffic:
         dst = Place(DEVICE, blocks)
         filling = tuple(kv.begin_filling(request, request.num_computed, offer.num_tokens))
         move = self._start(request, offer.transfer_id, offer.src, dst, offer.epoch, 0, -1)
-        self.flights[move.id] = Flight(move, request, offer.num_tokens, filling)
+        self.flights[move.id] = Flight(move, request, offer.num_tokens, offer.is_cache, filling)
         request.arriving = move.id
         request.waiting_for[GATE] = request.num_computed
 
@@ -82,6 +84,12 @@ class Traffic:
         move = self._start(request, ticket.transfer_id, here, there, ticket.epoch, first_unit, after_step)
         self.flights[move.id] = Flight(move, request)
 
+    def save(self, src: Place, dst: Place) -> KVMove:
+        """Copy published blocks into a tier."""
+        move = self._start(None, "", src, dst, 0, 0, -1)
+        self.flights[move.id] = Flight(move, None)
+        return move
+
     def drop(self, request: Request) -> None:
         """The request no longer waits for what is on its way to it."""
         if request.arriving < 0:
@@ -96,9 +104,10 @@ class Traffic:
             return None
         for pool, id_ in self._pins(flight.move):
             pool.unpin(id_)
-        if flight.request.arriving != result.id:
+        request = flight.request
+        if request is None or request.arriving != result.id:
             return None
-        self._land(flight.request, flight)
+        self._land(request, flight)
         return flight
 
     def _land(self, request: Request, flight: Flight) -> None:
@@ -108,9 +117,17 @@ class Traffic:
         request.waiting_for.pop(GATE, None)
 
     def _start(
-        self, request: Request, transfer_id: str, src: Place, dst: Place, epoch: int, first_unit: int, after_step: int
+        self,
+        request: Request | None,
+        transfer_id: str,
+        src: Place,
+        dst: Place,
+        epoch: int,
+        first_unit: int,
+        after_step: int,
     ) -> KVMove:
-        move = KVMove(self._num_moves, transfer_id, request.id, src, dst, epoch, first_unit, after_step)
+        request_id = "" if request is None else request.id
+        move = KVMove(self._num_moves, transfer_id, request_id, src, dst, epoch, first_unit, after_step)
         self._num_moves += 1
         for pool, id_ in self._pins(move):
             pool.pin(id_)
