@@ -16,9 +16,8 @@ MAPPED = msgspec.structs.replace(KV, num_cells=100, blocks_per_cell=1, cells="u2
 def report(now: float, prompt: int = 100, cached: int = 64, requests: tuple[RequestRecord, ...] = ()) -> Report:
     kv = MAPPED if requests else KV
     totals = (9, 0.5, prompt, cached, 7, 0, prompt, cached)
-    return Report(
-        now, 1, 1, {"budget": 1}, kv, *totals, [3], list(requests), prompt_tokens_computed_total=prompt - cached
-    )
+    sources = {"device": cached, "compute": prompt - cached}
+    return Report(now, 1, 1, {"budget": 1}, kv, *totals, [3], list(requests), prompt_tokens_by_source=sources)
 
 
 def record(request_id: str, **changes: Any) -> RequestRecord:

@@ -31,7 +31,7 @@ def report(**changes: Any) -> Report:
         "step_seconds_total": 0.1,
         "prompt_tokens_total": 100,
         "prompt_tokens_cached_total": 64,
-        "prompt_tokens_computed_total": 36,
+        "prompt_tokens_by_source": {"device": 64, "compute": 36},
         "generation_tokens_total": 7,
         "num_preemptions_total": 1,
         "prefix_queries_total": 100,
@@ -237,10 +237,18 @@ def test_a_request_that_never_ran(metrics: Metrics) -> None:
 
 def test_counters_follow_the_engines_totals_and_never_fall(metrics: Metrics) -> None:
     metrics.message(report(), 0.0)
-    totals = {"prompt_tokens_total": 150, "prompt_tokens_cached_total": 70, "prompt_tokens_computed_total": 80}
+    totals = {
+        "prompt_tokens_total": 150,
+        "prompt_tokens_cached_total": 70,
+        "prompt_tokens_by_source": {"device": 70, "compute": 80},
+    }
     metrics.message(report(**totals, iteration_tokens=[5]), 0.3)
     assert value(metrics, "prompt_tokens_total") == 150
-    totals = {"prompt_tokens_total": 10, "prompt_tokens_cached_total": 4, "prompt_tokens_computed_total": 6}
+    totals = {
+        "prompt_tokens_total": 10,
+        "prompt_tokens_cached_total": 4,
+        "prompt_tokens_by_source": {"device": 4, "compute": 6},
+    }
     metrics.message(report(**totals), 0.6)  # an engine started anew
     found = samples(metrics)
     assert found["vllm:prompt_tokens_total", ()] == 160

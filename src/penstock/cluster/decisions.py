@@ -52,6 +52,7 @@ class Decisions:
     """The newest 1,000, one per request: a request whose engine died is decided again."""
 
     def __init__(self) -> None:
+        self.num_made = 0
         self._all: OrderedDict[str, Decision] = OrderedDict()
 
     def placed(
@@ -66,6 +67,7 @@ class Decisions:
         num_tries: int,
     ) -> None:
         """A request goes to `engine`. `num_tries`: counts from 1."""
+        self.num_made += 1
         before = self._all.pop(request_id, None)
         ttft_s = before.ttft_s if before is not None and num_tries > 1 else None
         self._all[request_id] = Decision(
@@ -97,15 +99,6 @@ class Decisions:
     def recent(self, number: int) -> list[dict[str, Any]]:
         """The newest ones, newest first."""
         return [_plain(decision) for decision in islice(reversed(self._all.values()), number)]
-
-    def since(self, at_s: float) -> int:
-        """How many were made after that time, as far as they are remembered."""
-        count = 0
-        for decision in reversed(self._all.values()):
-            if decision.at_s <= at_s:
-                break
-            count += 1
-        return count
 
 
 def _plain(decision: Decision) -> dict[str, Any]:

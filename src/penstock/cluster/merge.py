@@ -40,6 +40,9 @@ def merged_report(
         waiting.update(report.waiting_by_reason)
         waiting.subtract(report.guests_waiting_by_reason)
     counted = [*reports, *past]
+    sources: Counter[str] = Counter()
+    for report in counted:
+        sources.update(report.prompt_tokens_by_source)
     alive = {report.name for report in reports}
     gone = {report.name: report for report in past if report.name not in alive}
     return Report(
@@ -59,8 +62,7 @@ def merged_report(
         iteration_tokens=[] if newest is None else newest.iteration_tokens,
         requests=[record for report in reports for record in report.requests][:MAX_RECORDS],
         name="" if newest is None else newest.name,
-        prompt_tokens_received_total=sum(r.prompt_tokens_received_total for r in counted),
-        prompt_tokens_computed_total=sum(r.prompt_tokens_computed_total for r in counted),
+        prompt_tokens_by_source=dict(sources),
         prefill_tokens_total=sum(r.prefill_tokens_total for r in counted),
         handoffs=_merged_handoffs([r.handoffs for r in counted if r.handoffs is not None]),
         engines=[msgspec.structs.replace(report, requests=[]) for report in [*reports, *gone.values()]],

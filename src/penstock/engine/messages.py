@@ -232,9 +232,9 @@ class TierReport(msgspec.Struct, array_like=True, frozen=True):
 class Report(Message, frozen=True):
     """The engine's numbers: after each step at most every 0.25 s, and while watched. `_total` counts since start.
 
-    A prompt's tokens count once, at the engine that decodes: cached or received or computed. `guests` are requests that
-    run or wait here for other engines; `num_running` and `waiting` count them too. A router's Report is the sum of
-    `engines`, in which every request counts once; `name` and `iteration_tokens` are those of who reported last.
+    A prompt's tokens count once, at the engine that decodes. `guests` are requests that run or wait here for other
+    engines; `num_running` and `waiting` count them too. A router's Report is the sum of `engines`, in which every
+    request counts once; `name` and `iteration_tokens` are those of who reported last.
     """
 
     now_s: float
@@ -257,8 +257,7 @@ class Report(Message, frozen=True):
     is_alive: bool = True
     guests_running: int = 0
     guests_waiting_by_reason: dict[str, int] = {}
-    prompt_tokens_received_total: int = 0  # from other engines or tiers
-    prompt_tokens_computed_total: int = 0
+    prompt_tokens_by_source: dict[str, int] = {}  # sources as in RequestRecord
     prefill_tokens_total: int = 0  # computed by steps here, for other engines and again after preemption too
     handoffs: HandOffs | None = None
     links: list[LinkReport] = []

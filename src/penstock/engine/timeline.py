@@ -5,6 +5,7 @@ Knows scheduler events and times. Decides nothing.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from penstock.core.plan import Row
@@ -34,30 +35,17 @@ class _Track:
     sources: list[tuple[str, int]] = field(default_factory=list)  # of the prompt, in order
     num_settled: int = 0  # prompt tokens whose KV was there once, and so have a source
 
-    def settle(self, source: str, end: int) -> int:
-        """The KV of the prompt up to `end` is there, what is new of it from `source`: how many tokens that is."""
-        num_tokens = end - self.num_settled
-        if num_tokens <= 0:
-            return 0
-        if self.sources and self.sources[-1][0] == source:
-            num_tokens_before = self.sources.pop()[1]
-            self.sources.append((source, num_tokens_before + num_tokens))
-        else:
-            self.sources.append((source, num_tokens))
-        self.num_settled = end
-        return num_tokens
-
 
 class Timeline:
     """Spans per live request. Fed by the engine: `queued`, `event` (the scheduler's trace), `computed`.
 
-    `num_received`, `num_computed`: prompt tokens by source, each once, of requests that are decoded here. `engine`: its
-    name, for records.
+    `by_source`: prompt tokens of requests that are decoded here, each once, by where their KV was first had from:
+    device, peer, a tier or compute. `engine`: its name, for records.
     """
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.engine = ""
-        self.num_received = self.num_computed = 0
+        self.by_source: Counter[str] = Counter()
         self._scheduler = scheduler
         self._tracks: dict[str, _Track] = {}
 
@@ -72,13 +60,12 @@ class Timeline:
             return
         if kind == "received" and track.spans:
             end, span = min(request.num_computed, request.prompt_len), track.spans[-1]
-            span.num_tokens = track.settle(span.place if span.kind == "load" else "peer", end)
-            self.num_received += span.num_tokens
+            span.num_tokens = self._settle(track, request, span.place if span.kind == "load" else "peer", end)
         self._close(track, now)
         if kind == "admitted":
             if track.miss is None and request.num_preemptions == 0:
                 track.miss = self._miss(request, now)
-                track.settle("device", min(request.num_computed, request.prompt_len))
+                self._settle(track, request, "device", min(request.num_computed, request.prompt_len))
         elif kind == "receiving":
             where = self._scheduler.traffic.flights[request.arriving].move.src.where
             track.spans.append(_Open("load" if where in TIERS else "transfer", now, place=where))
@@ -96,9 +83,7 @@ class Timeline:
             last = track.spans[-1] if track.spans else None
             if last is not None and last.kind == "preempted" and last.end_s is None:
                 continue  # computed by a step in flight when its blocks were taken: it will be computed again
-            if request.ticket is None:
-                end = min(row.start + row.num_tokens, request.prompt_len)
-                self.num_computed += track.settle("compute", end)
+            self._settle(track, request, "compute", min(row.start + row.num_tokens, request.prompt_len))
             if last is not None and last.kind == "prefill" and len(track.spans) >= MAX_SPANS - 3:
                 last.end_s, last.num_tokens = end_s, last.num_tokens + row.num_tokens
             else:
@@ -146,6 +131,18 @@ class Timeline:
             is_load = bool(track.spans) and track.spans[-1].kind == "load"
             return "loading" if is_load else "transfer"
         return "decode" if request.num_output else "prefill"
+
+    def _settle(self, track: _Track, request: Request, source: str, end: int) -> int:
+        """The KV of the prompt up to `end` is there, what is new of it from `source`: how many tokens that is."""
+        num_tokens = end - track.num_settled
+        if num_tokens <= 0:
+            return 0
+        track.num_settled = end
+        before = track.sources.pop()[1] if track.sources and track.sources[-1][0] == source else 0
+        track.sources.append((source, before + num_tokens))
+        if request.ticket is None:  # else whoever decodes it counts it
+            self.by_source[source] += num_tokens
+        return num_tokens
 
     @staticmethod
     def _close(track: _Track, now: float) -> None:

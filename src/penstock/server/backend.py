@@ -80,6 +80,11 @@ class Backend(Protocol):
         """The newest decisions, newest first."""
         ...
 
+    @property
+    def num_routes(self) -> int:
+        """Decisions since start."""
+        ...
+
 
 class OneEngine:
     """A single engine. `launch(address)` starts the process that dials `address`."""
@@ -126,6 +131,10 @@ class OneEngine:
 
     def recent_routes(self, number: int) -> list[dict[str, Any]]:
         return []
+
+    @property
+    def num_routes(self) -> int:
+        return 0
 
 
 class ManyEngines:
@@ -197,6 +206,10 @@ class ManyEngines:
 
     def recent_routes(self, number: int) -> list[dict[str, Any]]:
         return self.router.decisions.recent(number)
+
+    @property
+    def num_routes(self) -> int:
+        return self.router.decisions.num_made
 
     def _receive(self, name: str, messages: Sequence[FromEngine]) -> None:
         for message in messages:

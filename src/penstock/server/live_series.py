@@ -92,18 +92,19 @@ class Totals:
 
 
 def source_totals(report: Report | None) -> tuple[int, ...]:
-    """Prompt tokens by SOURCES since start. What a peer sent counts as peer where its cache had it, and as computed
-    where it did not; of tiers, as many tokens as their blocks have."""
+    """Prompt tokens by SOURCES since start. What a peer sent counts as peer where its cache or tiers had it, and as
+    computed where they did not; of tiers, as many tokens as the blocks have that engines took for their own requests.
+    """
     if report is None:
         return (0,) * len(SOURCES)  # before its first report an engine has admitted nothing
-    told = report.handoffs
+    told, known = report.handoffs, report.prompt_tokens_by_source
     received, cached = (0, 0) if told is None else (told.tokens_received, told.tokens_received_cached)
     tiers = dict.fromkeys(TIERS, 0)
     for engine in report.engines or [report]:
-        for tier in engine.tiers:
+        for tier in engine.tiers if engine.role != "prefill" else ():
             tiers[tier.name] = tiers.get(tier.name, 0) + tier.hit_blocks * engine.kv.block_size
-    computed = report.prompt_tokens_computed_total + received - cached
-    return (report.prompt_tokens_cached_total, cached, *(tiers[name] for name in TIERS), computed)
+    computed = known.get("compute", 0) + received - cached
+    return (known.get("device", 0), cached, *(tiers[name] for name in TIERS), computed)
 
 
 def existing_sources(report: Report | None) -> frozenset[str]:

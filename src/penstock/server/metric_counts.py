@@ -112,9 +112,8 @@ class EngineCounts:
 
 def _totals(report: Report) -> Iterator[tuple[Key, float]]:
     yield ("prompt_tokens",), report.prompt_tokens_total
-    yield ("prompt_tokens_cached",), report.prompt_tokens_cached_total
-    yield ("prompt_tokens_received",), report.prompt_tokens_received_total
-    yield ("prompt_tokens_computed",), report.prompt_tokens_computed_total
+    for source, number in report.prompt_tokens_by_source.items():
+        yield ("source", source), number
     yield ("prefill_tokens",), report.prefill_tokens_total
     yield ("num_preemptions",), report.num_preemptions_total
     yield ("prefix_cache_queries",), report.prefix_queries_total

@@ -34,14 +34,14 @@ from penstock.server.metric_counts import TOKEN_TIME_BUCKETS, EngineCounts, Hist
 ROOM_REASONS = frozenset({"capacity", "budget", "slots", "preempted"})
 # vLLM's name for a full queue; other reasons (loading, draining, dead) keep the front end's.
 REJECTIONS = {"queue_full": "max_num_queued_reqs"}
-# vLLM's names for where a prompt token's KV came from, and our totals.
-SOURCES = (
-    ("local_compute", "prompt_tokens_computed"),
-    ("local_cache_hit", "prompt_tokens_cached"),
-    ("external_kv_transfer", "prompt_tokens_received"),
-)
-# vLLM's names for the places below; those without a bound of their own are "external_unspecified".
-CACHES = (("host", "host"), ("disk", "disk"), ("external_unspecified", "remote"))
+# vLLM's names for where a prompt token's KV came from, and ours.
+SOURCES = {
+    "local_compute": ("compute",),
+    "local_cache_hit": ("device",),
+    "external_kv_transfer": ("peer", "host", "disk", "remote"),
+}
+CACHED = ("device", *SOURCES["external_kv_transfer"])
+TIERS = {"host": "host", "disk": "disk", "external_unspecified": "remote"}
 
 Sample = tuple[dict[str, str], float]
 
@@ -249,12 +249,12 @@ class Metrics(Collector):
         yield self._counter(
             "prompt_tokens_cached",
             "Number of cached prompt tokens (local + external).",
-            lambda c: [({}, c.total("prompt_tokens_cached") + c.total("prompt_tokens_received"))],
+            lambda c: [({}, _from(c, CACHED))],
         )
         yield self._counter(
             "prompt_tokens_by_source",
             "Number of prompt tokens by where their keys and values came from.",
-            lambda c: [({"source": source}, c.total(total)) for source, total in SOURCES],
+            lambda c: [({"source": name}, _from(c, places)) for name, places in SOURCES.items()],
         )
         yield self._counter(
             "prompt_tokens_cached_by_source",
@@ -293,12 +293,16 @@ def _usage(counts: EngineCounts) -> list[Sample]:
     return [({}, (kv.used + kv.shared + kv.filling) / kv.num_blocks if kv.num_blocks else 0.0)]
 
 
+def _from(counts: EngineCounts, places: Iterable[str]) -> float:
+    return sum(counts.total("source", place) for place in places)
+
+
 def _cached_by_source(counts: EngineCounts) -> list[Sample]:
-    """Device and peers exactly; of what came from tiers as many blocks as they say."""
+    """Of what came from tiers, as many tokens as the blocks have that each says it gave."""
     size = 0 if counts.report is None else counts.report.kv.block_size
-    tiers = [({"source": name}, size * counts.total("tier", "hit_blocks", tier)) for name, tier in CACHES]
-    p2p = counts.total("handoffs", "tokens_received")
-    return [({"source": "device"}, counts.total("prompt_tokens_cached")), *tiers, ({"source": "p2p"}, p2p)]
+    tiers = {name: size * counts.total("tier", "hit_blocks", tier) for name, tier in TIERS.items()}
+    numbers = {"device": counts.total("source", "device"), "p2p": counts.total("source", "peer"), **tiers}
+    return [({"source": name}, number) for name, number in numbers.items()]
 
 
 GAUGES: tuple[tuple[str, str, Callable[[EngineCounts], list[Sample]]], ...] = (
