@@ -86,6 +86,8 @@ class Routes(Protocol):
 
     def explain_route(self, request_id: str) -> Json | None: ...
 
+    def engine_of(self, request_id: str) -> str: ...
+
     def recent_routes(self, number: int) -> list[Json]: ...
 
     @property
@@ -162,7 +164,8 @@ class Live:
 
     def received(self, request_id: str, num_prompt_tokens: int, params: SamplingParams, now: float) -> None:
         """A request was accepted and sent to the engine."""
-        self._running[request_id] = Track(request_id, num_prompt_tokens, now)
+        engine = "" if self._routes is None else self._routes.engine_of(request_id)
+        self._running[request_id] = Track(request_id, num_prompt_tokens, now, engine=engine)
 
     def emitted(self, request_id: str, num_new_tokens: int, now: float) -> None:
         """Tokens of one step left for the client. A step of k tokens counts as k gaps of a k-th each."""
@@ -316,13 +319,10 @@ class Live:
 
     def _router(self) -> Json:
         assert self._routes is not None
-        shown = [self._told(route) for route in self._routes.recent_routes(MAX_SHOWN_ROUTES)]
+        shown = [
+            live_shapes.told_route(route, self._offset_s) for route in self._routes.recent_routes(MAX_SHOWN_ROUTES)
+        ]
         return {"decisions_per_s": self._num_routes.rate(ROUTES_WINDOW_S, 0), "decisions": shown}
-
-    def _told(self, route: Json) -> Json:
-        """A decision with its time on the wall."""
-        told = dict(route)
-        return {"ts": round(told.pop("at_s") + self._offset_s, 3), **told}
 
     def _request_rows(self) -> list[RequestRow | msgspec.Raw]:
         """Live ones, those with tokens or a place first, then the last finished, newest first."""
@@ -421,12 +421,12 @@ class Live:
         told = live_shapes.explain(track, self._clock())
         route = None if self._routes is None else self._routes.explain_route(track.request_id)
         if route is not None:
-            told["route"] = self._told(route)
+            told["route"] = live_shapes.told_route(route, self._offset_s)
         return self._json(told)
 
     async def _recent_routes(self, request: HttpRequest) -> Response:
         routes = [] if self._routes is None else self._routes.recent_routes(MAX_ROUTES)
-        return self._json({"routes": [self._told(route) for route in routes]})
+        return self._json({"routes": [live_shapes.told_route(route, self._offset_s) for route in routes]})
 
     def _find(self, asked: str) -> Track | None:
         """By the engine's id, or by what the client knows: the id it chose or was told. Then the first sample."""

@@ -7,7 +7,7 @@ No prompt text, no token id and no header passes through here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -60,6 +60,7 @@ class Track:
     finish_reason: str | None = None
     record: RequestRecord | None = None  # the newest that the engine sent
     row: msgspec.Raw | None = None  # its line of the table, encoded, once it ended
+    engine: str = ""  # that decodes it; "" where there is one without a name
 
     @property
     def time_to_first_token_s(self) -> float | None:
@@ -191,7 +192,7 @@ def request_row(track: Track, wall: float) -> RequestRow:
         track.num_prompt_tokens,
         None if record is None or record.admitted_s is None else record.cached_tokens,
         track.num_tokens,
-        ENGINE_ID if record is None else record.engine or ENGINE_ID,
+        (track.engine if record is None else record.engine) or ENGINE_ID,
         merged(spans, wall, finish_s),
     )
 
@@ -253,6 +254,12 @@ def explain(track: Track, now: float) -> Json:
     if record.admitted_s is not None:  # before that nobody has looked into the cache
         told["prefix"] = _prefix(record)
     return told
+
+
+def told_route(route: Mapping[str, Any], wall: float) -> Json:
+    """A router's decision, with its time on the wall."""
+    told = dict(route)
+    return {"ts": round(told.pop("at_s") + wall, 3), **told}
 
 
 def _prefix(record: RequestRecord) -> Json:

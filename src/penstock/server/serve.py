@@ -152,6 +152,7 @@ class _Server:
             observers=(self.metrics, self.live),
             seeds=_seeds(config),
             is_clogged=lambda: backend.is_full,
+            explain_route=backend.explain_route,
         )
         app = create_app(
             self.state,
