@@ -119,7 +119,7 @@ def check_scheduler(scheduler: Scheduler) -> None:
         assert num_blocks.pop() >= -(-(request.num_computed + request.num_planned) // size)
         assert all(n <= request.num_computed // size for n in request.num_published)
         flight = scheduler.traffic.flights.get(request.arriving)
-        end = request.num_computed if flight is None else flight.num_tokens
+        end = request.num_computed if flight is None else max(flight.end, request.num_computed)
         for group, table in zip(scheduler.layout.groups, request.block_tables, strict=True):
             first = 0
             if group.window is not None:

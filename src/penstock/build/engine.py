@@ -163,12 +163,14 @@ def _build(
         max_tokens = config.scheduler.max_num_batched_tokens
         computing = NativeModel(model, weights, layout, store.pools, kernels=kernels, max_tokens=max_tokens)
         attention = NativeAttention()
-    counter = None if seat is None else StepCounter()
-    runner = Runner(computing, attention, store, Sampler(max_num_seqs, shape.vocab_size), table, counter=counter)
-    links = None if seat is None or counter is None else _links(seat, layout, store, counter)
     tiers = None
     if config.cache.kv_offloading_size is not None:
         tiers = open_tiers(config.cache, layout, store.byte_views(), None if seat is None else seat.directory)
+    counter = None if seat is None else StepCounter()
+    sampler = Sampler(max_num_seqs, shape.vocab_size)
+    loads = None if tiers is None else tiers.mover
+    runner = Runner(computing, attention, store, sampler, table, counter=counter, loads=loads)
+    links = None if seat is None or counter is None else _links(seat, layout, store, counter)
     run = _stepping(runner.run, config.runtime.num_threads if weights is None else 1)
     executor = ThreadExecutor(run) if config.scheduler.async_scheduling == "on" else InlineExecutor(run)
     setup = Setup(

@@ -18,7 +18,7 @@ from penstock.core.doors import KVSource
 from penstock.core.moves import CANCELLED, KVMove, KVTicket, MoveResult, Place
 from penstock.core.request import Request
 from penstock.core.scheduler import Scheduler
-from penstock.core.steps import Progress
+from penstock.core.steps import Given, Progress
 from penstock.core.traffic import Offer
 from penstock.engine.messages import AddRequest
 
@@ -187,14 +187,8 @@ class DecodeSide:
 
     def _give(self, first: FirstToken, now: float) -> list[Progress]:
         assert self._scheduler is not None
-        given = self._scheduler.give(
-            self._request_id(first.transfer_id),
-            first.position,
-            list(first.token_ids),
-            now,
-            first.logprobs,
-            first.prompt_logprobs,
-        )
+        tokens = Given(list(first.token_ids), first.logprobs, first.prompt_logprobs)
+        given = self._scheduler.give(self._request_id(first.transfer_id), first.position, tokens, now)
         if given is None:
             return []
         given.request.num_cached = max(given.request.num_cached, first.num_cached)

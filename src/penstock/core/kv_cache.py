@@ -113,24 +113,25 @@ class KVCache:
             added.append(new)
         return tuple(added)
 
-    def has_room_to_receive(self, hit: Hit, num_tokens: int) -> bool:
+    def has_room_to_receive(self, hit: Hit, num_received: int, num_tokens: int) -> bool:
         """Can every group give what `reserve` takes after `hold`?"""
         return all(
-            max(0, -(-num_tokens // self.block_size) - max(self._first_received(g, num_tokens), hit.num_blocks))
+            max(0, -(-num_tokens // self.block_size) - max(self._first_received(g, num_received), hit.num_blocks))
             <= pool.num_available - pool.count_cached(hit.block_ids[g])
             for g, pool in enumerate(self.pools)
         )
 
-    def reserve(self, request: Request, num_tokens: int, now: float) -> None:
-        """Blocks for KV that comes from elsewhere, up to `num_tokens`: in a window group for what stays visible."""
+    def reserve(self, request: Request, num_received: int, num_tokens: int, now: float) -> None:
+        """Blocks up to `num_tokens`, the KV of the first `num_received` coming from elsewhere: of that, in a window
+        group, for what stays visible."""
         num_blocks = -(-num_tokens // self.block_size)
         for g, (pool, table) in enumerate(zip(self.pools, request.block_tables, strict=True)):
-            table.extend([0] * (self._first_received(g, num_tokens) - len(table)))
+            table.extend([0] * (self._first_received(g, num_received) - len(table)))
             table.extend([pool.allocate(now) for _ in range(num_blocks - len(table))])
 
     def receive(self, request: Request, num_tokens: int, fence: int) -> None:
         """The KV is there: the request has computed `num_tokens` tokens, and keeps what is still visible of it."""
-        request.num_computed = num_tokens
+        request.num_computed = num_tokens = max(num_tokens, request.num_computed)
         for g, window in self.windows:
             table, pool = request.block_tables[g], self.pools[g]
             for n in range(self.prefix.first_visible(window, num_tokens) - 1, -1, -1):

@@ -36,7 +36,8 @@ class Flight:
 
     move: KVMove
     request: Request | None
-    num_tokens: int = 0  # of a receipt: computed once it is there
+    start: int = 0  # of a receipt: tokens [start, end) are computed once it is there
+    end: int = 0
     is_cache: bool = False
     filling: tuple[bytes, ...] = ()  # of a receipt: hashes that others may wait for
 
@@ -51,16 +52,18 @@ class Traffic:
         self._kv = kv
         self._num_moves = 0
 
-    def receive(self, request: Request, offer: Offer) -> None:
-        """Ask for what the request's device blocks lack of an offer; shuts its gate there. Blocks are reserved."""
+    def receive(self, request: Request, offer: Offer, shut: bool = True) -> None:
+        """Ask for what the request's device blocks lack of an offer; blocks are reserved. `shut`: its gate, there."""
         kv, first = self._kv, request.num_computed // self._kv.block_size
-        blocks = tuple(tuple(table[first:]) for table in request.block_tables)
+        last = -(-offer.num_tokens // kv.block_size)
+        blocks = tuple(tuple(table[first:last]) for table in request.block_tables)
         dst = Place(DEVICE, blocks)
         filling = tuple(kv.begin_filling(request, request.num_computed, offer.num_tokens))
         move = self._start(request, offer.transfer_id, offer.src, dst, offer.epoch, 0, -1)
-        self.flights[move.id] = Flight(move, request, offer.num_tokens, offer.is_cache, filling)
+        self.flights[move.id] = Flight(move, request, request.num_computed, offer.num_tokens, offer.is_cache, filling)
         request.arriving = move.id
-        request.waiting_for[GATE] = request.num_computed
+        if shut:
+            request.waiting_for[GATE] = request.num_computed
 
     def send(self, request: Request, end: int, after_step: int) -> None:
         """Send what the request's ticket wants and step `after_step` completes: tokens up to `end`. -1: it is there."""

@@ -190,6 +190,8 @@ class Engine:
             if plan is None:
                 break
             self._submitted_s[plan.step] = now
+            if plan.awaits and self.mover is not None:
+                self._start_moves(self.mover, now)  # before somebody waits for them
             self.executor.submit(plan)
         if self.mover is not None:
             self._start_moves(self.mover, now)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 import zlib
+from collections import OrderedDict
 from collections.abc import Sequence
 from queue import SimpleQueue
 
@@ -23,6 +24,7 @@ from penstock.tiers.arena import Arena
 from penstock.tiers.record import Bytes
 
 FAILED = -1  # in a progress word
+MAX_WORDS = 1024  # of loads that have ended: steps in flight may still look at them
 CANCELLED = "cancelled"
 
 
@@ -39,7 +41,7 @@ class TierMover:
         self.pools = pools
         self.arena = arena
         self._place_of = {layer: (g.index, n) for g in layout.groups for n, layer in enumerate(g.layers)}
-        self._words: dict[int, NDArray[np.int64]] = {}
+        self._words: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
         self._cancelled: set[int] = set()
         self._moves: SimpleQueue[KVMove | None] = SimpleQueue()
         self._results: SimpleQueue[MoveResult] = SimpleQueue()
@@ -49,6 +51,8 @@ class TierMover:
     def start(self, move: KVMove) -> None:
         if move.dst.where == DEVICE:
             self._words[move.id] = np.zeros(1, np.int64)
+            while len(self._words) > MAX_WORDS:
+                self._words.popitem(last=False)
         self._moves.put(move)
 
     def expect(self, move_id: int, num_units: int, checksum: int) -> None:
@@ -61,14 +65,17 @@ class TierMover:
         results = []
         while not self._results.empty():
             result = self._results.get()
-            self._words.pop(result.id, None)
             self._cancelled.discard(result.id)
             results.append(result)
         return results
 
     def progress(self, move_id: int) -> NDArray[np.int64]:
-        """[1], of a load that was started and whose result has not been polled. The array stays valid after that."""
+        """[1], of a load that was started: its own array, valid as long as somebody holds it."""
         return self._words[move_id]
+
+    def words(self, ids: Sequence[int]) -> NDArray[np.int64]:
+        """Addresses [N] of the loads' words, for steps that wait for them (`runner.Loads`)."""
+        return np.array([self._words[id_].ctypes.data for id_ in ids], np.int64)
 
     def close(self) -> None:
         """Ends after the moves that were started; their results can still be polled."""
