@@ -38,6 +38,8 @@ class HandOff:
     move_id: int = -1  # the receipt in flight
     until_s: float = 0.0  # the lease
     fault: str = ""  # why the receipt is being cancelled, if the peer is at fault
+    first_token: int = 0  # of the prompt, that the peer is to send
+    num_cached: int = 0  # prompt tokens that the peer's cache served
 
 
 class DecodeSide:
@@ -53,6 +55,7 @@ class DecodeSide:
         self.lease_s, self.min_tokens = lease_s, min_tokens
         self.outbox: list[tuple[str, ToPeer]] = []
         self.num_received = self.num_failed = self.num_local = 0
+        self.tokens_received = self.tokens_received_cached = 0  # of the latter the peers' caches had the KV
         self._scheduler: Scheduler | None = None
         self._other: KVSource | None = None
         self._num_epochs = 0  # over all hand-offs, so that an id used again is no old acquaintance
@@ -66,6 +69,11 @@ class DecodeSide:
     def want(self, request: AddRequest) -> None:
         """A request that the scheduler is about to get, with peers that may compute its prompt."""
         self._live[request.request_id] = HandOff(request, deque(request.prefill_at))
+
+    @property
+    def num_in_flight(self) -> int:
+        """Prompts that peers compute now."""
+        return sum(hand_off.move_id >= 0 for hand_off in self._live.values())
 
     def forget(self, request_id: str) -> None:
         """The request has ended."""
@@ -97,9 +105,11 @@ class DecodeSide:
         if hand_off is None or move.src.where not in hand_off.peers:
             return
         hand_off.epoch, hand_off.move_id, hand_off.until_s = move.epoch, move.id, now + self.lease_s
-        hand_off.num_tries, hand_off.fault = hand_off.num_tries + 1, ""
+        hand_off.num_tries, hand_off.fault, hand_off.num_cached = hand_off.num_tries + 1, "", 0
         assert self._scheduler is not None
         request = hand_off.request
+        first_block = -(-len(request.token_ids) // self._size) - len(move.dst.block_ids[0])
+        hand_off.first_token = first_block * self._size
         deadline_s = None if request.deadline_s is None else request.deadline_s - now
         ticket = KVTicket(
             transfer_id=move.transfer_id,
@@ -109,7 +119,7 @@ class DecodeSide:
             link=self.link,
             format=self._scheduler.layout.format,
             num_tokens=len(request.token_ids),
-            first_block=-(-len(request.token_ids) // self._size) - len(move.dst.block_ids[0]),
+            first_block=first_block,
             block_ids=move.dst.block_ids,
             lease_s=self.lease_s,
         )
@@ -127,6 +137,8 @@ class DecodeSide:
         peer = hand_off.peers[0]
         if result.error is None:
             self.num_received += 1
+            self.tokens_received += len(hand_off.request.token_ids) - hand_off.first_token
+            self.tokens_received_cached += max(0, hand_off.num_cached - hand_off.first_token)
             del self._live[move.request_id]
             self.outbox.append((peer, Ack(move.transfer_id, move.epoch)))
             return
@@ -147,6 +159,7 @@ class DecodeSide:
                 self.outbox.append((peer, Ack(first.transfer_id, first.epoch)))
                 return [], []
             hand_off.until_s = now + self.lease_s
+            hand_off.num_cached = first.num_cached
             return self._give(first, now), [(hand_off.move_id, message.num_units, message.checksum)]
         if isinstance(message, FirstToken | Alive):
             hand_off = self._current(message.transfer_id, message.epoch)

@@ -17,7 +17,7 @@ from penstock.cluster.prefill_side import PrefillSide
 from penstock.core.moves import KVMove, MoveResult
 from penstock.core.plan import StepResult
 from penstock.engine.engine import Engine
-from penstock.engine.messages import AddRequest, Failed, FromEngine, ToEngine, Tokens
+from penstock.engine.messages import AddRequest, Failed, FromEngine, HandOffs, ToEngine, Tokens
 
 FRONT = ""  # the front end's name among sources and destinations
 
@@ -34,6 +34,7 @@ class Member:
         self.decode = decode
         self.prefill = prefill
         engine.watcher = self
+        engine.reporter.handoffs = self.handoffs
         decode.attach(engine.scheduler)
 
     # ---- messages ----
@@ -90,6 +91,20 @@ class Member:
     def ended(self, move: KVMove, result: MoveResult, now: float) -> None:
         self.decode.ended(move, result, now)
         self.prefill.ended(move, result, now)
+
+    def handoffs(self) -> HandOffs:
+        """Both sides in numbers."""
+        decode, prefill = self.decode, self.prefill
+        return HandOffs(
+            num_sent=prefill.num_sent,
+            num_received=decode.num_received,
+            num_failed=decode.num_failed,
+            num_local=decode.num_local,
+            num_sending=len(prefill.live),
+            num_receiving=decode.num_in_flight,
+            tokens_received=decode.tokens_received,
+            tokens_received_cached=decode.tokens_received_cached,
+        )
 
     # ---- what goes out ----
 
