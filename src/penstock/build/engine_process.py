@@ -1,4 +1,4 @@
-"""An engine process: `python -m penstock.build.engine_process START`.
+"""An engine process: `python -m penstock.build.engine_process START [NAME]`.
 
 It reads its configuration from standard input, later the address of the front end's wire, dials it and serves until it
 is drained. START: when it was launched, monotonic seconds. Imports no torch at its top (build/start.py says why).

@@ -7,6 +7,7 @@ again.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -136,6 +137,11 @@ class PrefillSide:
                 self._drop(sending)
             else:
                 self._commit(sending)
+
+    def only(self, peers: Set[str]) -> None:
+        """These peers are left: nobody wants what was computed for the others."""
+        for sending in [s for s in self.live.values() if s.ticket.decode_engine not in peers]:
+            self._drop(sending)
 
     @property
     def next_s(self) -> float:
