@@ -184,13 +184,14 @@ class DecodeSide:
 
     def _give(self, first: FirstToken, now: float) -> list[Progress]:
         assert self._scheduler is not None
+        told = first.prompt_logprobs
         given = self._scheduler.give(
             self._request_id(first.transfer_id),
             first.position,
             list(first.token_ids),
             now,
             first.logprobs,
-            first.prompt_logprobs,
+            None if told is None else told[1:],  # the first token's None is this engine's to add
         )
         if given is None:
             return []

@@ -17,7 +17,7 @@ from penstock.cluster.prefill_side import PrefillSide
 from penstock.core.moves import KVMove, MoveResult
 from penstock.core.plan import StepResult
 from penstock.engine.engine import Engine
-from penstock.engine.messages import AddRequest, Failed, FromEngine, Peers, ToEngine, Tokens
+from penstock.engine.messages import AddRequest, Failed, FromEngine, HandOffs, Peers, Report, ToEngine, Tokens
 
 FRONT = ""  # the front end's name among sources and destinations
 
@@ -106,6 +106,8 @@ class Member:
                 message = self._own(message, now)
                 if not message.deltas:
                     continue
+            elif isinstance(message, Report):
+                message = msgspec.structs.replace(message, handoffs=self._handoffs())
             elif isinstance(message, Failed):
                 if self.prefill.owns(message.request_id):
                     self.prefill.failed(message.request_id, message.code, message.message)
@@ -113,6 +115,10 @@ class Member:
                 self.decode.forget(message.request_id)
             out.append((FRONT, message))
         return out
+
+    def _handoffs(self) -> HandOffs:
+        decode, prefill = self.decode, self.prefill
+        return HandOffs(decode.num_received, decode.num_failed, decode.num_local, prefill.num_sent, prefill.num_bytes)
 
     def _own(self, message: Tokens, now: float) -> Tokens:
         own = []

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from penstock.engine.messages import KVReport, Ready, Report
+from penstock.engine.messages import HandOffs, KVReport, Ready, Report
 
 MAX_RECORDS = 200
 
@@ -48,6 +48,7 @@ def merged_report(reports: Sequence[Report], newest: Report) -> Report:
         prefix_hits_total=sum(r.prefix_hits_total for r in reports),
         iteration_tokens=newest.iteration_tokens,
         requests=[record for report in reports for record in report.requests][:MAX_RECORDS],
+        handoffs=HandOffs(*map(sum, zip(*(msgspec.structs.astuple(report.handoffs) for report in reports)))),
     )
 
 

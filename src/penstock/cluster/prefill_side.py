@@ -42,7 +42,7 @@ class PrefillSide:
         self.outbox: list[tuple[str, ToPeer]] = []
         self.cancelled: list[int] = []  # moves to be cancelled
         self.ended_requests: list[str] = []  # requests of this engine to be ended
-        self.num_sent = self.num_failed = 0
+        self.num_sent = self.num_failed = self.num_bytes = 0
         self.live: dict[str, Sending] = {}  # by transfer id
         self._by_request: dict[str, Sending] = {}
 
@@ -113,6 +113,7 @@ class PrefillSide:
             self.num_failed += 1
             self.failed(move.request_id, 503, f"sending KV failed: {result.error}")
             return
+        self.num_bytes += result.num_bytes
         sending.num_units += result.num_units
         sending.checksum = (sending.checksum + result.checksum) % 2**64
         self._commit_if_done(sending, now)

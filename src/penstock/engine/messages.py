@@ -174,6 +174,16 @@ class KVReport(msgspec.Struct, array_like=True, frozen=True):
     cells: str = ""
 
 
+class HandOffs(msgspec.Struct, array_like=True, frozen=True):
+    """Prompts that one engine computed for another, counted since start; `num_bytes` of KV were sent for them."""
+
+    num_received: int = 0
+    num_failed: int = 0  # tries
+    num_local: int = 0  # computed where they are decoded after all
+    num_sent: int = 0
+    num_bytes: int = 0
+
+
 class Report(Message, frozen=True):
     """The engine's numbers: after each step at most every 0.25 s, and while watched. `_total` counts since start."""
 
@@ -192,6 +202,7 @@ class Report(Message, frozen=True):
     prefix_hits_total: int  # tokens
     iteration_tokens: list[int]  # tokens of each step since the last report
     requests: list[RequestRecord]  # while watched: live ones, oldest running first, at most 200
+    handoffs: HandOffs = HandOffs()
 
 
 class Ready(Message, frozen=True):

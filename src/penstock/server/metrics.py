@@ -219,6 +219,10 @@ class Metrics(Collector):
             ("num_preemptions", report.num_preemptions_total),
             ("prefix_cache_queries", report.prefix_queries_total),
             ("prefix_cache_hits", report.prefix_hits_total),
+            ("handed_over", report.handoffs.num_received),
+            ("handoffs_failed", report.handoffs.num_failed),
+            ("handoffs_local", report.handoffs.num_local),
+            ("handoff_bytes", report.handoffs.num_bytes),
         ):
             # An engine that was started anew counts from 0 again; a Prometheus counter may never fall.
             before = self._reported.get(name, 0)
@@ -306,6 +310,15 @@ class Metrics(Collector):
             "prompt_tokens_by_source",
             "Number of prompt tokens by where their keys and values came from.",
             [({"source": source}, number) for source, number in zip(SOURCES, by_source, strict=True)],
+        )
+        outcomes = {"handed_over": "handed_over", "failed": "handoffs_failed", "local": "handoffs_local"}
+        yield self._counter(
+            "pd_handoffs",
+            "Prompts handed from prefill to decode engines; tries that failed; prompts computed where decoded.",
+            [({"outcome": outcome}, totals.get(name, 0)) for outcome, name in outcomes.items()],
+        )
+        yield self._counter(
+            "pd_handoff_bytes", "Bytes of KV sent for hand-offs.", [({}, totals.get("handoff_bytes", 0))]
         )
         yield self._counter(
             "generation_tokens", "Number of generation tokens processed.", [({}, self.generation_tokens)]
