@@ -18,7 +18,15 @@ from tests.shared.tiny_tokenizers import byte_level, save
 from penstock import LLM, SamplingParams
 
 CHUNK = 128  # tokens computed in one step: prompts take many
-COMMON = ("--max-num-batched-tokens", str(CHUNK), "--pd-min-tokens", "64", "--disable-log-stats")
+COMMON = (
+    "--max-num-batched-tokens",
+    str(CHUNK),
+    "--pd-min-tokens",
+    "64",
+    "--disable-log-stats",
+    "--generation-config",
+    "vllm",
+)
 KV_BYTES = "32M"
 
 
@@ -72,8 +80,8 @@ class Asked:
         return SamplingParams(**fields)
 
 
-def asked(num_tokens: int, seed: int, **fields: Any) -> Asked:
-    return Asked(prompt(num_tokens, seed), {"max_tokens": 16, "ignore_eos": True, **fields})
+def asked(num_tokens: int, number: int, /, **fields: Any) -> Asked:
+    return Asked(prompt(num_tokens, number), {"max_tokens": 16, "ignore_eos": True, **fields})
 
 
 @dataclass(frozen=True)
@@ -104,7 +112,9 @@ class Reference:
                     list(each.token_ids),
                     each.text,
                     each.finish_reason,
-                    None if each.logprobs is None else [entry[t].logprob for entry, t in zip(each.logprobs, each.token_ids)],
+                    None
+                    if each.logprobs is None
+                    else [entry[t].logprob for entry, t in zip(each.logprobs, each.token_ids)],
                     told,
                 )
                 for each in output.outputs

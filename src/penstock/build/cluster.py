@@ -13,6 +13,7 @@ from penstock.build.start import import_server
 from penstock.cluster.seat import Seat, parse_roles
 from penstock.config.complete import Resolved, complete
 from penstock.config.hardware import Machine, probe
+from penstock.config.memory import MemoryPlanError
 from penstock.config.schema import Config
 from penstock.config.socket_directory import SocketDirectory
 from penstock.engine.messages import Ready
@@ -29,7 +30,10 @@ def serve_cluster(
     assert config.cluster.pd is not None
     roles = parse_roles(config.cluster.pd)
     machine = probe()
-    resolved = complete(config, share_of(machine, len(roles)))
+    try:
+        resolved = complete(config, share_of(machine, len(roles)))
+    except MemoryPlanError as error:
+        raise MemoryPlanError(f"{', '.join(roles)}: each has to do with its share of the memory: {error}") from None
     with listening_socket(config.server) as sock, contextlib.closing(SocketDirectory()) as directory:
         if on_resolved is not None:
             on_resolved(resolved)

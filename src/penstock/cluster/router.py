@@ -16,6 +16,7 @@ from penstock.cluster.merge import merged_ready, merged_report, without_gauges
 from penstock.engine.messages import (
     AddRequest,
     CancelRequest,
+    Drain,
     Explain,
     Failed,
     Fatal,
@@ -109,7 +110,9 @@ class Router:
                 delta = TokenDelta(message.request_id, [], message.finish_reason, message.stop_reason)
                 return [Tokens([delta], now)], []
             return ([Failed(message.request_id, 404, "no such request")] if isinstance(message, Explain) else []), []
-        return [], [(name, message) for name in self.engines]
+        # What is of no use to an engine that starts would only wait in its wire, which then counts as not being read.
+        ready = [engine.name for engine in self.engines.values() if engine.ready is not None]
+        return [], [(name, message) for name in (self.engines if isinstance(message, Drain) else ready)]
 
     def _place(self, live: _Live, now: float) -> tuple[list[FromEngine], Post]:
         request, request_id = live.request, live.request.request_id
