@@ -16,7 +16,7 @@ from typing import Protocol
 
 from penstock.cluster.restarts import Restarts
 from penstock.cluster.router import Router
-from penstock.engine.messages import Drain, Fatal, FromEngine, ToEngine
+from penstock.engine.messages import Drain, Fatal, FromEngine, Ready, ToEngine
 from penstock.engine.wire import LoopWire, ZmqWire, listen
 
 log = logging.getLogger("penstock.server")
@@ -228,6 +228,8 @@ class ManyEngines:
             if isinstance(message, Fatal) and self.router.is_ready:
                 self._runs[name].reason = message.message  # its process is about to end
                 continue
+            if isinstance(message, Ready) and self.router.is_ready:
+                log.info("engine %s is back", name)
             self._deliver(*self.router.receive(name, message, time.monotonic()))
 
     def _deliver(self, told: Sequence[FromEngine], post: Sequence[tuple[str, ToEngine]]) -> None:
