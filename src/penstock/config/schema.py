@@ -240,6 +240,9 @@ class ClusterOptions:
         low=0,
         unit="tokens",
     )
+    engine_restarts: int = setting(
+        5, "an engine that dies beside others is started again, at most so often within 5 minutes", low=0
+    )
     cluster_secret: str | None = setting(
         None, "what engines must know to speak to each other; default: a random one", secret=True, metavar="SECRET"
     )
