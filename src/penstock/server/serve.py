@@ -153,6 +153,7 @@ class _Server:
             seeds=_seeds(config),
             is_clogged=lambda: backend.is_full,
             explain_route=backend.explain_route,
+            cluster=config.cluster,
         )
         app = create_app(
             self.state,
