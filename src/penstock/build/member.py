@@ -36,7 +36,7 @@ def member_loop(
     peers = PeerWire("", seat.host, seat.secret) if seat.host else PeerWire(seat.name, seat.directory)
     decode = DecodeSide(peers.name, link, incarnation, seat.lease_s, seat.min_tokens)
     member = Member(built.engine, decode, PrefillSide(layout.format), life=time.time_ns())
-    front.send(msgspec.structs.replace(built.ready, peer=Peer(seat.name, seat.role, peers.address, link)))
+    front.send(msgspec.structs.replace(built.ready, peer=Peer(seat.name, seat.role, peers.address, link, seat.model)))
     loop = MemberLoop(member, built.executor, front, peers, time.monotonic)
     reporter = built.engine.reporter
     reporter.name, reporter.role, built.engine.timeline.engine = seat.name, seat.role, seat.name

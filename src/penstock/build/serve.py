@@ -12,15 +12,16 @@ from penstock.build.launch import EngineProcess
 from penstock.build.start import import_server
 from penstock.cluster.seat import Seat
 from penstock.config.complete import Resolved, complete
+from penstock.config.fingerprint import model_fingerprint
 from penstock.config.hardware import probe
 from penstock.config.schema import Config
 from penstock.engine.messages import Ready
 from penstock.server.port import listening_socket
 
 
-def seat_of(config: Config) -> Seat | None:
-    """The place of a server's only engine among those of other servers."""
-    options = config.cluster
+def seat_of(resolved: Resolved) -> Seat | None:
+    """The place of a server's only engine among those of other servers. Raises OSError."""
+    options, model = resolved.config.cluster, resolved.config.model
     if options.kv_role is None:
         return None
     assert options.cluster_secret is not None
@@ -34,6 +35,7 @@ def seat_of(config: Config) -> Seat | None:
         lease_s=options.kv_lease_s,
         min_tokens=options.pd_min_tokens,
         host=options.cluster_host,
+        model=model_fingerprint(resolved.directory, model.dtype, model.quantization, model.load_format, model.seed),
     )
 
 
@@ -54,7 +56,7 @@ def serve(
     with listening_socket(resolved.config.server) as sock:
         if on_resolved is not None:
             on_resolved(resolved)
-        engine = EngineProcess(resolved, seat_of(resolved.config))
+        engine = EngineProcess(resolved, seat_of(resolved))
         try:
             return int(import_server().run(resolved, engine, sock, on_ready))
         finally:

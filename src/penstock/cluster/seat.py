@@ -11,7 +11,8 @@ from penstock.config.values import ConfigError
 class Seat:
     """`cores`: processors that the engine may use, as the system numbers them; none: all. `directory`: for socket
     files, one for all engines of a machine, that only its user can enter. `host`: where engines of other machines
-    reach this one; then its peers know it by the address of its inbox, "tcp://host:port". "": it has none elsewhere.
+    reach this one; then its peers know it by the address of its inbox, "tcp://host:port", and `model` is a fingerprint
+    of what it computes with. "": it has none elsewhere.
     """
 
     name: str
@@ -24,6 +25,7 @@ class Seat:
     lease_s: float = 5.0
     min_tokens: int = 256
     host: str = ""
+    model: str = ""
 
 
 def make_roles(pd: str | None, num_both: int) -> dict[str, str]:

@@ -43,10 +43,10 @@ class Transfer:
         if options.kv_role == ("decode" if name == "do_remote_decode" else "prefill"):
             message = f"{PARAM}.{name}: this server has --kv-role {options.kv_role}"
             raise bad_request(message, PARAM, "not_supported")
-        here = ready.peer.wire
+        here, kind = ready.peer.wire, f"{ready.cache_format} of model {ready.peer.model}"
         if name == "do_remote_decode":
-            return Transfer(offer=offered(here, ready.cache_format, options.cluster_secret))
-        return Transfer((accepted(params, here, ready.cache_format, options.cluster_secret),))
+            return Transfer(offer=offered(here, kind, options.cluster_secret))
+        return Transfer((accepted(params, here, kind, options.cluster_secret),))
 
     def told(self, answer: Json, requests: Sequence[LiveRequest]) -> Json:
         """The answer, with what D needs if a proxy asked for it."""
@@ -55,8 +55,8 @@ class Transfer:
         return {**answer, PARAM: {**self.offer, "remote_request_id": requests[0].sample_id(0)}}
 
 
-def offered(address: str, format: str, secret: str) -> Json:
-    """What P answers. `address`: of its inbox, "tcp://host:port"; `format`: of its KV."""
+def offered(address: str, kind: str, secret: str) -> Json:
+    """What P answers. `address`: of its inbox, "tcp://host:port"; `kind`: of its KV."""
     host, _, port = address.removeprefix("tcp://").rpartition(":")
     return {
         "do_remote_prefill": True,
@@ -66,15 +66,15 @@ def offered(address: str, format: str, secret: str) -> Json:
         "remote_host": host,
         "remote_port": int(port),
         "tp_size": 1,
-        "remote_format": format,
-        "remote_proof": proof(address, format, secret),
+        "remote_kv": kind,
+        "remote_proof": proof(address, kind, secret),
     }
 
 
-def accepted(params: Mapping[str, Any], here: str, format: str, secret: str) -> str:
+def accepted(params: Mapping[str, Any], here: str, kind: str, secret: str) -> str:
     """The inbox of the P that a request names. Raises ApiError that names both ends."""
     host, port = params.get("remote_host"), params.get("remote_port")
-    theirs, shown = params.get("remote_format"), params.get("remote_proof")
+    theirs, shown = params.get("remote_kv"), params.get("remote_proof")
     if not isinstance(host, str) or type(port) is not int or not 0 < port < 65536:
         raise bad_request(f"{PARAM}: remote_host and remote_port name no engine", PARAM)
     there = f"tcp://{host}:{port}"
@@ -84,13 +84,13 @@ def accepted(params: Mapping[str, Any], here: str, format: str, secret: str) -> 
     if not hmac.compare_digest(proof(there, theirs, secret).encode(), shown.encode()):
         message = f"{clipped(there)} and {here} do not share one --cluster-secret"
         raise ApiError(400, message, param=PARAM, code=MISMATCH)
-    if theirs != format:
-        message = f"{there} keeps KV as {theirs}, {here} as {format}"
+    if theirs != kind:
+        message = f"{there} keeps KV as {theirs}, {here} as {kind}"
         raise ApiError(400, message, param=PARAM, code=MISMATCH)
     return there
 
 
-def proof(address: str, format: str, secret: str) -> str:
+def proof(address: str, kind: str, secret: str) -> str:
     """That who says this knows the secret."""
     key = hashlib.blake2b(secret.encode(), digest_size=32, person=b"penstock-params").digest()
-    return hashlib.blake2b(f"{address} {format}".encode(), digest_size=16, key=key).hexdigest()
+    return hashlib.blake2b(f"{address} {kind}".encode(), digest_size=16, key=key).hexdigest()
