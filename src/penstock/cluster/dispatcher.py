@@ -185,9 +185,9 @@ class Dispatcher:
             self.placement.ended(request_id, num_output, now)
             self.decisions.ended(request_id, outcome)
 
-    @property
-    def num_live(self) -> int:
-        return len(self._calls)
+    def is_live(self, request_id: str) -> bool:
+        """Whether a request of that id is on its way."""
+        return request_id in self._calls
 
     def _guess(self, engines: Set[str], token_ids: list[int], now: float) -> None:
         guesses = [self._guesses[name] for name in engines if name in self._guesses and name not in self.caches]
