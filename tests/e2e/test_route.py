@@ -18,6 +18,8 @@ import pytest
 from tests.e2e.pd import handoffs, prompt
 from tests.e2e.serving import MODEL, RealServer, assert_error, free_port, streaming, until
 
+from penstock.server.kv_transfer import offered
+
 FLAGS = (
     "--kv-cache-memory-bytes",
     "32M",
@@ -28,6 +30,8 @@ FLAGS = (
     "128",
     "--pd-min-tokens",
     "64",
+    "--kv-lease-s",
+    "1",
     "--kv-role",
     "both",
 )
@@ -219,6 +223,20 @@ def test_prefill_and_decode_at_two_servers(fleet: Fleet, stream: bool) -> None:
     assert handoffs(fleet.b)["failed"] == 0
     [route] = fleet.apart.http.get("/routes/recent").json()["routes"][:1]
     assert route["prefill_at"] == [fleet.a.name]
+
+
+def test_a_prefill_server_that_is_gone_costs_a_lease(fleet: Fleet) -> None:
+    """P has answered and is not there when D asks for the blocks: D computes the prompt."""
+    asked = body(400, 120)
+    address = f"tcp://127.0.0.1:{free_port()}"
+    first = fleet.a.post(
+        "/v1/completions", {**asked, "max_tokens": 1, "kv_transfer_params": {"do_remote_decode": True}}
+    )
+    kind = first.json()["kv_transfer_params"]["remote_kv"]
+    gone = fleet.stranger.post("/v1/completions", {**asked, "kv_transfer_params": offered(address, kind, "other")})
+    assert tokens(gone.json()) == tokens(fleet.a.post("/v1/completions", asked).json())
+    until(lambda: "nothing was heard for 1.0 s" in fleet.stranger.errors(), what="saying so")
+    assert address in fleet.stranger.errors()
 
 
 def test_servers_that_do_not_belong_together_say_so(fleet: Fleet) -> None:

@@ -194,7 +194,7 @@ class Dispatcher:
         if not guesses or self.block_size is None:
             return
         hashes: list[bytes] = []
-        extend_chain(hashes, chain_start(CHAIN, "", self.block_size), token_ids[:-1], self.block_size)
+        extend_chain(hashes, chain_start(CHAIN, "", self.block_size), token_ids, self.block_size)
         for guess in guesses:
             events = guess.sent(hashes, now)
             if events is not None:
