@@ -254,6 +254,9 @@ class ClusterOptions:
     pd_max_short_output: int = setting(
         16, "answers of up to so many tokens are made where their prompt was computed; 0: never", low=0, unit="tokens"
     )
+    pd_scaling: bool = setting(
+        True, "engines change between prefill and decode when one role lacks what the other can spare"
+    )
     route_policy: str = setting(
         "least_time",
         "which engine computes a prompt; least_time: by predicted time to the first token, caches counted",
