@@ -16,16 +16,8 @@ from penstock.core.cost import FloatArray
 from penstock.core.doors import CostModel
 from penstock.core.hot_prefixes import HotPrefixes
 from penstock.core.kv_index import KVIndex
-from penstock.core.routing import (
-    BoolArray,
-    Choice,
-    EngineViews,
-    Prediction,
-    Replicate,
-    RouteRequest,
-    load_seconds,
-    predict,
-)
+from penstock.core.prediction import Prediction, load_seconds, predict
+from penstock.core.routing import BoolArray, Choice, EngineViews, Replicate, RouteRequest
 
 TIE_SHARE, TIE_S = 0.10, 0.020  # scores within the larger of the two are equal
 HOT = 3.0  # times the mean
