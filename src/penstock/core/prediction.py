@@ -45,7 +45,7 @@ def predict(
     What other tiers hold is loaded or computed, whichever is sooner. Hits count as far as they came true so far.
     """
     size, prompt = engines.block_size, request.prompt_tokens
-    blocks = index.match(request.hashes).blocks.astype(np.int64)
+    blocks = index.match(request.hashes).blocks
     longest = max(prompt - 1, 0)
     device = _believed(blocks[0], engines.trust, size, longest)
     prefill_s = prefill_after(device, prompt, cost)
