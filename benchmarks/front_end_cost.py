@@ -33,6 +33,7 @@ from penstock.config.schema import Config, ModelOptions, ServerOptions
 from penstock.engine.messages import AddRequest, CancelRequest, Drain, Ready, Stopped, TokenDelta, Tokens
 from penstock.engine.tokenizer import Tokenizer
 from penstock.engine.wire import dial
+from penstock.server.backend import OneEngine
 from penstock.server.chat import ChatRenderer
 from penstock.server.serve import run_server
 from penstock.server.state import Served
@@ -105,7 +106,7 @@ def server(port: int, engine_arguments: list[str]) -> int:
     def launch(address: str) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, __file__, "--engine", address, *engine_arguments])
 
-    return run_server(config, launch, lambda: Served(("none",), "none", tokenizer, ChatRenderer({}), 256))
+    return run_server(config, OneEngine(launch), lambda: Served(("none",), "none", tokenizer, ChatRenderer({}), 256))
 
 
 # ---- the clients ----

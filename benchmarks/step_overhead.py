@@ -36,7 +36,8 @@ from penstock.bench.flags import machine, write_json
 from penstock.config.model import KVGroup, KVLayout
 from penstock.core.policy import FcfsPolicy
 from penstock.core.request import SamplingParams
-from penstock.core.scheduler import Scheduler, SchedulerLimits
+from penstock.core.scheduler import Scheduler
+from penstock.core.steps import SchedulerLimits
 from penstock.engine.engine import Engine, EngineLimits
 from penstock.engine.messages import AddRequest, Tokens
 from penstock.engine.ranks import InlineExecutor
@@ -88,7 +89,7 @@ class NullModel:
 class NullAttention:
     """Prepares nothing: the model reads none of it."""
 
-    def prepare(self, spans: Spans) -> Any:
+    def prepare(self, spans: Spans, words: Any = None) -> Any:
         return spans
 
 

@@ -31,7 +31,7 @@ FLOORS = {
     "cli": 9,
 }  # fmt: skip
 SAME_ROOM = {"commands": "cli"}
-TORCH_FREE = {"config", "registry", "core", "engine", "server", "cli"}
+TORCH_FREE = {"config", "registry", "core", "engine", "transfer", "server", "cli"}
 CORE_MAY_IMPORT = {"numpy", "penstock"} | set(sys.stdlib_module_names)
 # Files that import by name: the package's lazy attributes and the command tables, checked by tests/test_cli.py, and how
 # an engine's start begins: torch is imported there while other things go on.

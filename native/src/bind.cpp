@@ -300,6 +300,11 @@ void choose_from(const std::string& kernels, Table<const float> scores, const As
     }
 }
 
+std::int64_t* word_at(std::uintptr_t address) {
+    if (address % alignof(std::int64_t)) throw std::invalid_argument("a word's address is a multiple of 8");
+    return reinterpret_cast<std::int64_t*>(address);
+}
+
 class BoundProgram {
 public:
     BoundProgram(const std::string& kernels, Team& team, int max_tokens)
@@ -313,21 +318,23 @@ public:
         return kept_.back()->data();
     }
 
-    int pool(Table<std::uint8_t> bytes, int num_kv_heads, int head_dim, int group, int window, int format) {
+    int pool(Table<std::uint8_t> bytes, int num_kv_heads, int head_dim, int group, int window, int format, int layer) {
         if (format < 0 || format > static_cast<int>(KVFormat::INT8)) throw std::invalid_argument("no such KV format");
         std::size_t wanted = 2 * num_kv_heads * kv_head_bytes(static_cast<KVFormat>(format), head_dim);
         if (bytes.shape(1) != wanted) throw std::invalid_argument("a block of the pool has another size than its heads need");
         if (head_dim % COLUMNS != 0 || head_dim > 256) throw std::invalid_argument("head sizes are multiples of 16 up to 256");
         if (reinterpret_cast<std::uintptr_t>(bytes.data()) % 64) throw std::invalid_argument("the pool is not aligned to 64 bytes");
         pools_.push_back({reinterpret_cast<char*>(bytes.data()), bytes.shape(1), num_kv_heads, head_dim, group, window,
-                          static_cast<KVFormat>(format)});
+                          static_cast<KVFormat>(format), layer});
         num_blocks_.push_back(bytes.shape(0));
         return static_cast<int>(pools_.size()) - 1;
     }
     const Pool& pool_of(int number) const { return pools_.at(number); }
 
-    void run(Array<std::int64_t> token_ids, Array<std::int64_t> positions, Array<std::int64_t> query_start,
-             Array<std::int64_t> start, const std::vector<Table<const std::int32_t>>& tables) {
+    // done and loads are addresses of words (words.hpp), none: 0 and empty. Indices of loads that were bad.
+    std::vector<int> run(Array<std::int64_t> token_ids, Array<std::int64_t> positions, Array<std::int64_t> query_start,
+                         Array<std::int64_t> start, const std::vector<Table<const std::int32_t>>& tables,
+                         std::uintptr_t done, const std::vector<std::uintptr_t>& loads, double patience_s) {
         Batch batch{static_cast<int>(token_ids.shape(0)), static_cast<int>(start.shape(0)), token_ids.data(),
                     positions.data(), query_start.data(), start.data(), {}, {}};
         if (positions.shape(0) != token_ids.shape(0) || query_start.shape(0) != start.shape(0) + 1)
@@ -337,8 +344,15 @@ public:
             batch.tables.push_back(table.data());
             batch.table_width.push_back(table.shape(1));
         }
+        std::vector<std::int64_t*> words;
+        for (std::uintptr_t address : loads) {
+            if (address == 0) throw std::invalid_argument("a load has no word");
+            words.push_back(word_at(address));
+        }
+        StepWords shared(word_at(done), std::move(words), patience_s);
         nb::gil_scoped_release unlocked;
-        program_.run(batch);
+        program_.run(batch, shared);
+        return shared.bad();
     }
 
     void choose(const PackedWeight& w, Table<const std::uint16_t> hidden, const Asked& asked, Array<std::int64_t> raw_rows,
@@ -434,7 +448,7 @@ NB_MODULE(_native, m) {
         .def("buffer", [](BoundProgram& p, int kind, int width) { return p.program().buffer(static_cast<Kind>(kind), width); },
              "kind"_a, "width"_a)
         .def("pool", &BoundProgram::pool, "bytes"_a.noconvert(), "num_kv_heads"_a, "head_dim"_a, "group"_a, "window"_a,
-             "format"_a, nb::keep_alive<1, 2>())
+             "format"_a, "layer"_a = 0, nb::keep_alive<1, 2>())
         .def("embed_bf16", [](BoundProgram& p, Table<const std::uint16_t> table, int to) {
                 p.program().embed(table.data(), Kind::BF16, static_cast<int>(table.shape(1)), to);
             }, "table"_a.noconvert(), "to"_a, nb::keep_alive<1, 2>())
@@ -458,7 +472,8 @@ NB_MODULE(_native, m) {
         .def("attend", [](BoundProgram& p, int qkv, int num_heads, int pool, float scale, int to) {
                 p.program().attend(qkv, num_heads, p.pool_of(pool), scale, to);
             }, "qkv"_a, "num_heads"_a, "pool"_a, "scale"_a, "to"_a)
-        .def("run", &BoundProgram::run, "token_ids"_a, "positions"_a, "query_start"_a, "start"_a, "tables"_a)
+        .def("run", &BoundProgram::run, "token_ids"_a, "positions"_a, "query_start"_a, "start"_a, "tables"_a, "done"_a = 0,
+             "loads"_a = std::vector<std::uintptr_t>(), "patience_s"_a = 0.0)
         .def("read", [](BoundProgram& p, int buffer, Table<std::uint16_t> out) {
                 p.program().read(buffer, static_cast<int>(out.shape(0)), out.data());
             }, "buffer"_a, "out"_a.noconvert())

@@ -377,7 +377,7 @@ void Program::perform(const Op& op, const Batch& batch, int member, Deal& deal) 
     }
 }
 
-void Program::run(const Batch& batch) {
+void Program::run(const Batch& batch, StepWords& words) {
     if (batch.num_tokens > max_tokens_) throw std::invalid_argument("more tokens than the program has room for");
     row_of_.resize(batch.num_tokens);
     for (int r = 0; r < batch.num_rows; r++)
@@ -400,9 +400,14 @@ void Program::run(const Batch& batch) {
     team_.run([&](int member) {
         double begin = now();
         for (std::size_t i = 0; i < ops_.size(); i++) {
+            if (words.awaits() && ops_[i].what == What::ATTEND) {
+                if (member == 0) words.await(ops_[i].pool.layer);
+                team_.meet();
+            }
             perform(ops_[i], batch, member, deals_[i]);
             team_.meet();
             if (member == 0) {
+                if (ops_[i].what == What::HEADS) words.written(ops_[i].pool.layer);
                 double end = now();
                 ops_[i].seconds += end - begin;
                 begin = end;

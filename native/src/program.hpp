@@ -13,6 +13,7 @@
 #include "choose.hpp"
 #include "kernels.hpp"
 #include "team.hpp"
+#include "words.hpp"
 
 namespace penstock {
 
@@ -27,13 +28,14 @@ struct Batch {
     std::vector<std::size_t> table_width;
 };
 
-struct Pool {
+struct Pool {  // of one layer
     char* data;
     std::size_t block_bytes;  // K and V of all heads
     int num_kv_heads, head_dim;
     int group;   // of block tables
     int window;  // 0: none
     KVFormat format;
+    int layer;  // as StepWords counts them
 };
 
 // How each row of a batch chooses its token.
@@ -66,7 +68,8 @@ public:
     void attend(int qkv, int num_heads, const Pool& pool, float scale, int to);  // scale: times log2(e)
 
     // ---- running ----
-    void run(const Batch& batch);
+    // Keys and values of a layer are written in `heads` and read in `attend`: there the words are told and asked.
+    void run(const Batch& batch, StepWords& words);
     // The first rows of a bf16 buffer, [num_rows][width].
     void read(int buffer, int num_rows, bf16* out) const;
     // No part of the recorded list; hidden [num_rows][weight.k]. All scores, float32 [num_rows][weight.n] ...

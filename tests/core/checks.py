@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import Counter
 
 from penstock.core.blocks import BlockPool
+from penstock.core.moves import DEVICE
 from penstock.core.scheduler import Scheduler
 
 
-def check_pool(pool: BlockPool, refs: dict[int, int], newest_in_flight: int | None = None) -> None:
-    """Each block is in exactly one state, and every count says so. `refs`: references that holders know of."""
+def check_pool(
+    pool: BlockPool, refs: dict[int, int], newest_in_flight: int | None = None, pins: dict[int, int] | None = None
+) -> None:
+    """Each block is in exactly one state, and every count says so. `refs`, `pins`: those that holders know of."""
     null = pool.blocks[0]
     assert null.num_refs == 0
     assert null.hash is None
@@ -22,6 +25,7 @@ def check_pool(pool: BlockPool, refs: dict[int, int], newest_in_flight: int | No
     for block in pool.blocks[1:]:
         id_, num_refs, hash_ = block.id, block.num_refs, block.hash
         assert num_refs == refs.get(id_, 0), f"block {id_}"
+        assert block.num_pins == (pins or {}).get(id_, 0), f"block {id_}"
         if hash_ is not None:
             assert hash_ not in published, "two blocks with one hash"
             published[hash_] = block
@@ -31,7 +35,7 @@ def check_pool(pool: BlockPool, refs: dict[int, int], newest_in_flight: int | No
             num_held += 1
             num_shared += num_refs > 1
             assert block.fence < 0
-        elif block.fence >= 0:
+        elif block.fence >= 0 or block.num_pins:
             num_limbo += 1
             assert newest_in_flight is None or block.fence <= newest_in_flight
         elif hash_ is not None:
@@ -69,7 +73,11 @@ def check_scheduler(scheduler: Scheduler) -> None:
             assert len(set(ids)) == len(ids)
             for id_ in ids:
                 refs[id_] = refs.get(id_, 0) + 1
-        check_pool(pool, refs, newest)
+        pins: Counter[int] = Counter()
+        for flight in scheduler.traffic.flights.values():
+            place = flight.move.src if flight.move.src.where == DEVICE else flight.move.dst
+            pins.update(id_ for id_ in place.block_ids[g] if id_)
+        check_pool(pool, refs, newest, pins)
 
     planned: Counter[str] = Counter()
     unsampled: Counter[str] = Counter()
@@ -86,6 +94,10 @@ def check_scheduler(scheduler: Scheduler) -> None:
                 unsampled[request.id] += 1 + row.num_draft
             if epoch == request.epoch:
                 planned[request.id] += row.num_tokens
+    for id_, flight in scheduler.traffic.flights.items():
+        computing.update(flight.filling)
+        waits = flight.request is not None and flight.request.arriving == id_
+        assert waits or not flight.filling, "others wait for what nobody waits for"
     assert scheduler.kv._computing == dict(computing)
     for request in scheduler.requests.values():
         assert request.finish_reason is None
@@ -106,14 +118,16 @@ def check_scheduler(scheduler: Scheduler) -> None:
         assert len(num_blocks) == 1
         assert num_blocks.pop() >= -(-(request.num_computed + request.num_planned) // size)
         assert all(n <= request.num_computed // size for n in request.num_published)
+        flight = scheduler.traffic.flights.get(request.arriving)
+        end = request.num_computed if flight is None else max(flight.end, request.num_computed)
         for group, table in zip(scheduler.layout.groups, request.block_tables, strict=True):
             first = 0
             if group.window is not None:
-                first = max(0, request.num_computed - group.window + 1) // size
-                assert not any(table[:first]), "a block behind the window is still held"
+                first = max(0, end - group.window + 1) // size
+                assert flight is not None or not any(table[:first]), "a block behind the window is still held"
             assert all(table[first:])
             blocks = scheduler.pools[group.index].blocks
-            for id_ in table[request.num_computed // size :]:
+            for id_ in filter(None, table[request.num_computed // size :]):
                 assert blocks[id_].num_refs == 1, "a block still to be written is shared"
                 assert blocks[id_].hash is None, "a block is published before it is committed"
 

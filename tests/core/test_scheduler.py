@@ -9,7 +9,8 @@ from tests.fakes.executor import FakeExecutor, HashModel, fake_layout
 from penstock.core.plan import StepPlan
 from penstock.core.policy import POLICIES
 from penstock.core.request import Request, SamplingParams
-from penstock.core.scheduler import Scheduler, SchedulerLimits
+from penstock.core.scheduler import Scheduler
+from penstock.core.steps import SchedulerLimits
 
 BLOCK = 4
 

@@ -9,7 +9,8 @@ from tests.fakes.executor import EOS_IDS, VOCAB_SIZE, FakeExecutor, HashModel, f
 
 from penstock.core.policy import FcfsPolicy
 from penstock.core.request import Request, SamplingParams
-from penstock.core.scheduler import Scheduler, SchedulerLimits
+from penstock.core.scheduler import Scheduler
+from penstock.core.steps import SchedulerLimits
 from penstock.engine.engine import Engine, EngineLimits
 from penstock.engine.loop import turn
 from penstock.engine.messages import (

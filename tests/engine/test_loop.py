@@ -17,7 +17,8 @@ from tests.fakes.executor import EOS_IDS, VOCAB_SIZE, FakeExecutor, HashModel, f
 from penstock.core.plan import StepPlan, StepResult
 from penstock.core.policy import PriorityPolicy
 from penstock.core.request import SamplingParams
-from penstock.core.scheduler import Scheduler, SchedulerLimits
+from penstock.core.scheduler import Scheduler
+from penstock.core.steps import SchedulerLimits
 from penstock.engine.engine import Engine, EngineLimits
 from penstock.engine.loop import run_engine, turn
 from penstock.engine.messages import (

@@ -15,7 +15,8 @@ from tests.fakes.executor import FakeExecutor, HashModel, fake_layout
 
 from penstock.config.model import KVLayout
 from penstock.core.request import Request, SamplingParams
-from penstock.core.scheduler import Scheduler, SchedulerLimits
+from penstock.core.scheduler import Scheduler
+from penstock.core.steps import SchedulerLimits
 from penstock.engine.recorder import RecordingScheduler, ReplayMismatch, Setup, replay
 
 

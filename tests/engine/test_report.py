@@ -10,7 +10,8 @@ from tests.fakes.executor import EOS_IDS, VOCAB_SIZE, FakeExecutor, HashModel, f
 
 from penstock.core.policy import FcfsPolicy
 from penstock.core.request import SamplingParams
-from penstock.core.scheduler import Scheduler, SchedulerLimits
+from penstock.core.scheduler import Scheduler
+from penstock.core.steps import SchedulerLimits
 from penstock.engine.engine import Engine, EngineLimits
 from penstock.engine.messages import AddRequest, CancelRequest, KVReport, Report, Watch
 from penstock.engine.report import MAX_CELLS, MIN_INTERVAL_S

@@ -16,6 +16,7 @@ from tests.server.tiny_model import MODEL, tiny_served
 
 from penstock.config.schema import Config, ModelOptions, ServerOptions
 from penstock.config.values import ConfigError
+from penstock.server.backend import OneEngine
 from penstock.server.serve import run_server
 from penstock.server.state import Served
 
@@ -38,7 +39,7 @@ def main() -> int:
         return tiny_served()
 
     try:
-        return run_server(config, launch, load)
+        return run_server(config, OneEngine(launch), load)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2

@@ -18,13 +18,15 @@ from tests.shared import tiny_tokenizers
 from penstock.config.schema import Config, ModelOptions, ServerOptions
 from penstock.core.plan import Admitted, Row, StepPlan, StepResult
 from penstock.core.policy import FcfsPolicy
-from penstock.core.scheduler import Scheduler, SchedulerLimits
+from penstock.core.scheduler import Scheduler
+from penstock.core.steps import SchedulerLimits
 from penstock.engine.engine import Engine, EngineLimits
 from penstock.engine.loop import turn
 from penstock.engine.messages import Ready
 from penstock.engine.ranks import InlineExecutor
 from penstock.engine.tokenizer import Tokenizer
 from penstock.engine.wire import dial
+from penstock.server.backend import OneEngine
 from penstock.server.chat import ChatRenderer
 from penstock.server.serve import run_server
 from penstock.server.state import Served
@@ -139,7 +141,7 @@ def story_server(api_keys: Sequence[str] = (), max_num_seqs: int = 4) -> Iterato
         server.base = url
         server.up.set()
 
-    thread = threading.Thread(target=run_server, args=(config, launch, load), kwargs={"on_ready": on_ready})
+    thread = threading.Thread(target=run_server, args=(config, OneEngine(launch), load), kwargs={"on_ready": on_ready})
     thread.start()
     try:
         if not server.up.wait(30):

@@ -11,12 +11,17 @@ from typing import Any
 import torch
 
 from penstock.build.start import Stages
+from penstock.build.tiers import Tiers, open_tiers
+from penstock.cluster.seat import Seat
 from penstock.config.complete import Resolved, can_pack
+from penstock.config.model import KVLayout
 from penstock.config.values import ConfigError
 from penstock.core.plan import StepPlan, StepResult
-from penstock.core.scheduler import Scheduler, SchedulerLimits
+from penstock.core.scheduler import Scheduler
+from penstock.core.steps import SchedulerLimits
 from penstock.engine.engine import Engine, EngineLimits
 from penstock.engine.messages import Ready
+from penstock.engine.movers import Movers
 from penstock.engine.ranks import InlineExecutor, ThreadExecutor
 from penstock.engine.recorder import RecordingScheduler, Setup
 from penstock.nn.allocator import bound_kernel_caches, keep_freed_memory
@@ -40,6 +45,10 @@ from penstock.runner.inputs import RequestTable
 from penstock.runner.kv_store import KVStore
 from penstock.runner.runner import Model, Runner
 from penstock.runner.sampler import Sampler
+from penstock.transfer.counter import StepCounter
+from penstock.transfer.frames import Identity
+from penstock.transfer.memory import KVMemory
+from penstock.transfer.mover import LinkMover
 
 ProgressCallback = Callable[[str, int, int], None]
 # Setting -> formats of the layers' projections and of the head, whose rows the token table may be.
@@ -60,20 +69,35 @@ class BuiltEngine:
     executor: InlineExecutor | ThreadExecutor
     runner: Runner
     ready: Ready
+    links: LinkMover | None = None
+    tiers: Tiers | None = None
+
+    def close(self) -> None:
+        """After the last step: let its threads end."""
+        self.executor.close()
+        if self.links is not None:
+            self.links.close()
+        if self.tiers is not None:
+            self.tiers.close()
 
 
 def build_engine(
-    resolved: Resolved, progress: ProgressCallback, stages: Stages, arena: Any | None = None
+    resolved: Resolved,
+    progress: ProgressCallback,
+    stages: Stages,
+    arena: Any | None = None,
+    seat: Seat | None = None,
 ) -> BuiltEngine:
     """Load the model and put an engine around it, weights into the arena where one was begun.
 
-    torch's number of threads is changed on the calling thread while this runs and while a step does, and is as before
-    in between. Raises CheckpointError, MemoryError.
+    `seat`: its place among engines that hand prompts to one another: then it has links. torch's number of threads is
+    changed on the calling thread while this runs and while a step does, and is as before in between. Raises
+    CheckpointError, MemoryError.
     """
     config = resolved.config
     assert config.runtime.num_threads is not None
     with torch_threads(config.runtime.num_threads):
-        return _build(resolved, progress, stages, arena)
+        return _build(resolved, progress, stages, arena, seat)
 
 
 @contextmanager
@@ -102,7 +126,9 @@ def _stepping(run: Callable[[StepPlan], StepResult], threads: int) -> Callable[[
     return step
 
 
-def _build(resolved: Resolved, progress: ProgressCallback, stages: Stages, arena: Any | None) -> BuiltEngine:
+def _build(
+    resolved: Resolved, progress: ProgressCallback, stages: Stages, arena: Any | None, seat: Seat | None
+) -> BuiltEngine:
     config, shape = resolved.config, resolved.model
     assert config.runtime.num_threads is not None and config.model.max_model_len is not None
     keep_freed_memory()
@@ -137,7 +163,14 @@ def _build(resolved: Resolved, progress: ProgressCallback, stages: Stages, arena
         max_tokens = config.scheduler.max_num_batched_tokens
         computing = NativeModel(model, weights, layout, store.pools, kernels=kernels, max_tokens=max_tokens)
         attention = NativeAttention()
-    runner = Runner(computing, attention, store, Sampler(max_num_seqs, shape.vocab_size), table)
+    tiers = None
+    if config.cache.kv_offloading_size is not None:
+        tiers = open_tiers(config.cache, layout, store.byte_views(), None if seat is None else seat.directory)
+    counter = None if seat is None else StepCounter()
+    sampler = Sampler(max_num_seqs, shape.vocab_size)
+    loads = None if tiers is None else tiers.mover
+    runner = Runner(computing, attention, store, sampler, table, counter=counter, loads=loads)
+    links = None if seat is None or counter is None else _links(seat, layout, store, counter)
     run = _stepping(runner.run, config.runtime.num_threads if weights is None else 1)
     executor = ThreadExecutor(run) if config.scheduler.async_scheduling == "on" else InlineExecutor(run)
     setup = Setup(
@@ -151,10 +184,15 @@ def _build(resolved: Resolved, progress: ProgressCallback, stages: Stages, arena
         prefix_caching=config.cache.enable_prefix_caching,
         feeds_back=executor.feeds_back,
     )
+    scheduler = _scheduler(setup, config.scheduler.record_path)
+    source = None if tiers is None else tiers.source(config.cache, layout, scheduler)
+    scheduler.source = source
     engine = Engine(
-        _scheduler(setup, config.scheduler.record_path),
+        scheduler,
         executor,
         EngineLimits(config.model.max_model_len, shape.vocab_size, frozenset(shape.eos_token_ids)),
+        links if tiers is None else Movers(tiers.mover, links),
+        tiers=source,
     )
     stages.done("allocate KV")
     names = config.model.served_model_name or (config.model.model,)
@@ -168,7 +206,15 @@ def _build(resolved: Resolved, progress: ProgressCallback, stages: Stages, arena
         memory=list(resolved.memory.rows),
         timeline=stages.rows,
     )
-    return BuiltEngine(engine, executor, runner, ready)
+    return BuiltEngine(engine, executor, runner, ready, links, tiers)
+
+
+def _links(seat: Seat, layout: KVLayout, store: KVStore, counter: StepCounter) -> LinkMover:
+    """What carries KV to and from other engines."""
+    address = f"shm://{seat.directory}/{seat.name}.link" if seat.link == "shm" else "tcp://127.0.0.1:0"
+    identity = Identity(seat.name, layout.format, seat.secret.encode())
+    memory = KVMemory(layout, store.byte_views())
+    return LinkMover(memory, counter, identity, [address], mode=seat.link_mode)
 
 
 def _native_weights(resolved: Resolved, model: LlamaModel, arena: Any | None) -> tuple[PackedWeights | None, str]:

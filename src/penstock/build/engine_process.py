@@ -7,14 +7,16 @@ is drained. START: when it was launched, monotonic seconds. Imports no torch at 
 from __future__ import annotations
 
 import gc
+import importlib
 import os
 import signal
 import sys
 import threading
 import time
+from functools import partial
 from queue import SimpleQueue
 
-from penstock.build.handover import decode_resolved
+from penstock.build.handover import decode
 from penstock.build.start import Stages, begin, import_builder, no_collections
 from penstock.engine.loop import run_engine
 from penstock.engine.messages import Fatal, Progress
@@ -25,7 +27,10 @@ def main(encoded: bytes, address: SimpleQueue[str], start_s: float) -> int:
     """The engine process: 0 after a drain, 1 after an error that the front end has been told."""
     stages = Stages(start_s)
     stages.done("start Python")
-    resolved = decode_resolved(encoded)
+    handover = decode(encoded)
+    resolved, seat = handover.resolved, handover.seat
+    if seat is not None and seat.cores and hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, seat.cores)
     with no_collections():
         arena = begin(resolved)
         builder = import_builder()
@@ -33,16 +38,20 @@ def main(encoded: bytes, address: SimpleQueue[str], start_s: float) -> int:
         wire = dial(address.get())
         try:
             built = builder.build_engine(
-                resolved, lambda stage, done, total: wire.send(Progress(stage, done, total)), stages, arena
+                resolved, lambda stage, done, total: wire.send(Progress(stage, done, total)), stages, arena, seat
             )
             del arena  # the weights keep it
-            wire.send(built.ready)
+            run = partial(run_engine, built.engine, built.executor, wire, time.monotonic)
+            if seat is not None:
+                run = importlib.import_module("penstock.build.member").member_loop(built, seat, wire)
+            else:
+                wire.send(built.ready)
         except Exception as error:
             return _tell(wire, error)
     gc.freeze()  # torch stays: walking its objects would stop the engine for 0.2 s now and then
     try:
-        run_engine(built.engine, built.executor, wire, time.monotonic)
-        built.executor.close()
+        run()
+        built.close()
         return 0
     except Exception as error:
         return _tell(wire, error)

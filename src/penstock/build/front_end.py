@@ -6,12 +6,41 @@ import socket
 from collections.abc import Callable
 
 from penstock.build.launch import EngineProcess
+from penstock.cluster.router import LeastLoaded, Router
 from penstock.config.complete import Resolved
 from penstock.config.load import model_directory
 from penstock.engine.messages import Ready
 from penstock.engine.tokenizer import load_tokenizer
+from penstock.server.backend import ManyEngines, OneEngine
 from penstock.server.serve import run_server, served_model
 from penstock.server.state import Served
+
+
+def run_cluster(
+    resolved: Resolved,
+    roles: dict[str, str],
+    engines: dict[str, EngineProcess],
+    sock: socket.socket,
+    on_ready: Callable[[Ready, str], None] | None = None,
+) -> int:
+    """As `run`, with a router before engines that were launched already."""
+
+    def starting(engine: EngineProcess) -> Callable[[str], EngineProcess]:
+        def start(address: str) -> EngineProcess:
+            engine.dial(address)
+            return engine
+
+        return start
+
+    router = Router(roles, LeastLoaded(roles, resolved.config.cluster.pd_min_tokens))
+    backend = ManyEngines(router, {name: starting(engine) for name, engine in engines.items()})
+    return int(run_server(resolved.config, backend, lambda: _served(resolved), on_ready=on_ready, sock=sock))
+
+
+def _served(resolved: Resolved) -> Served:
+    assert resolved.config.model.tokenizer is not None
+    tokenizer = load_tokenizer(model_directory(resolved.config.model.tokenizer))
+    return served_model(resolved.config, resolved.directory, tokenizer, resolved.model.vocab_size)
 
 
 def run(
@@ -26,9 +55,4 @@ def run(
         engine.dial(address)
         return engine
 
-    def load() -> Served:
-        assert resolved.config.model.tokenizer is not None
-        tokenizer = load_tokenizer(model_directory(resolved.config.model.tokenizer))
-        return served_model(resolved.config, resolved.directory, tokenizer, resolved.model.vocab_size)
-
-    return int(run_server(resolved.config, start, load, on_ready=on_ready, sock=sock))
+    return int(run_server(resolved.config, OneEngine(start), lambda: _served(resolved), on_ready=on_ready, sock=sock))

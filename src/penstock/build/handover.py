@@ -1,17 +1,29 @@
-"""A complete configuration as the front end hands it to the engine process. Imports no torch."""
+"""What the front end hands to an engine process: a complete configuration, and its seat in a cluster if it has one.
+
+Imports no torch.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import msgspec
 
+from penstock.cluster.seat import Seat
 from penstock.config.complete import Resolved
 
 
-def encode_resolved(resolved: Resolved) -> bytes:
+@dataclass(frozen=True, slots=True)
+class Handover:
+    resolved: Resolved
+    seat: Seat | None = None
+
+
+def encode(handover: Handover) -> bytes:
     """For the engine process's standard input."""
-    return msgspec.msgpack.encode(resolved, enc_hook=str)
+    return msgspec.msgpack.encode(handover, enc_hook=str)
 
 
-def decode_resolved(encoded: bytes) -> Resolved:
-    """What `encode_resolved` wrote."""
-    return msgspec.msgpack.decode(encoded, type=Resolved, dec_hook=lambda kind, value: kind(value))
+def decode(encoded: bytes) -> Handover:
+    """What `encode` wrote."""
+    return msgspec.msgpack.decode(encoded, type=Handover, dec_hook=lambda kind, value: kind(value))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from penstock.build.cluster import serve_cluster
 from penstock.build.launch import EngineProcess
 from penstock.build.start import import_server
 from penstock.config.complete import Resolved, complete
@@ -27,6 +28,8 @@ def serve(
 
     Raises ConfigError for what is wrong with the configuration, the model's shape, the memory or the port.
     """
+    if config.cluster.pd is not None:
+        return serve_cluster(config, on_ready=on_ready, on_resolved=on_resolved)
     resolved = complete(config, probe())
     with listening_socket(resolved.config.server) as sock:
         if on_resolved is not None:

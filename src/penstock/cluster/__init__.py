@@ -1,1 +1,1 @@
-"""Many engines: who they are, who gets which request, and how KV goes between them."""
+"""Many engines as one: hand-off of prompts between them, who gets which request, roles and scaling."""

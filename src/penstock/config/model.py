@@ -116,6 +116,9 @@ class KVGroup:
     packing: the order of elements in the place of one head, which its scales follow: [block_size], one per token.
     "plain": [block_size, head_dim]. "paired", what native kernels read, 32 tokens a block: keys as
     [2][head_dim / 2][16 tokens][2], values as [head_dim / 16][16 token pairs][16][2].
+
+    parts: what a head keeps, one behind the other in a block. Keys and values; of latent attention ("k",) alone, one
+    head of latent and rotary dimensions from which both are computed.
     """
 
     index: int
@@ -127,6 +130,7 @@ class KVGroup:
     head_dim: int
     dtype: str
     packing: str = "plain"
+    parts: tuple[str, ...] = ("k", "v")
 
     @property
     def data_bytes(self) -> int:
@@ -147,7 +151,7 @@ class KVGroup:
     @property
     def layer_bytes(self) -> int:
         """Bytes of one block in one layer: K then V, each head-major, head after head."""
-        return 2 * self.num_kv_heads * self.head_bytes
+        return len(self.parts) * self.num_kv_heads * self.head_bytes
 
     @property
     def block_bytes(self) -> int:
@@ -161,8 +165,8 @@ class KVGroup:
         The block is seen page-first: its layers one behind the other, in the order of `layers`. Devices keep the
         pool layer-first; there the offset within one layer's block is `extent(...) % layer_bytes`.
         """
-        half = self.num_kv_heads * self.head_bytes
-        base = self.layers.index(layer) * self.layer_bytes + (half if part == "v" else 0)
+        part_start = self.parts.index(part) * self.num_kv_heads * self.head_bytes
+        base = self.layers.index(layer) * self.layer_bytes + part_start
         return base + head_start * self.head_bytes, (head_end - head_start) * self.head_bytes
 
     def scale_extent(self, layer: int, part: str, head: int) -> tuple[int, int]:
@@ -191,6 +195,7 @@ class KVLayout:
         return "/".join(
             f"{g.kind}{g.window or ''}:{len(g.layers)}x{g.num_kv_heads}x{g.block_size}x{g.head_dim}"
             f":{g.dtype}{f'*{g.scale_dtype}' if g.scale_dtype else ''}:hm:{g.packing}"
+            f"{'' if g.parts == ('k', 'v') else ':' + '+'.join(g.parts)}"
             for g in self.groups
         )
 

@@ -20,6 +20,7 @@ def setting(default: Any, text: str, **extra: Any) -> Any:
         synonyms   {other spelling: choice}
         low, high  allowed range of a number, both ends included; `above` excludes its end
         unit       "bytes" (accepts 512M, 4GiB), "tokens" (accepts 32k), "s", or any word for the table
+        plain      what a number without a unit is counted in, where vLLM's flag does so: "GiB"
         auto       True: "auto" (and -1) means None, to be filled in from the model and the machine
         aliases    other flags with the same meaning, SGLang's mostly: ("--context-length",)
         off        flags that switch a bool off, besides `--no-...`
@@ -135,6 +136,40 @@ class CacheOptions:
         headline=True,
         aliases=("--mem-fraction-static",),
     )
+    kv_offloading_size: int | None = setting(
+        None,
+        "host memory for KV that has left the device or may be used again; a number without a unit is in GiB",
+        low=1,
+        unit="bytes",
+        plain="GiB",
+        headline=True,
+        aliases=("--hicache-size",),
+    )
+    kv_disk_path: str | None = setting(
+        None, "directory for KV below host memory; it survives restarts", metavar="DIR", headline=True
+    )
+    kv_disk_size: int = setting(
+        16 << 30, "what it may take; a number without a unit is in GiB", low=1, unit="bytes", plain="GiB"
+    )
+    kv_remote_url: str | None = setting(
+        None, "Redis or Valkey for KV below that, shared by machines: redis://...", metavar="URL", secret=True
+    )
+    kv_write_policy: str = setting(
+        "write_through",
+        "when a block goes to host memory: computed, asked for a second time, or about to leave the device",
+        choices=("write_through", "write_through_selective", "write_back"),
+        aliases=("--hicache-write-policy",),
+    )
+    kv_lower_write_policy: str = setting(
+        "write_through_selective",
+        "the same for disk and remote store",
+        choices=("write_through", "write_through_selective", "write_back"),
+    )
+    kv_eviction_policy: str = setting(
+        "auto",
+        "who leaves a tier; auto: the policy that would have saved most time lately",
+        choices=("auto", "lru", "lfu", "gdsf"),
+    )
     enable_prefix_caching: bool = setting(
         True, "reuse KV of equal prompt beginnings", headline=True, off=("--disable-radix-cache",)
     )
@@ -173,6 +208,41 @@ class SchedulerOptions:
         switch=("on", "off"),
     )
     record_path: str | None = setting(None, "write every scheduler input to this file, for replay", metavar="FILE")
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterOptions:
+    """Several engines behind one server."""
+
+    pd: str | None = setting(
+        None,
+        "prefill and decode engines of their own on this machine, e.g. 1P1D or 2P2D; default: one engine for both",
+        metavar="xPyD",
+        headline=True,
+    )
+    kv_link: str = setting(
+        "auto",
+        "how KV travels between engines; auto: shared memory on one machine",
+        choices=("auto", "shm", "tcp"),
+        headline=True,
+    )
+    kv_link_mode: str = setting(
+        "coalesced",
+        "layers of KV in one message: as many as fill the link, one, or all",
+        choices=("coalesced", "layerwise", "whole"),
+    )
+    kv_lease_s: float = setting(
+        5.0, "a prompt's reservation is dropped when its prefill engine was silent so long", above=0.0, unit="s"
+    )
+    pd_min_tokens: int = setting(
+        256,
+        "prompts that lack fewer tokens after the cache's part are computed where they are decoded",
+        low=0,
+        unit="tokens",
+    )
+    cluster_secret: str | None = setting(
+        None, "what engines must know to speak to each other; default: a random one", secret=True, metavar="SECRET"
+    )
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,6 +325,7 @@ class Config:
     scheduler: SchedulerOptions = field(default_factory=SchedulerOptions)
     server: ServerOptions = field(default_factory=ServerOptions)
     runtime: RuntimeOptions = field(default_factory=RuntimeOptions)
+    cluster: ClusterOptions = field(default_factory=ClusterOptions)
     origins: dict[str, tuple[str, str]] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
@@ -265,6 +336,7 @@ SECTIONS: dict[str, type[Any]] = {
     "scheduler": SchedulerOptions,
     "server": ServerOptions,
     "runtime": RuntimeOptions,
+    "cluster": ClusterOptions,
 }
 
 
@@ -333,8 +405,7 @@ class ForeignFlag:
 _ONE = ("1",)
 _LATER = "not supported yet: this version runs one rank on one machine"
 _NO_SPEC = "not supported yet: this version does not speculate"
-_NO_PD = "not supported yet: this version computes prompts and outputs in one engine"
-_NO_TIERS = "not supported yet: this version keeps KV in the device's memory only"
+_NO_PD = "not supported; --pd 1P1D starts prefill and decode engines on this machine"
 _NO_MOE = "not supported yet: this version has no expert models"
 _NO_LORA = "not supported yet: this version loads no adapters"
 _NO_MEDIA = "not supported yet: this version takes text only"
@@ -362,18 +433,13 @@ FOREIGN: tuple[ForeignFlag, ...] = (
     ForeignFlag(("--disaggregation-mode",), ("null",), _NO_PD),
     ForeignFlag(("--disaggregation-transfer-backend", "--disaggregation-bootstrap-port"), (), _NO_PD),
     ForeignFlag(
-        ("--kv-offloading-size", "--kv-offloading-backend", "--swap-space", "--cpu-offload-gb"), ("0",), _NO_TIERS
+        ("--swap-space", "--cpu-offload-gb"), ("0",), "not supported; --kv-offloading-size keeps KV in host memory"
     ),
+    ForeignFlag(("--kv-offloading-backend",), ("native",), "not supported; see --kv-disk-path and --kv-remote-url"),
     ForeignFlag(
-        (
-            "--enable-hierarchical-cache",
-            "--hicache-ratio",
-            "--hicache-size",
-            "--hicache-write-policy",
-            "--hicache-storage-backend",
-        ),
+        ("--enable-hierarchical-cache", "--hicache-ratio", "--hicache-storage-backend"),
         (),
-        _NO_TIERS,
+        "not supported; --kv-offloading-size, --kv-disk-path and --kv-remote-url add tiers below the device",
     ),
     ForeignFlag(("--enable-lora", "--lora-modules", "--max-loras", "--max-lora-rank"), (), _NO_LORA),
     ForeignFlag(("--limit-mm-per-prompt", "--mm-processor-cache-gb"), ("0", "{}"), _NO_MEDIA),

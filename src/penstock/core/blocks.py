@@ -1,8 +1,8 @@
 """KV blocks of one group: who holds them, which are cached, which may be given away. Knows ids, never bytes.
 
 A block is in exactly one state: null (id 0, never given out), free (no reference, no hash), cached (no reference, has a
-hash: a hit if asked for, given away if needed), held (referenced), or in limbo (released while steps that may touch it
-are in flight; reusable when they have ended, but a cached block in limbo can still be hit).
+hash: a hit if asked for, given away if needed), held (referenced), or in limbo (no reference, but steps in flight or
+moves may touch it; reusable when they have ended, but a block with a hash can still be hit there).
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ class Block:
     last_use: int = 0  # of the pool's counter, set when the last reference goes
     heat: int = 0  # hits so far
     fence: int = -1  # step that must end before reuse; -1: none
+    num_pins: int = 0  # moves that read or write it: they must end before reuse
 
 
 class BlockListener(Protocol):
@@ -88,7 +89,7 @@ class BlockPool:
     def hold(self, block: Block) -> None:
         """One more reference to a published block."""
         if block.num_refs == 0:
-            if block.fence >= 0:
+            if block.fence >= 0 or block.num_pins:
                 block.fence = -1  # leaves limbo: its entry there no longer counts
                 self.num_limbo -= 1
             else:
@@ -101,7 +102,7 @@ class BlockPool:
     def count_cached(self, block_ids: Iterable[int]) -> int:
         """How many of these could be given away now: holding them takes them from `num_available`."""
         blocks = self.blocks
-        return sum(1 for id_ in block_ids if id_ and not blocks[id_].num_refs and blocks[id_].fence < 0)
+        return sum(1 for id_ in block_ids if id_ and self._idle(blocks[id_]))
 
     def publish(self, block_id: int, hash_: bytes, parent_hash: bytes | None) -> None:
         """Make a held, computed block findable. A second block with the same content stays private."""
@@ -128,11 +129,12 @@ class BlockPool:
         if block.num_refs == 1:
             self.num_shared -= 1
         elif block.num_refs == 0:
-            if fence < 0:
+            if fence < 0 and not block.num_pins:
                 self._retire(block)
-            else:
+                return
+            self.num_limbo += 1
+            if fence >= 0:
                 block.fence = fence
-                self.num_limbo += 1
                 self._limbo.append((fence, block))
 
     def settle(self, step: int) -> None:
@@ -141,8 +143,32 @@ class BlockPool:
             fence, block = self._limbo.popleft()
             if block.num_refs == 0 and block.fence == fence:
                 block.fence = -1
-                self.num_limbo -= 1
-                self._retire(block)
+                if not block.num_pins:
+                    self.num_limbo -= 1
+                    self._retire(block)
+
+    def pin(self, block_id: int) -> None:
+        """A move begins to read or write the block: held, or with a hash."""
+        block = self.blocks[block_id]
+        assert block_id and (block.num_refs or block.hash is not None)
+        if self._cached(block):
+            self.num_cached -= 1
+            self.num_limbo += 1
+        block.num_pins += 1
+
+    def unpin(self, block_id: int) -> None:
+        """The move has ended."""
+        block = self.blocks[block_id]
+        assert block.num_pins > 0
+        block.num_pins -= 1
+        if self._idle(block):
+            self.num_limbo -= 1
+            self._retire(block)
+
+    def coldest(self, num: int) -> list[bytes]:
+        """Hashes of cached blocks that are given away next, as far as the newest look at them tells."""
+        blocks = (self.blocks[id_] for _, id_ in heapq.nsmallest(num, self._heap))
+        return [block.hash for block in blocks if block.hash is not None and self._idle(block)]
 
     def forget(self) -> None:
         """Unpublish everything: cached blocks become free, held and limbo ones lose their hash."""
@@ -154,7 +180,7 @@ class BlockPool:
         for block in self.blocks[1:]:
             if block.hash is not None:
                 block.hash = block.parent_hash = None
-                if block.num_refs == 0 and block.fence < 0:
+                if self._idle(block):
                     self.num_cached -= 1
                     self._free.append(block.id)
 
@@ -181,8 +207,12 @@ class BlockPool:
         return self._unpublish(min(filter(self._cached, self.blocks), key=lambda block: block.last_use), now)
 
     @staticmethod
-    def _cached(block: Block) -> bool:
-        return block.num_refs == 0 and block.hash is not None and block.fence < 0
+    def _idle(block: Block) -> bool:
+        """Nobody holds it, and nothing in flight may touch it."""
+        return block.num_refs == 0 and block.fence < 0 and not block.num_pins
+
+    def _cached(self, block: Block) -> bool:
+        return block.hash is not None and self._idle(block)
 
     def _unpublish(self, block: Block, now: float) -> Block:
         assert block.hash is not None

@@ -11,6 +11,7 @@ from penstock.core.moves import KVMove, MoveResult
 from penstock.core.plan import StepPlan, StepResult
 from penstock.core.request import Request
 from penstock.core.routing import Choice, EngineViews, RouteRequest
+from penstock.core.traffic import Offer
 
 
 class Clock(Protocol):
@@ -62,6 +63,15 @@ class Mover(Protocol):
 
     def poll(self) -> Sequence[MoveResult]:
         """What has ended since the last call."""
+        ...
+
+
+class KVSource(Protocol):
+    """Where else than from this engine's own steps the KV of a prompt's beginning may come."""
+
+    def offer(self, request: Request, num_blocks: int, now: float) -> Offer | str | None:
+        """For a request that is about to be admitted with `num_blocks` blocks from the device's cache: what can come,
+        None when nothing (more) can, or why it must be asked again later, as a reason of waiting."""
         ...
 
 

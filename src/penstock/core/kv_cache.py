@@ -6,7 +6,7 @@ gives way, is the scheduler's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from penstock.config.model import KVLayout
 from penstock.core.admission import Sharing
@@ -42,6 +42,7 @@ class KVCache:
         self.nothing: BlockIds = ((),) * len(self.pools)
         self.windows = [(g, group.window) for g, group in enumerate(layout.groups) if group.window is not None]
         self._full = next((g for g, group in enumerate(layout.groups) if group.window is None), None)
+        self.on_published: Callable[[bytes, bytes | None, int], None] | None = None  # hash, its parent, which block
         self._events: KVEventSource | None = None
         self._computing: dict[bytes, int] = {}  # block hash -> rows of submitted steps that fill it
         self._roots: dict[tuple[str, str], bytes] = {}
@@ -114,6 +115,38 @@ class KVCache:
             added.append(new)
         return tuple(added)
 
+    def has_room_to_receive(self, hit: Hit, num_received: int, num_tokens: int) -> bool:
+        """Can every group give what `reserve` takes after `hold`?"""
+        return all(
+            max(0, -(-num_tokens // self.block_size) - max(self._first_received(g, num_received), hit.num_blocks))
+            <= pool.num_available - pool.count_cached(hit.block_ids[g])
+            for g, pool in enumerate(self.pools)
+        )
+
+    def reserve(self, request: Request, num_received: int, num_tokens: int, now: float) -> None:
+        """Blocks up to `num_tokens`, the KV of the first `num_received` coming from elsewhere: of that, in a window
+        group, for what stays visible."""
+        num_blocks = -(-num_tokens // self.block_size)
+        for g, (pool, table) in enumerate(zip(self.pools, request.block_tables, strict=True)):
+            table.extend([0] * (self._first_received(g, num_received) - len(table)))
+            table.extend([pool.allocate(now) for _ in range(num_blocks - len(table))])
+
+    def receive(self, request: Request, num_tokens: int, fence: int) -> None:
+        """The KV is there: the request has computed `num_tokens` tokens, and keeps what is still visible of it."""
+        request.num_computed = num_tokens = max(num_tokens, request.num_computed)
+        for g, window in self.windows:
+            table, pool = request.block_tables[g], self.pools[g]
+            for n in range(self.prefix.first_visible(window, num_tokens) - 1, -1, -1):
+                if table[n]:
+                    pool.release(table[n], fence)
+                    table[n] = 0
+        if self.enabled:
+            self.publish(request)
+
+    def _first_received(self, group: int, num_tokens: int) -> int:
+        window = self.layout.groups[group].window
+        return 0 if window is None else self.prefix.first_visible(window, num_tokens)
+
     # ---- taking blocks back ----
 
     def release(self, request: Request, fence: int) -> None:
@@ -163,6 +196,16 @@ class KVCache:
         self._extend_hashes(request)
         return self.prefix.match(request.block_hashes, self._hit_limit(request))
 
+    def ask(self, request: Request) -> tuple[Hit, list[bytes]]:
+        """What the device has of a request, and the hashes of all its blocks that may come from a cache."""
+        hit = self.match(request)
+        return hit, request.block_hashes[: self._hit_limit(request)] if self.enabled else []
+
+    def find(self, group: int, hash_: bytes) -> int:
+        """The block with this content, 0 if it is not on the device."""
+        block = self.pools[group].index.get(hash_)
+        return 0 if block is None else block.id
+
     def is_being_computed(self, request: Request, hit: Hit) -> bool:
         """Does a submitted step fill the block that comes after the hit?"""
         n, hashes = hit.num_blocks, request.block_hashes
@@ -176,6 +219,8 @@ class KVCache:
         for g, (pool, table) in enumerate(zip(self.pools, request.block_tables, strict=True)):
             for n in range(request.num_published[g], end):
                 if table[n]:
+                    if self.on_published is not None and pool is self.pools[-1]:
+                        self.on_published(hashes[n], hashes[n - 1] if n else None, n)
                     if self._events is not None and self._events.with_tokens and pool.listener is not None:
                         tokens = request.token_ids[n * self.block_size : (n + 1) * self.block_size]
                         self._events.describe(hashes[n], hashes[n - 1] if n else None, tokens)

@@ -5,15 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 DEVICE = "device"
+CANCELLED = "cancelled"  # MoveResult.error of a move that its own engine ended
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
     """Blocks of KV somewhere.
 
-    `where`: "device" (this engine's pools), the name of a tier ("host", "disk", "remote"), or a peer's link address
-    ("shm://...", "tcp://host:port", "local://name"). On a device, here or at a peer, blocks have ids, per KV group; in
-    a tier they are found by their hash.
+    `where`: "device" (this engine's pools), the name of a tier ("host", "disk", "remote"), the link address of a peer
+    that is sent to ("shm://...", "tcp://host:port", "local://name"), or the name of a peer that will send. On a device,
+    here or at a peer, blocks have ids, per KV group; in a tier they are found by their hash.
     """
 
     where: str
@@ -65,9 +66,9 @@ class MoveResult:
 class KVTicket:
     """What a decode engine hands to a prefill engine: where the KV of one prompt goes. Valid for one epoch.
 
-    Blocks `first_block` and later are wanted; earlier ones D has. `block_ids`, per KV group, are those of D from
-    `first_block` to the prompt's last block, 0 where nothing is wanted (outside a window). D drops the reservation
-    when it has heard nothing for `lease_s`.
+    The KV of tokens up to `num_tokens` is wanted. Blocks `first_block` and later lack it; earlier ones D has.
+    `block_ids`, per KV group, are those of D from `first_block` to the last, 0 where nothing is wanted (outside a
+    window). D drops the reservation when it has heard nothing for `lease_s`.
     """
 
     transfer_id: str
@@ -76,6 +77,7 @@ class KVTicket:
     decode_engine: str  # its name among peers
     link: str  # its link address
     format: str  # KVLayout.format: another one is refused
+    num_tokens: int
     first_block: int
     block_ids: tuple[tuple[int, ...], ...]
     lease_s: float = 5.0

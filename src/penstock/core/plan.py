@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from penstock.core.request import MediaItem, SamplingParams
+from penstock.core.request import MediaItem, Request, SamplingParams
 
 
 @dataclass(slots=True)
@@ -37,6 +37,19 @@ class Admitted:
     adapter: str = ""
     media: tuple[MediaItem, ...] = ()
 
+    @staticmethod
+    def of(request: Request) -> Admitted:
+        return Admitted(
+            request.id,
+            tuple(request.token_ids),
+            request.prompt_len,
+            request.params,
+            request.seed,
+            request.stop_ids,
+            request.adapter,
+            request.media,
+        )
+
 
 @dataclass(slots=True)
 class StepPlan:
@@ -46,6 +59,7 @@ class StepPlan:
     rows: list[Row]
     admitted: tuple[Admitted, ...] = ()
     released: tuple[str, ...] = ()  # finished, cancelled or preempted since the last plan
+    awaits: tuple[int, ...] = ()  # ids of loads under way whose KV the rows read: layer by layer, as it comes
 
     @property
     def num_tokens(self) -> int:
@@ -78,4 +92,5 @@ class StepResult:
     prompt_logprobs: dict[int, list[Logprobs | None]] = field(default_factory=dict)  # row -> per prompt position
     failed: dict[str, str] = field(default_factory=dict)  # request id -> error: it fails, the engine does not
     arrived: tuple[str, ...] = ()  # gate ids that opened during the step
+    bad_loads: tuple[int, ...] = ()  # of plan.awaits: failed or too late; all else of rows that read them is void
     seconds: float = 0.0

@@ -7,6 +7,8 @@ from dataclasses import dataclass, field
 from numbers import Integral, Real
 from typing import Any
 
+from penstock.core.moves import KVTicket
+
 
 class ParamsError(ValueError):
     """A sampling parameter is out of range. `param` names it."""
@@ -144,6 +146,7 @@ class Request:
     adapter: str = ""
     salt: str = ""
     media: tuple[MediaItem, ...] = ()
+    ticket: KVTicket | None = None  # where the prompt's KV goes: it is computed here for another engine
 
     num_computed: int = 0  # KV is in place and committed
     num_planned: int = 0  # in steps in flight
@@ -156,10 +159,15 @@ class Request:
     stop_reason: int | str | None = None
 
     is_running: bool = False
+    is_on_rank: bool = False  # ranks were told of it
+    arriving: int = -1  # the move that brings its prompt's beginning; -1: none
+    num_sent: int = 0  # leading blocks that moves to the ticket's holder cover
+    num_units_sent: int = 0  # (block, layer) pairs of them
     epoch: int = 0  # rises at each preemption: results of older rows count as tokens, not as computed KV
     num_in_flight: int = 0  # rows in steps submitted and not committed
     num_shared: int = 0  # leading blocks that other requests hold too, when last counted
     num_cached: int = 0  # prompt tokens served by the prefix cache at first admission
+    num_received: int = 0  # prompt tokens whose KV came from a tier or a peer
     num_preemptions: int = 0
     num_drafts_rejected: int = 0
     num_logprobs_done: int = 0  # prompt positions whose prompt_logprobs are out
@@ -184,3 +192,26 @@ class Request:
     @property
     def num_output(self) -> int:
         return len(self.token_ids) - self.prompt_len
+
+    def advance(self, num_tokens: int, num_rejected: int) -> None:
+        """A row of `num_tokens` is committed; so many of its drafts, the last tokens, were wrong."""
+        self.num_planned -= num_tokens
+        self.num_computed += num_tokens - num_rejected
+        self.num_drafts_rejected += num_rejected
+
+    def append(self, tokens: list[int], now: float) -> list[int]:
+        """Add sampled tokens up to the first that ends the request; marks it finished. Gives those that were added."""
+        if self.first_token_s is None:
+            self.first_token_s = now
+        ids = self.token_ids
+        for n, token in enumerate(tokens):
+            ids.append(token)
+            if token in self.stop_ids and len(ids) - self.prompt_len > self.params.min_tokens:
+                self.finish_reason = FINISH_STOP
+                self.stop_reason = token if token in self.params.stop_token_ids else None
+            elif len(ids) >= self.max_total:
+                self.finish_reason = FINISH_LENGTH
+            else:
+                continue
+            return tokens[: n + 1]
+        return tokens

@@ -9,65 +9,29 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from penstock.config.model import KVLayout
 from penstock.core.admission import PeakPredictor
-from penstock.core.doors import DraftAllocator, SchedulePolicy
+from penstock.core.doors import DraftAllocator, KVSource, SchedulePolicy
 from penstock.core.kv_cache import BlockIds, KVCache
-from penstock.core.plan import Admitted, Logprobs, Row, StepPlan, StepResult
+from penstock.core.moves import MoveResult
+from penstock.core.plan import Admitted, Row, StepPlan, StepResult
+from penstock.core.preemption import victims_for
 from penstock.core.prefix import Hit
 from penstock.core.request import FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, Request
+from penstock.core.steps import Counters, Given, Progress, SchedulerLimits, Submitted
+from penstock.core.traffic import Offer, Traffic
 
 LOOK_AHEAD = 64  # waiting requests that are passed over before a plan gives up admitting
 MIN_CHUNK = 16  # a prompt is not started for fewer tokens (a quarter of a small step), unless it ends with them
 WAITS = frozenset(("capacity", "shared_block", "preempted"))  # reasons of waiting that are not gates
 
 
-@dataclass(frozen=True, slots=True)
-class SchedulerLimits:
-    """Bounds of a step and of waiting."""
-
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_queue_wait_s: float = 30.0
-
-
-@dataclass(slots=True)
-class Progress:
-    """What a committed step gave one request."""
-
-    request: Request
-    token_ids: list[int]
-    logprobs: list[Logprobs] | None = None
-    prompt_logprobs: list[Logprobs | None] | None = None
-    error: str | None = None
-
-
-@dataclass(slots=True)
-class Counters:
-    """Since start; tokens unless said."""
-
-    prompt_tokens: int = 0
-    prompt_tokens_cached: int = 0
-    generation_tokens: int = 0
-    prefix_queries: int = 0
-    prefix_hits: int = 0
-    num_preemptions: int = 0
-
-
-@dataclass(slots=True)
-class _Submitted:
-    plan: StepPlan
-    rows: list[tuple[Request, int]]  # the row's request and its epoch when planned
-    filling: list[bytes] = field(default_factory=list)  # hashes of the blocks that this step fills
-    chunks: list[tuple[Request, Row]] = field(default_factory=list)  # rows that compute more than the newest token
-
-
 class Scheduler:
-    """`add`/`cancel`/`arrive`/`fail` change what there is to do; `plan` -> submit -> collect -> `commit` does it.
+    """`add`/`finish`/`arrive`/`fail` change what there is to do; `plan` -> submit -> collect -> `commit` does it.
 
-    `trace(kind, request, now)` is told of admissions and preemptions, for people who ask where time went.
+    `source`: where else than from steps the KV of a prompt's beginning may come. `traffic` tells what is to be moved;
+    how a move ended is told to `moved`. `trace(kind, request, now)` is told of admissions, preemptions and receipts.
     """
 
     def __init__(
@@ -81,6 +45,7 @@ class Scheduler:
         prefix_caching: bool = True,
         feeds_back: bool = True,
         drafts: DraftAllocator | None = None,
+        source: KVSource | None = None,
         trace: Callable[[str, Request, float], None] | None = None,
     ) -> None:
         self.layout = layout
@@ -88,17 +53,19 @@ class Scheduler:
         self.policy = policy
         self.feeds_back = feeds_back
         self.drafts = drafts
+        self.source = source
         self.trace = trace or (lambda kind, request, now: None)
         self.block_size = layout.block_size
         self.kv = KVCache(layout, num_blocks, model_id, prefix_caching, limits.max_num_batched_tokens)
         self.pools = self.kv.pools
+        self.traffic = Traffic(self.kv)
         self.peak = PeakPredictor(self.block_size, [n - 1 for n in num_blocks], self.kv.max_held)
         self.requests: dict[str, Request] = {}
         self.waiting: list[Request] = []
         self.running: list[Request] = []
         self.counters = Counters()
         self.step = 0
-        self._submitted: deque[_Submitted] = deque()
+        self._submitted: deque[Submitted] = deque()
         self._released: list[str] = []
         self._num_returns = 0  # times that memory or the outlook on it may have grown
         self._gave_way: set[str] = set()  # preempted by the plan that is being made
@@ -138,6 +105,40 @@ class Scheduler:
             self._finish(request, FINISH_ERROR, now)
         return failed
 
+    def give(self, request_id: str, position: int, given: Given, now: float) -> Progress | None:
+        """Tokens at `position` that another engine computed; None if the request is gone or is elsewhere by now."""
+        request = self.requests.get(request_id)
+        if request is None or len(request.token_ids) != position or request.num_in_flight:
+            return None
+        tokens = request.append(given.token_ids, now)
+        self.counters.generation_tokens += len(tokens)
+        if given.prompt_logprobs is not None:
+            request.num_logprobs_done = request.prompt_len - 1
+        if request.finish_reason is not None:
+            self._finish(request, request.finish_reason, now)
+        return Progress(request, tokens, given.logprobs, given.prompt_logprobs)
+
+    def moved(self, result: MoveResult, now: float) -> None:
+        """A move has ended. What came is in place; what did not come is computed, or asked for elsewhere."""
+        flight = self.traffic.end(result)
+        self._num_returns += 1
+        if flight is None:
+            return
+        request = flight.request
+        assert request is not None
+        if result.error is None:
+            self.kv.receive(request, flight.end, self._fence())
+            num_received = flight.end - flight.start
+            self.counters.prompt_tokens_received += num_received
+            request.num_received += num_received
+            if flight.is_cache:
+                request.num_cached += num_received
+                self.counters.prompt_tokens_cached += num_received
+            self.trace("received", request, now)
+        else:
+            self._requeue(request)
+            self.trace("preempted", request, now)
+
     def forget_cache(self) -> None:
         """Drop every cached block; blocks of live requests stay, unpublished."""
         self.kv.forget()
@@ -163,7 +164,7 @@ class Scheduler:
         """Choose the next step's tokens, and count it as submitted. None when nothing can be computed now."""
         budget = self.limits.max_num_batched_tokens
         self._gave_way.clear()
-        submitted = _Submitted(StepPlan(self.step, []), [])
+        submitted = Submitted(StepPlan(self.step, []), [])
         decodes: list[Request] = []
         chunks: list[Request] = []
         for request in self.running:
@@ -181,19 +182,17 @@ class Scheduler:
             if budget and request.is_running:
                 num_tokens = min(request.num_pending, budget)
                 budget -= self._plan_running(request, num_tokens, budget - num_tokens, submitted, now)
-        admitted: list[Admitted] = []
         if self.waiting and budget:
-            self._admit(budget, submitted, admitted, now)
+            self._admit(budget, submitted, now)
         plan = submitted.plan
         if not plan.rows:
             return None
-        plan.admitted = tuple(admitted)
         plan.released, self._released = tuple(self._released), []
         self._submitted.append(submitted)
         self.step += 1
         return plan
 
-    def _plan_running(self, request: Request, num_tokens: int, spare: int, submitted: _Submitted, now: float) -> int:
+    def _plan_running(self, request: Request, num_tokens: int, spare: int, submitted: Submitted, now: float) -> int:
         """Give a running request a row of up to `num_tokens` and `spare` drafts, if it can have one; tokens taken."""
         num_known = len(request.token_ids) + request.num_unsampled
         if request.num_unsampled and (not self.feeds_back or num_known >= request.max_total):
@@ -225,7 +224,7 @@ class Scheduler:
         num_tokens: int,
         num_draft: int,
         new_blocks: BlockIds,
-        submitted: _Submitted,
+        submitted: Submitted,
     ) -> None:
         start, total = request.num_computed + request.num_planned, num_tokens + num_draft
         end = start + num_tokens
@@ -234,8 +233,15 @@ class Scheduler:
         if start < request.prompt_len - 1 and request.params.prompt_logprobs is not None:
             if end > request.num_logprobs_done:
                 num_logits = total
+        if not request.is_on_rank:
+            request.is_on_rank = True
+            new_blocks = tuple(map(tuple, request.block_tables))
+            submitted.plan.admitted += (Admitted.of(request),)
         row = Row(request.id, start, total, num_draft, num_logits, samples, new_blocks)
         submitted.plan.rows.append(row)
+        if request.arriving >= 0:
+            submitted.loads[len(submitted.rows)] = request.arriving
+            submitted.plan.awaits += (request.arriving,)
         submitted.rows.append((request, request.epoch))
         if start < request.prompt_len or num_tokens > 1:
             submitted.chunks.append((request, row))
@@ -246,38 +252,24 @@ class Scheduler:
             request.num_unsampled += 1 + num_draft
         if end // self.block_size > start // self.block_size:
             submitted.filling += self.kv.begin_filling(request, start, end)
+        if request.ticket is not None:
+            self.traffic.send(request, end, self.step)
 
     def _reserve(self, request: Request, end: int, now: float) -> BlockIds | None:
         """Blocks for tokens up to `end`; preempts others if it must. None: not this step."""
         num_blocks = -(-end // self.block_size)
         needs = [num_blocks - len(table) for table in request.block_tables]
         if any(need > pool.num_available for need, pool in zip(needs, self.pools, strict=True)):
-            if not self._make_room(request, needs, now):
+            victims = victims_for(request, needs, self.running, self.step, self.kv, self.policy, now)
+            for victim in victims or ():
+                self._preempt(victim, now)
+            if victims is None or any(n > pool.num_available for n, pool in zip(needs, self.pools, strict=True)):
                 return None
         return self.kv.allocate(request, needs, now)
 
-    def _make_room(self, request: Request, needs: list[int], now: float) -> bool:
-        """Preempt whoever gives way to `request`, until `needs` blocks are there. False: it waits with what it has.
-
-        Nobody is preempted in vain, nobody whose blocks come back soon anyway, and nobody for a request that would
-        give way first.
-        """
-        leaving = [r for r in self.running if r.num_unsampled and r.num_known >= r.max_total]
-        staying = [r for r in self.running if r.plan_marker != self.step and r not in leaving]
-        victims: list[Request] = []
-        while not self.kv.would_have(needs, leaving + victims):
-            victim = self.policy.victim(staying, now)
-            if victim is request:
-                return False
-            staying.remove(victim)
-            victims.append(victim)
-        for victim in victims:
-            self._preempt(victim, now)
-        return all(need <= pool.num_available for need, pool in zip(needs, self.pools, strict=True))
-
     # ---- admission ----
 
-    def _admit(self, budget: int, submitted: _Submitted, admitted: list[Admitted], now: float) -> None:
+    def _admit(self, budget: int, submitted: Submitted, now: float) -> None:
         """Start waiting requests while budget, rows and predicted memory last."""
         rows = submitted.plan.rows
         if not self._waiting_sorted:
@@ -297,12 +289,14 @@ class Scheduler:
                     running = [(other, self.kv.count_shared(other)) for other in self.running]
                     self.peak.begin(running, self.kv.num_shared)
                     looked = True
-                reason = self._try_admit(request, budget, submitted, admitted, now)
+                num_rows = len(rows)
+                reason = self._try_admit(request, budget, submitted, now)
                 if reason == "capacity":
                     request.refused_at = self._num_returns
             if reason is None:
                 started.add(request.id)
-                budget -= rows[-1].num_tokens
+                if len(rows) > num_rows:
+                    budget -= rows[-1].num_tokens
                 continue
             request.queue_reason = reason
             if reason == "budget":
@@ -325,9 +319,7 @@ class Scheduler:
         for request in self.waiting[:LOOK_AHEAD]:
             request.queue_reason = request.queue_reason or "slots"
 
-    def _try_admit(
-        self, request: Request, budget: int, submitted: _Submitted, admitted: list[Admitted], now: float
-    ) -> str | None:
+    def _try_admit(self, request: Request, budget: int, submitted: Submitted, now: float) -> str | None:
         """Start one waiting request, or say why not."""
         if request.num_in_flight or request.id in self._gave_way:
             return "preempted"  # its last rows must come home first; and not in the plan that took its blocks
@@ -336,6 +328,11 @@ class Scheduler:
         start = hit.num_blocks * size
         if self.kv.is_being_computed(request, hit):
             return "shared_block"
+        offer = None if self.source is None else self.source.offer(request, hit.num_blocks, now)
+        if isinstance(offer, str):
+            return offer
+        if offer is not None and offer.num_tokens > start:
+            return self._try_receive(request, hit, offer, budget, submitted, now)
         limit = len(request.token_ids)
         if request.waiting_for:
             limit = min(limit, self._gate(request))
@@ -352,20 +349,31 @@ class Scheduler:
             return "capacity"
         self.peak.add(request, sharing)
         self._start(request, hit, now)
-        admitted.append(
-            Admitted(
-                request.id,
-                tuple(request.token_ids),
-                request.prompt_len,
-                request.params,
-                request.seed,
-                request.stop_ids,
-                request.adapter,
-                request.media,
-            )
-        )
         self.kv.allocate(request, [need] * len(self.pools), now)
-        self._add_row(request, num_tokens, 0, tuple(map(tuple, request.block_tables)), submitted)
+        self._add_row(request, num_tokens, 0, self.kv.nothing, submitted)
+        return None
+
+    def _try_receive(
+        self, request: Request, hit: Hit, offer: Offer, budget: int, submitted: Submitted, now: float
+    ) -> str | None:
+        """Start a waiting request on KV that comes from elsewhere, or say why not.
+
+        Behind blocks of a tier it computes at once: the step waits for them layer by layer. A peer's take longer.
+        """
+        end = offer.num_tokens
+        if offer.is_cache and request.ticket is None and not request.waiting_for:
+            end += min(len(request.token_ids) - end, budget)
+        sharing = self.kv.sharing(hit, self.running)
+        if not self.peak.fits(request, sharing) or not self.kv.has_room_to_receive(hit, offer.num_tokens, end):
+            return "capacity"
+        self.peak.add(request, sharing)
+        self._start(request, hit, now)
+        self.kv.reserve(request, offer.num_tokens, end, now)
+        self.traffic.receive(request, offer, shut=end == offer.num_tokens)
+        self.trace("receiving", request, now)
+        if end > offer.num_tokens:
+            request.num_computed = offer.num_tokens
+            self._add_row(request, end - offer.num_tokens, 0, self.kv.nothing, submitted)
         return None
 
     def _start(self, request: Request, hit: Hit, now: float) -> None:
@@ -374,13 +382,11 @@ class Scheduler:
         if request.admitted_s is None:
             request.admitted_s = now
             request.num_cached = request.num_computed
-            self.counters.prompt_tokens += request.prompt_len
-            self.counters.prompt_tokens_cached += request.num_computed
-            if self.kv.enabled:
-                self.counters.prefix_queries += request.prompt_len
-                self.counters.prefix_hits += request.num_computed
+            self.counters.admitted(request, self.kv.enabled)
         self.running.append(request)
         request.is_running = True
+        if request.ticket is not None:
+            self.traffic.send(request, request.num_computed, -1)
         self.trace("admitted", request, now)
 
     # ---- commit ----
@@ -399,32 +405,31 @@ class Scheduler:
             reason = request.finish_reason
             if reason is not None:
                 continue
+            if result.bad_loads and submitted.loads.get(i) in result.bad_loads:
+                self._take_back(request, row, submitted.loads[i])
+                continue
             if result.failed and row.request_id in result.failed:
                 self._finish(request, FINISH_ERROR, now)
                 out.append(Progress(request, [], error=result.failed[row.request_id]))
                 continue
             if row.samples:
                 request.num_unsampled -= 1 + row.num_draft
-            before = after = request.num_computed
+            before = request.num_computed
             if epoch == request.epoch:
-                after += row.num_tokens
-                if row.num_draft:
-                    num_rejected = row.num_draft - len(tokens) + 1
-                    request.num_drafts_rejected += num_rejected
-                    after -= num_rejected
-                request.num_planned -= row.num_tokens
-                request.num_computed = after
+                request.advance(row.num_tokens, row.num_draft - len(tokens) + 1 if row.num_draft else 0)
+            after = request.num_computed
             prompt_logprobs = result.prompt_logprobs.get(i) if result.prompt_logprobs else None
             if prompt_logprobs is not None:
                 prompt_logprobs = prompt_logprobs[max(0, request.num_logprobs_done - row.start) :]
                 request.num_logprobs_done += len(prompt_logprobs)
             if tokens:
-                tokens = self._append(request, tokens, now)
+                tokens = request.append(tokens, now)
+                self.counters.generation_tokens += len(tokens) if request.ticket is None else 0
                 logprobs = result.logprobs.get(i) if result.logprobs else None
                 out.append(Progress(request, tokens, logprobs and logprobs[: len(tokens)], prompt_logprobs))
             elif prompt_logprobs:
                 out.append(Progress(request, [], None, prompt_logprobs))
-            if before // size < after // size and self.kv.enabled:
+            if before // size < after // size and self.kv.enabled and request.arriving < 0:
                 self.kv.publish(request)
             if self.kv.windows and before < after:
                 self.kv.trim_windows(request, self._fence())
@@ -437,24 +442,12 @@ class Scheduler:
         self.kv.settle(plan.step)
         return out
 
-    def _append(self, request: Request, tokens: list[int], now: float) -> list[int]:
-        """Add sampled tokens up to the first that ends the request; marks it finished, does not release it yet."""
-        if request.first_token_s is None:
-            request.first_token_s = now
-        ids = request.token_ids
-        for n, token in enumerate(tokens):
-            ids.append(token)
-            if token in request.stop_ids and len(ids) - request.prompt_len > request.params.min_tokens:
-                request.finish_reason = FINISH_STOP
-                request.stop_reason = token if token in request.params.stop_token_ids else None
-            elif len(ids) >= request.max_total:
-                request.finish_reason = FINISH_LENGTH
-            else:
-                continue
-            tokens = tokens[: n + 1]
-            break
-        self.counters.generation_tokens += len(tokens)
-        return tokens
+    def _take_back(self, request: Request, row: Row, load: int) -> None:
+        """A row has read KV that never came: what it computed is void, and the request begins again."""
+        if row.samples:
+            request.num_unsampled -= 1 + row.num_draft
+        if request.arriving == load:
+            self._requeue(request)
 
     # ---- endings ----
 
@@ -469,16 +462,20 @@ class Scheduler:
 
     def _preempt(self, request: Request, now: float) -> None:
         """Take a running request's blocks; it waits and recomputes, mostly from the prefix cache."""
-        request.epoch += 1
         request.num_preemptions += 1
         self.counters.num_preemptions += 1
+        self._requeue(request)
+        self._gave_way.add(request.id)
+        self.trace("preempted", request, now)
+
+    def _requeue(self, request: Request) -> None:
+        """Back to waiting, with nothing."""
+        request.epoch += 1
         self._leave(request)
         self.kv.reset(request)
-        self._gave_way.add(request.id)
         request.queue_reason = "preempted"
         self.waiting.append(request)
         self._waiting_sorted = False
-        self.trace("preempted", request, now)
 
     def _leave(self, request: Request) -> None:
         """Out of the running or waiting set; blocks are released behind the steps in flight, deepest first."""
@@ -486,7 +483,10 @@ class Scheduler:
         if request.is_running:
             request.is_running = False
             self.running.remove(request)
-            self._released.append(request.id)
+            self.traffic.drop(request)
+            if request.is_on_rank:
+                request.is_on_rank = False
+                self._released.append(request.id)
         else:
             self.waiting.remove(request)
         self.kv.release(request, self._fence())

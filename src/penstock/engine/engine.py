@@ -6,12 +6,16 @@ the live loop and the simulators drive the same object.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
-from penstock.core.doors import Executor
+from penstock.core.doors import Executor, Mover
+from penstock.core.moves import KVMove, KVTicket, MoveResult
 from penstock.core.plan import Logprobs, StepResult
 from penstock.core.request import FINISH_ABORT, FINISH_ERROR, Request
-from penstock.core.scheduler import Progress, Scheduler
+from penstock.core.scheduler import Scheduler
+from penstock.core.steps import Progress
 from penstock.engine.messages import (
     AddRequest,
     CancelRequest,
@@ -28,6 +32,7 @@ from penstock.engine.messages import (
     Watch,
 )
 from penstock.engine.report import Reporter
+from penstock.engine.tier_source import TierSource
 from penstock.engine.timeline import Timeline
 
 
@@ -40,12 +45,34 @@ class EngineLimits:
     eos_token_ids: frozenset[int]
 
 
-class Engine:
-    """Owns its scheduler and submits to its executor; the driver collects. One thread calls it."""
+class MoveWatcher(Protocol):
+    """Sees every move of an engine begin and end."""
 
-    def __init__(self, scheduler: Scheduler, executor: Executor, limits: EngineLimits) -> None:
+    def started(self, move: KVMove, now: float) -> None: ...
+
+    def ended(self, move: KVMove, result: MoveResult, now: float) -> None: ...
+
+
+class Engine:
+    """Owns its scheduler and submits to its executor; the driver collects. One thread calls it.
+
+    `mover` carries KV that comes from elsewhere or goes elsewhere; None: there is no elsewhere.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        executor: Executor,
+        limits: EngineLimits,
+        mover: Mover | None = None,
+        watcher: MoveWatcher | None = None,
+        tiers: TierSource | None = None,
+    ) -> None:
         self.scheduler = scheduler
         self.executor = executor
+        self.mover = mover
+        self.watcher = watcher
+        self.tiers = tiers
         self.limits = limits
         self.timeline = Timeline(scheduler)
         scheduler.trace = self.timeline.event
@@ -61,7 +88,7 @@ class Engine:
     def handle(self, message: ToEngine, now: float) -> list[FromEngine]:
         """Take one message in; what it answers at once."""
         if isinstance(message, AddRequest):
-            return self._add(message, now)
+            return self.add(message, now)
         if isinstance(message, CancelRequest):
             request = self._finish(message.request_id, message.finish_reason, now)
             return [] if request is None else [self._ended(request, message.stop_reason, now)]
@@ -78,11 +105,12 @@ class Engine:
             return [Record(self.timeline.record(found))]
         return []
 
-    def _add(self, message: AddRequest, now: float) -> list[FromEngine]:
+    def add(self, message: AddRequest, now: float, ticket: KVTicket | None = None) -> list[FromEngine]:
+        """Queue a request, or refuse it. `ticket`: its prompt is computed for another engine."""
         error = self._refusal(message)
         if error is not None:
             return [Failed(message.request_id, *error)]
-        params, prompt_len = message.params, len(message.token_ids)
+        params, prompt_len = message.params, len(message.token_ids) - message.num_generated
         limit = min(self.limits.max_model_len, self.scheduler.kv.max_request_tokens())
         eos: frozenset[int] = frozenset() if params.ignore_eos else self.limits.eos_token_ids.union(message.end_ids)
         request = Request(
@@ -98,25 +126,29 @@ class Engine:
             priority=message.priority,
             adapter=message.adapter,
             salt=message.salt,
+            ticket=ticket,
         )
         self.timeline.queued(request, now)
         self.scheduler.add(request)
+        if self.tiers is not None:
+            self.tiers.arrived(request, now)
         if message.deadline_s is not None:
             self._deadlines[request.id] = message.deadline_s
         return []
 
     def _refusal(self, message: AddRequest) -> tuple[int, str] | None:
         """(HTTP-like code, why) if the request cannot be taken."""
-        prompt_len = len(message.token_ids)
+        num_tokens = len(message.token_ids)
+        prompt_len = num_tokens - message.num_generated
         limit = min(self.limits.max_model_len, self.scheduler.kv.max_request_tokens())
         if self._drain_until is not None:
             return 503, "the server is shutting down"
         if message.request_id in self.scheduler.requests:
             return 400, f"request id {message.request_id!r} is in use"
-        if prompt_len == 0:
+        if prompt_len <= 0:
             return 400, "the prompt is empty"
-        if prompt_len >= limit:
-            return 400, f"the prompt has {prompt_len} tokens; at most {limit - 1} fit (model length {limit})"
+        if num_tokens >= limit:
+            return 400, f"the prompt has {num_tokens} tokens; at most {limit - 1} fit (model length {limit})"
         if min(message.token_ids) < 0 or max(message.token_ids) >= self.limits.vocab_size:
             return 400, f"the prompt holds token ids outside the vocabulary of {self.limits.vocab_size}"
         return None
@@ -129,8 +161,13 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        """Are there requests, or steps whose results are out?"""
-        return self.scheduler.has_work
+        """Are there requests, steps whose results are out, or moves on their way?"""
+        return self.scheduler.has_work or self.has_moves
+
+    @property
+    def has_moves(self) -> bool:
+        """Are moves on their way, so that `launch` must look for their ends?"""
+        return bool(self.scheduler.traffic.flights) or (self.tiers is not None and self.tiers.is_busy)
 
     @property
     def stopped(self) -> bool:
@@ -140,6 +177,10 @@ class Engine:
     def launch(self, now: float) -> list[FromEngine]:
         """End what is over time, then plan and submit as far ahead as the executor is deep."""
         out: list[FromEngine] = []
+        if self.mover is not None:
+            self._end_moves(self.mover, now)
+        if self.tiers is not None:
+            self.tiers.turn(now)
         if self._deadlines:
             self._expire(now, out)
         if self._drain_until is not None and not self._stopped:
@@ -149,11 +190,37 @@ class Engine:
             if plan is None:
                 break
             self._submitted_s[plan.step] = now
+            if plan.awaits and self.mover is not None:
+                self._start_moves(self.mover, now)  # before somebody waits for them
             self.executor.submit(plan)
+        if self.mover is not None:
+            self._start_moves(self.mover, now)
         report = self.reporter.due(now)
         if report is not None:
             out.append(report)
         return out
+
+    def _end_moves(self, mover: Mover, now: float) -> None:
+        for result in mover.poll():
+            flight = self.scheduler.traffic.flights.get(result.id)
+            self.scheduler.moved(result, now)
+            if self.tiers is not None:
+                self.tiers.ended_move(result)
+            if flight is not None and self.watcher is not None:
+                self.watcher.ended(flight.move, result, now)
+
+    def _start_moves(self, mover: Mover, now: float) -> None:
+        traffic = self.scheduler.traffic
+        moves, traffic.started = traffic.started, []
+        cancelled, traffic.cancelled = traffic.cancelled, []
+        for move in moves:
+            mover.start(move)
+            if self.tiers is not None:
+                self.tiers.started(move)
+            if self.watcher is not None:
+                self.watcher.started(move, now)
+        for move_id in cancelled:
+            mover.cancel(move_id)
 
     def complete(self, result: StepResult, now: float) -> list[FromEngine]:
         """Take the oldest submitted step's result in; `now` is when it came."""
@@ -163,6 +230,12 @@ class Engine:
         if chunks:
             self.timeline.computed(chunks, max(start, now - result.seconds), now)
         self.reporter.stepped(len(result.tokens), chunks, result.seconds)
+        if self.tiers is not None:
+            self.tiers.stepped(len(result.tokens), chunks, result.seconds)
+        return self.deliver(progress, now)
+
+    def deliver(self, progress: Sequence[Progress], now: float) -> list[FromEngine]:
+        """What requests were given, as messages."""
         out: list[FromEngine] = []
         deltas: list[TokenDelta] = []
         for item in progress:
@@ -170,6 +243,11 @@ class Engine:
         if deltas:
             out.append(Tokens(deltas, now))
         return out
+
+    def drop(self, request_id: str, now: float) -> None:
+        """End a request of which nobody is told."""
+        if self._finish(request_id, FINISH_ABORT, now) is not None:
+            self._forget(request_id)
 
     def _deliver(self, item: Progress, deltas: list[TokenDelta], out: list[FromEngine]) -> None:
         """One request's share of a step, as it goes to the front end."""
@@ -222,6 +300,8 @@ class Engine:
         return Tokens([delta], now)
 
     def _forget(self, request_id: str) -> None:
+        if self.tiers is not None:
+            self.tiers.ended(request_id)
         self.timeline.drop(request_id)
         self._deadlines.pop(request_id, None)
         self._prompt_logprobs.pop(request_id, None)
@@ -241,6 +321,6 @@ class Engine:
                 request = self._finish(request_id, FINISH_ABORT, now)
                 if request is not None:
                     out.append(self._ended(request, None, now))
-        if not self.scheduler.has_work:
+        if not self.has_work:
             self._stopped = True
             out.append(Stopped())

@@ -15,7 +15,8 @@ from penstock.config.model import KVLayout
 from penstock.core.plan import StepPlan, StepResult
 from penstock.core.policy import POLICIES
 from penstock.core.request import MediaItem, Request, SamplingParams
-from penstock.core.scheduler import Progress, Scheduler, SchedulerLimits
+from penstock.core.scheduler import Scheduler
+from penstock.core.steps import Progress, SchedulerLimits
 
 T = TypeVar("T")
 

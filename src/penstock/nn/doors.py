@@ -12,6 +12,7 @@ import numpy as np
 from torch import Tensor
 
 from penstock.nn.kernels.edits import Ids, RowEdits, RowParams
+from penstock.nn.words import StepWords
 
 
 @dataclass(slots=True)
@@ -39,7 +40,9 @@ class PreparedAttention(Protocol):
 class AttentionBackend(Protocol):
     """Owns nothing: reads and writes the KV pool it was given."""
 
-    def prepare(self, spans: Spans) -> PreparedAttention: ...
+    def prepare(self, spans: Spans, words: StepWords | None = None) -> PreparedAttention:
+        """`words`: to be told of each layer's KV once it is written, and to be waited on before it is read."""
+        ...
 
 
 @dataclass(slots=True)

@@ -40,6 +40,13 @@ class KVStore:
     def num_bytes(self) -> int:
         return sum(pool.numel() * pool.element_size() for pool in self.pools)
 
+    def byte_views(self) -> list[np.ndarray]:
+        """Per layer the pool's own memory, uint8 [num_blocks, layer_bytes]; extents lie as `KVGroup.extent` says."""
+        of_layer = {layer: group.layer_bytes for group in self.layout.groups for layer in group.layers}
+        return [
+            pool.view(torch.uint8).view(pool.shape[0], of_layer[layer]).numpy() for layer, pool in enumerate(self.pools)
+        ]
+
     def clean(self, group: int, block_ids: Iterable[int]) -> None:
         """Zero blocks that a failed request may have filled with NaN, before somebody else gets them."""
         ids = torch.as_tensor([i for i in block_ids if i], dtype=torch.int64)

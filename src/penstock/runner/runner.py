@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Protocol
 
@@ -16,9 +17,11 @@ from torch import Tensor
 
 from penstock.core.plan import Logprobs, Row, StepPlan, StepResult
 from penstock.nn.doors import AttentionBackend, Batch, Scores, Spans
+from penstock.nn.words import StepWords
 from penstock.runner.inputs import RequestTable, StepInputs
 from penstock.runner.kv_store import KVStore
 from penstock.runner.sampler import Sampler
+from penstock.transfer.counter import StepCounter
 
 LOGITS_PIECE = 256  # prompt positions whose scores are held at once for prompt_logprobs
 
@@ -37,17 +40,43 @@ class Model(Protocol):
         ...
 
 
+class Loads(Protocol):
+    """KV that somebody else brings into the pools while steps run."""
+
+    def words(self, ids: Sequence[int]) -> np.ndarray:
+        """Addresses, int64 [N], of a word for each load: how many layers are in place, negative when it has failed.
+
+        They hold until the step that awaits them has ended, also of loads that have ended already.
+        """
+        ...
+
+
 class Runner:
-    """Owns the rank's requests, KV pools and sampler. `run` must be called with plans in order, from one thread."""
+    """Owns the rank's requests, KV pools and sampler. `run` must be called with plans in order, from one thread.
+
+    `counter`: told of each layer whose KV a step has written. `loads`: what plans may await, `load_patience_s` long in
+    each step, in all.
+    """
 
     def __init__(
-        self, model: Model, attention: AttentionBackend, store: KVStore, sampler: Sampler, table: RequestTable
+        self,
+        model: Model,
+        attention: AttentionBackend,
+        store: KVStore,
+        sampler: Sampler,
+        table: RequestTable,
+        counter: StepCounter | None = None,
+        loads: Loads | None = None,
+        load_patience_s: float = 10.0,
     ) -> None:
         self.model = model
         self.attention = attention
         self.store = store
         self.sampler = sampler
         self.table = table
+        self.counter = counter
+        self.loads = loads
+        self.load_patience_s = load_patience_s
         # Entering this mode takes as long as all index arrays of a step: only torch's own modules need it.
         self._without_autograd = torch.inference_mode if isinstance(model, torch.nn.Module) else nullcontext
         self._wants_prompt_logprobs: dict[str, tuple[int, int]] = {}  # request id -> (how many, prompt_len)
@@ -62,17 +91,34 @@ class Runner:
         self._apply(plan)
         inputs = self.table.prepare(plan)
         spans = Spans(inputs.query_start, inputs.starts, inputs.tables)
-        batch = Batch(
-            torch.from_numpy(inputs.token_ids), torch.from_numpy(inputs.positions), self.attention.prepare(spans)
-        )
+        words = self._words(plan)
+        attention = self.attention.prepare(spans, words)
+        batch = Batch(torch.from_numpy(inputs.token_ids), torch.from_numpy(inputs.positions), attention)
         hidden = self.model(batch)
+        if self.counter is not None:
+            self.counter.end()
         result = StepResult(plan.step, [])
         if self._wants_prompt_logprobs:
             self._prompt_logprobs(plan, inputs, hidden, result)
         self._sample(plan, inputs, hidden, result)
         self.table.num_computed[inputs.slots] += inputs.nums
+        if words is not None:
+            result.bad_loads = tuple(plan.awaits[i] for i in words.bad())
         result.seconds = time.perf_counter() - begin
         return result
+
+    def _words(self, plan: StepPlan) -> StepWords | None:
+        """What this step tells and awaits; None: nothing. The counter stands at the step's base afterwards."""
+        if self.counter is not None:
+            self.counter.begin(plan.step)
+        elif not plan.awaits:
+            return None
+        addresses = None
+        if plan.awaits:
+            assert self.loads is not None, "a plan awaits loads, and nobody loads"
+            addresses = self.loads.words(plan.awaits)
+        done = 0 if self.counter is None else self.counter.address
+        return StepWords(done, addresses, self.load_patience_s)
 
     def _apply(self, plan: StepPlan) -> None:
         for request_id in plan.released:

@@ -19,18 +19,18 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import uvicorn
 
 from penstock.config.schema import Config
 from penstock.config.values import ConfigError
 from penstock.core.request import SamplingParams
-from penstock.engine.messages import Ready, Report, ToEngine
+from penstock.engine.messages import Ready, Report
 from penstock.engine.tokenizer import Tokenizer
-from penstock.engine.wire import LoopWire, listen
 from penstock.server import live
 from penstock.server.app import create_app
+from penstock.server.backend import Backend
 from penstock.server.chat import ChatRenderer, chosen_templates
 from penstock.server.http_limits import BoundedHead
 from penstock.server.live import Live
@@ -46,16 +46,6 @@ STATS_S = 10.0
 ENGINE_EXIT_S = 5.0  # for the engine to leave after its last word, and again after it was killed
 LAST_WORDS_S = 3.0  # for answers that are being written when the server stops
 DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
-
-
-class EngineProcess(Protocol):
-    """The engine's process: subprocess.Popen has these."""
-
-    def poll(self) -> int | None:
-        """Its exit code, None while it runs."""
-        ...
-
-    def kill(self) -> None: ...
 
 
 def served_model(config: Config, directory: Path, tokenizer: Tokenizer, vocab_size: int) -> Served:
@@ -108,7 +98,7 @@ def sampling_defaults(directory: Path) -> dict[str, Any]:
 
 def run_server(
     config: Config,
-    launch_engine: Callable[[str], EngineProcess],
+    backend: Backend,
     load: Callable[[], Served],
     *,
     on_ready: Callable[[Ready, str], None] | None = None,
@@ -116,14 +106,14 @@ def run_server(
 ) -> int:
     """Serve until a signal or the engine's death; the process's exit code.
 
-    `launch_engine(address)` starts the process that dials `address`; it is called once HTTP answers, in this thread.
-    `load()` reads the model's texts, in another thread; an exception of either ends the server with one line.
-    `on_ready` gets the engine's Ready and the server's URL. `sock`: of `listening_socket`; it is closed here. Raises
-    ConfigError for a port or certificate that cannot be used, before anything else happens.
+    `backend` is launched once HTTP answers, in this thread, and closed here. `load()` reads the model's texts, in
+    another thread; an exception of either ends the server with one line. `on_ready` gets the engine's Ready and the
+    server's URL. `sock`: of `listening_socket`; it is closed here. Raises ConfigError for a port or certificate that
+    cannot be used, before anything else happens.
     """
     sock = sock or listening_socket(config.server)
     try:
-        server = _Server(config, sock, launch_engine, load, on_ready)
+        server = _Server(config, sock, backend, load, on_ready)
         with asyncio.Runner(loop_factory=server.http.config.get_loop_factory()) as runner:
             return runner.run(server.run())
     finally:
@@ -145,23 +135,24 @@ class _Server:
         self,
         config: Config,
         sock: socket.socket,
-        launch_engine: Callable[[str], EngineProcess],
+        backend: Backend,
         load: Callable[[], Served],
         on_ready: Callable[[Ready, str], None] | None,
     ) -> None:
         options = config.server
         self.config, self.sock = config, sock
-        self.launch_engine, self.load = launch_engine, load
+        self.backend, self.load = backend, load
         self.on_ready = on_ready or _log_ready
         name = model_names(config)[0]
-        self.metrics = Metrics(name, config.cache, options.metrics_prefix)
-        self.live = Live(config, name, self._send)
+        self.metrics = Metrics(name, config.cache, options.metrics_prefix, engine_of=backend.engine_of)
+        self.live = Live(config, name, backend.send, routes=backend)
         self.state = ServerState(
             options,
-            self._send,
+            backend.send,
             observers=(self.metrics, self.live),
             seeds=_seeds(config),
-            is_clogged=lambda: self.loop_wire is not None and self.loop_wire.is_full,
+            is_clogged=lambda: backend.is_full,
+            explain_route=backend.explain_route,
         )
         app = create_app(
             self.state,
@@ -192,17 +183,11 @@ class _Server:
         scheme = "https" if options.ssl_certfile else "http"
         host = f"[{options.host}]" if ":" in options.host else options.host
         self.url = f"{scheme}://{host}:{sock.getsockname()[1]}{options.root_path}"
-        self.wire = listen()
-        self.loop_wire: LoopWire | None = None
-        self.process: EngineProcess | None = None
         self.loading: asyncio.Future[Served] | None = None
         self.deadline_s: float | None = None  # set while draining
         self.num_signals = 0
+        self._is_launched = False
         self._has_exited = False  # the engine's process was seen to be gone
-
-    def _send(self, message: ToEngine) -> None:
-        if self.loop_wire is not None:
-            self.loop_wire.send(message)
 
     # ---- run ----
 
@@ -211,7 +196,7 @@ class _Server:
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM):
                 loop.add_signal_handler(number, self._signalled, number)
-        self.loop_wire = LoopWire(self.wire, loop, self.state.dispatch)
+        self.backend.open(loop, self.state.dispatch)
         serving = asyncio.ensure_future(self.http.serve(sockets=[self.sock]))
         self.live.start()
         try:
@@ -223,14 +208,15 @@ class _Server:
             self.http.should_exit = True
             await serving
             await self._close_texts()
-            self.loop_wire.close()
+            self.backend.hush()
             await self._end_engine()
-            self.wire.close(0.5)
+            self.backend.close(0.5)
 
     async def _supervise(self) -> int:
         """Start the engine and the texts, then look after them until there is a reason to stop: the exit code."""
         try:
-            self.process = self.launch_engine(self.wire.address)
+            self.backend.launch()
+            self._is_launched = True
         except Exception as error:
             return self._fatal(error)
         self.loading = asyncio.ensure_future(asyncio.to_thread(self.load))
@@ -268,10 +254,9 @@ class _Server:
 
     def _exit_code(self, is_told: bool, now: float) -> int | None:
         """None while there is no reason to stop."""
-        assert self.process is not None
         if self.deadline_s is not None and (not is_told or self.state.phase == "stopped"):
             return 0  # nothing was running yet, or everything has ended
-        code = self.process.poll()
+        code = self.backend.poll()
         if code is not None and not self._has_exited:
             self._has_exited = True  # its last words may still be on the wire: look again
             return None
@@ -302,9 +287,8 @@ class _Server:
         """First signal: drain. Second: leave at once."""
         self.num_signals += 1
         if self.num_signals > 1:
-            if self.process is not None:
-                self.process.kill()
-            self.wire.close(0.0)
+            self.backend.kill()
+            self.backend.close(0.0)
             os._exit(128 + number)
         timeout_s = self.config.server.shutdown_timeout
         log.warning(
@@ -324,17 +308,16 @@ class _Server:
 
     async def _end_engine(self) -> None:
         """The engine leaves by itself after its last word; else it is told to, then made to."""
-        process = self.process
-        if process is None:
+        if not self._is_launched:
             return
         grace_s = ENGINE_EXIT_S if self.state.phase == "stopped" else 0.0
-        for end, wait_s in ((None, grace_s), (process.kill, ENGINE_EXIT_S)):
+        for end, wait_s in ((None, grace_s), (self.backend.kill, ENGINE_EXIT_S)):
             if end is not None:
                 end()
             until_s = time.monotonic() + wait_s
-            while time.monotonic() < until_s and process.poll() is None:
+            while time.monotonic() < until_s and self.backend.poll() is None:
                 await asyncio.sleep(0.02)
-            if process.poll() is not None:
+            if self.backend.poll() is not None:
                 return
 
 

@@ -18,7 +18,8 @@ from penstock.core.policy import FcfsPolicy
 from penstock.core.prefix import chain_root, extend_chain
 from penstock.core.request import SamplingParams
 from penstock.core.routing import Choice, EngineViews, Replicate, RouteRequest
-from penstock.core.scheduler import Scheduler, SchedulerLimits
+from penstock.core.scheduler import Scheduler
+from penstock.core.steps import SchedulerLimits
 from penstock.engine.engine import Engine, EngineLimits
 from penstock.engine.messages import AddRequest, Failed, FromEngine, Tokens
 from penstock.sim.clock import VirtualClock

@@ -18,6 +18,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from penstock.config.model import KVGroup, KVLayout
 from penstock.nn.doors import PreparedAttention, Spans
+from penstock.nn.words import StepWords
 
 LEAST_SCALE = 2.0**-100  # of int8 keys and values: its inverse is still a number
 MAX_SCORES = 1 << 24  # query x key scores in one call: bounds the memory of masks
@@ -89,9 +90,10 @@ class PagedAttention:
         self.dtype = dtype
         self._group_of = {layer: g for g, group in enumerate(layout.groups) for layer in group.layers}
 
-    def prepare(self, spans: Spans) -> PreparedAttention:
+    def prepare(self, spans: Spans, words: StepWords | None = None) -> PreparedAttention:
         """Index tensors and masks of one step, shared by the layers of a group."""
-        return _Step(self, [_GroupStep(group, spans, g, self.dtype) for g, group in enumerate(self.layout.groups)])
+        groups = [_GroupStep(group, spans, g, self.dtype) for g, group in enumerate(self.layout.groups)]
+        return _Step(self, groups, words)
 
 
 class _GroupStep:
@@ -207,9 +209,10 @@ class _Pages:
 class _Step:
     """One step's attention, run once per layer."""
 
-    def __init__(self, backend: PagedAttention, groups: list[_GroupStep]) -> None:
+    def __init__(self, backend: PagedAttention, groups: list[_GroupStep], words: StepWords | None) -> None:
         self._backend = backend
         self._groups = groups
+        self._words = words
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """q [T, Hq, D], k and v [T, Hkv, D] of the backend's dtype; writes k, v, then attends. Result [T, Hq * D]."""
@@ -219,6 +222,9 @@ class _Step:
         pages = _Pages(pool, size, k.shape[2])
         k = pages.write(step.write_rows, k)
         v = pages.write(step.write_rows + heads * size, v)
+        if self._words is not None:
+            self._words.written(layer)
+            self._words.wait(layer)
         if len(step.calls) == 1:
             return self._attend(step.calls[0], pages, q, k, v).reshape(q.shape[0], -1)
         out = torch.empty_like(q)

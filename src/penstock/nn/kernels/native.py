@@ -27,6 +27,7 @@ from penstock.config.model import KVLayout
 from penstock.nn.doors import Batch, Buffer, Recorder, Scores, Spans
 from penstock.nn.kernels.edits import Ids, RowEdits, RowParams
 from penstock.nn.weights.quantized import QuantizedRows
+from penstock.nn.words import StepWords
 
 log = logging.getLogger("penstock.nn")
 extension: ModuleType | None = None
@@ -232,7 +233,11 @@ class NativeModel:
         step = batch.attention
         assert isinstance(step, NativeStep)
         tokens = batch.token_ids.numpy()
-        self._program.run(tokens, batch.positions.numpy(), step.query_start, step.start, step.tables)
+        arrays = tokens, batch.positions.numpy(), step.query_start, step.start, step.tables
+        if (words := step.words) is None:
+            self._program.run(*arrays)
+        else:
+            words.went_on_without(self._program.run(*arrays, words.done, words.loads, words.patience_s))
         hidden = torch.empty(len(tokens), self._hidden.width, dtype=torch.bfloat16)
         self._program.read(self._hidden.number, _words(hidden))
         return hidden
@@ -301,6 +306,7 @@ class NativeStep:
     query_start: np.ndarray  # int64 [R + 1]
     start: np.ndarray  # int64 [R]
     tables: list[np.ndarray]  # per KV group int32 [R, max_blocks]
+    words: StepWords | None = None
 
     def run(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         raise AssertionError("a native program attends by itself")
@@ -309,9 +315,9 @@ class NativeStep:
 class NativeAttention:
     """The AttentionBackend of native programs: hands the spans on."""
 
-    def prepare(self, spans: Spans) -> NativeStep:
+    def prepare(self, spans: Spans, words: StepWords | None = None) -> NativeStep:
         tables = [np.ascontiguousarray(table, np.int32) for table in spans.block_tables]
-        return NativeStep(spans.query_start.astype(np.int64), spans.start.astype(np.int64), tables)
+        return NativeStep(spans.query_start.astype(np.int64), spans.start.astype(np.int64), tables, words)
 
 
 def check_layout(layout: KVLayout) -> None:
@@ -394,7 +400,7 @@ class _Recorder:
             for layer in group.layers:
                 flat = pools[layer].view(torch.uint8).view(pools[layer].shape[0], -1).numpy()
                 shape = group.num_kv_heads, group.head_dim, group.index, group.window or 0
-                number = program.pool(flat, *shape, KV_FORMATS[group.dtype])
+                number = program.pool(flat, *shape, KV_FORMATS[group.dtype], layer)
                 self._pools[layer] = (number, group.head_dim)
                 self.kept.append(flat)
 

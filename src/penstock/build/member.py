@@ -1,0 +1,44 @@
+"""An engine that has a seat in a cluster: its two sides of the hand-off, its inbox, its loop."""
+
+from __future__ import annotations
+
+import secrets
+import time
+from collections.abc import Callable
+
+import msgspec
+
+from penstock.build.engine import BuiltEngine
+from penstock.cluster.account import link_reports
+from penstock.cluster.decode_side import DecodeSide
+from penstock.cluster.loop import MemberLoop
+from penstock.cluster.member import Member
+from penstock.cluster.peers import PeerWire
+from penstock.cluster.prefill_side import PrefillSide
+from penstock.cluster.seat import Seat
+from penstock.engine.messages import Peer
+from penstock.engine.wire import ZmqWire
+
+
+def member_loop(built: BuiltEngine, seat: Seat, front: ZmqWire) -> Callable[[], None]:
+    """What runs the engine until it has drained. Says Ready first."""
+    links = built.links
+    assert links is not None
+    layout, link = built.engine.scheduler.layout, links.addresses[0]
+    incarnation = f"{seat.name}.{secrets.token_hex(4)}"
+    decode = DecodeSide(seat.name, link, incarnation, seat.lease_s, seat.min_tokens)
+    member = Member(built.engine, decode, PrefillSide(layout.format))
+    peers = PeerWire(seat.name, seat.directory)
+    front.send(msgspec.structs.replace(built.ready, peer=Peer(seat.name, seat.role, peers.address, link)))
+    loop = MemberLoop(member, built.executor, front, peers, time.monotonic)
+    reporter = built.engine.reporter
+    reporter.name, reporter.role, built.engine.timeline.engine = seat.name, seat.role, seat.name
+    reporter.links = lambda: link_reports(links.stats(), loop.names, member.prefill)
+
+    def run() -> None:
+        try:
+            loop.run()
+        finally:
+            peers.close()
+
+    return run

@@ -1,0 +1,298 @@
+"""The router: one engine towards its front end, many behind it. Who gets which request is a Placement's to say.
+
+A state machine over the messages of both sides. It remembers every live request and the tokens its client has, so that
+an engine may die: what it was doing goes on elsewhere, and no token comes twice. No socket, clock or process.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import msgspec
+
+from penstock.cluster.decisions import NO_FORECAST, Decisions, Forecast
+from penstock.cluster.merge import merged_ready, merged_report, without_gauges
+from penstock.core.request import FINISH_ERROR
+from penstock.engine.messages import (
+    AddRequest,
+    CancelRequest,
+    Explain,
+    Failed,
+    Fatal,
+    FromEngine,
+    Peers,
+    Ready,
+    Report,
+    Stopped,
+    ToEngine,
+    TokenDelta,
+    Tokens,
+)
+
+MAX_REPLAYS = 3  # times that a request may survive its engine
+
+PREFILL, DECODE, BOTH = "prefill", "decode", "both"
+
+
+@dataclass(frozen=True, slots=True)
+class Placed:
+    """Where a request is decoded, and who may compute its prompt, the best first; nobody: the former. And why."""
+
+    engine: str
+    prefill_at: tuple[str, ...] = ()
+    forecast: Forecast = NO_FORECAST
+
+
+class Placement(Protocol):
+    """Decides where requests go, from what engines say. Pure but for its own notes."""
+
+    def joined(self, name: str, ready: Ready) -> None: ...
+
+    def left(self, name: str) -> None: ...
+
+    def place(self, request: AddRequest, now: float) -> Placed | None:
+        """None: there is no engine left for it."""
+        ...
+
+    def told(self, name: str, report: Report, now: float) -> None: ...
+
+    def first_token(self, request_id: str, now: float) -> None: ...
+
+    def ended(self, request_id: str, now: float) -> None: ...
+
+
+@dataclass(slots=True)
+class _Live:
+    request: AddRequest
+    engine: str
+    token_ids: list[int] = field(default_factory=list)  # that the client has
+    num_replays: int = 0
+
+
+@dataclass(slots=True)
+class Engine:
+    """One engine as its router knows it."""
+
+    name: str
+    role: str
+    ready: Ready | None = None
+    report: Report | None = None
+    stopped: bool = False
+
+
+Post = list[tuple[str, ToEngine]]
+
+
+class Router:
+    """`submit` takes the front end's messages, `receive` the engines'. Both give what goes out on either side."""
+
+    def __init__(self, roles: dict[str, str], placement: Placement) -> None:
+        self.placement = placement
+        self.engines = {name: Engine(name, role) for name, role in roles.items()}
+        self.num_replayed = 0
+        self.decisions = Decisions()
+        self._live: dict[str, _Live] = {}
+        self._is_ready = False
+        self._past: list[Report] = []  # the last words of engines that died: totals never go back
+
+    # ---- from the front end ----
+
+    def submit(self, message: ToEngine, now: float) -> tuple[list[FromEngine], Post]:
+        """What it wants, as messages to engines; answers that need none."""
+        if isinstance(message, AddRequest):
+            return self._place(_Live(message, ""), now)
+        if isinstance(message, CancelRequest | Explain):
+            live = self._live.get(message.request_id)
+            if live is not None:
+                return [], [(live.engine, message)]
+            return ([Failed(message.request_id, 404, "no such request")] if isinstance(message, Explain) else []), []
+        return [], [(name, message) for name in self.engines]
+
+    def _place(self, live: _Live, now: float) -> tuple[list[FromEngine], Post]:
+        request, request_id = live.request, live.request.request_id
+        placed = self.placement.place(request, now)
+        if placed is None:
+            self._live.pop(request_id, None)
+            self.decisions.ended(request_id, FINISH_ERROR)
+            return [Failed(request_id, 503, "no engine is left that could decode this")], []
+        live.engine = placed.engine
+        self._live[request_id] = live
+        self.decisions.placed(
+            request_id,
+            request.arrival_s,
+            len(request.token_ids),
+            placed.engine,
+            placed.prefill_at,
+            placed.forecast,
+            now,
+            1 + live.num_replays,
+        )
+        params = request.params
+        if live.token_ids and params.prompt_logprobs is not None:
+            params = replace(params, prompt_logprobs=None)  # the client has them
+        message = msgspec.structs.replace(
+            request,
+            token_ids=request.token_ids + live.token_ids,
+            params=params,
+            num_generated=request.num_generated + len(live.token_ids),
+            prefill_at=placed.prefill_at,
+        )
+        return [], [(placed.engine, message)]
+
+    # ---- from the engines ----
+
+    def receive(self, name: str, message: FromEngine, now: float) -> tuple[list[FromEngine], Post]:
+        """One engine's message: what the front end is told of it, and what other engines are."""
+        engine = self.engines.get(name)
+        if engine is None:
+            return [], []  # it was given up
+        if isinstance(message, Tokens):
+            return self._tokens(name, message, now), []
+        if isinstance(message, Failed):
+            live = self._live.get(message.request_id)
+            if live is None or live.engine != name:
+                return [], []
+            self._end(message.request_id, FINISH_ERROR, now)
+            return [message], []
+        if isinstance(message, Report):
+            engine.report = message
+            self.placement.told(name, message, now)
+            return [self._merged(message.now_s, message)], []
+        if isinstance(message, Ready):
+            engine.ready = message
+            self.placement.joined(name, message)
+            return self._joined()
+        if isinstance(message, Stopped):
+            engine.stopped = True
+            return ([Stopped()] if all(each.stopped for each in self.engines.values()) else []), []
+        if isinstance(message, Fatal):
+            return self.lost(name, message.message, now)
+        return [message], []
+
+    def _joined(self) -> tuple[list[FromEngine], Post]:
+        """All engines learn of each other; the front end hears when the last is there."""
+        ready = [engine.ready for engine in self.engines.values() if engine.ready is not None]
+        peers = Peers([each.peer for each in ready if each.peer is not None])
+        post: Post = [(name, peers) for name, engine in self.engines.items() if engine.ready is not None]
+        if self._is_ready or len(ready) < len(self.engines):
+            return [], post
+        self._is_ready = True
+        decoding = [e.ready for e in self.engines.values() if e.role != PREFILL and e.ready is not None]
+        return [merged_ready(ready, decoding)], post
+
+    def _tokens(self, name: str, message: Tokens, now: float) -> list[FromEngine]:
+        deltas: list[TokenDelta] = []
+        for delta in message.deltas:
+            live = self._live.get(delta.request_id)
+            if live is None or live.engine != name:
+                continue
+            if delta.token_ids and not live.token_ids:
+                self.placement.first_token(delta.request_id, now)
+                self.decisions.first_token(delta.request_id, now)
+            live.token_ids += delta.token_ids
+            if delta.finish_reason is not None:
+                self._end(delta.request_id, delta.finish_reason, now)
+            deltas.append(delta)
+        if len(deltas) == len(message.deltas):
+            return [message]
+        return [msgspec.structs.replace(message, deltas=deltas)] if deltas else []
+
+    def _end(self, request_id: str, outcome: str, now: float) -> None:
+        del self._live[request_id]
+        self.decisions.ended(request_id, outcome)
+        self.placement.ended(request_id, now)
+
+    def _merged(self, now: float, newest: Report | None = None) -> Report:
+        reports = [each.report for each in self.engines.values() if each.report is not None]
+        return merged_report(reports, now, newest, self._past)
+
+    # ---- engines that die ----
+
+    def lost(self, name: str, reason: str, now: float) -> tuple[list[FromEngine], Post]:
+        """An engine is gone. Its requests go on elsewhere; without any that decodes, nothing can."""
+        engine = self.engines.pop(name, None)
+        if engine is None:
+            return [], []
+        if not self._is_ready or not any(each.role != PREFILL for each in self.engines.values()):
+            return [Fatal(f"engine {name}: {reason}")], []
+        self.placement.left(name)
+        if engine.report is not None:
+            self._past.append(without_gauges(engine.report))
+        out: list[FromEngine] = [self._merged(now)]
+        peers = [e.ready.peer for e in self.engines.values() if e.ready is not None and e.ready.peer is not None]
+        post: Post = [(other, Peers(peers)) for other in self.engines]
+        for request_id, live in [item for item in self._live.items() if item[1].engine == name]:
+            self.placement.ended(request_id, now)
+            live.num_replays += 1
+            if live.num_replays > MAX_REPLAYS:
+                del self._live[request_id]
+                self.decisions.ended(request_id, FINISH_ERROR)
+                out.append(Failed(request_id, 500, f"{live.num_replays} engines ended while they computed this"))
+                continue
+            self.num_replayed += 1
+            told, sent = self._place(live, now)
+            out += told
+            post += sent
+        if all(each.stopped for each in self.engines.values()):
+            out.append(Stopped())
+        return out, post
+
+
+class LeastLoaded:
+    """Requests go to the engine with the fewest tokens to do; every prompt may be computed by any prefill engine.
+
+    `roles`: of all engines by name. Prompts of up to `min_tokens` tokens are computed where they are decoded.
+    """
+
+    def __init__(self, roles: dict[str, str], min_tokens: int = 256) -> None:
+        self._roles = dict(roles)
+        self._min_tokens = min_tokens
+        self._alive: set[str] = set()
+        self._load = dict.fromkeys(roles, 0)
+        self._charged: dict[str, list[tuple[str, int]]] = {}  # request -> (engine, tokens) still to do
+
+    def joined(self, name: str, ready: Ready) -> None:
+        self._alive.add(name)
+
+    def left(self, name: str) -> None:
+        self._alive.discard(name)
+
+    def place(self, request: AddRequest, now: float) -> Placed | None:
+        decoding = self._least(name for name in self._alive if self._roles[name] != PREFILL)
+        if not decoding:
+            return None
+        loads = {name: float(self._load[name]) for name in self._alive}
+        engine, num_prompt = decoding[0], len(request.token_ids)
+        num_output = request.params.max_tokens or num_prompt
+        peers = self._least(n for n in self._alive if self._roles[n] != DECODE and n != engine)
+        if num_prompt < self._min_tokens:
+            peers = []
+        self._charge(request.request_id, [(engine, num_output), (peers[0] if peers else engine, num_prompt)])
+        terms = {name: loads[name] for name in (*peers[:1], engine)}
+        reason = "fewest tokens to do" if peers or num_prompt >= self._min_tokens else "a short prompt stays"
+        runner_ups = tuple((name, loads[name]) for name in decoding[1:3])
+        return Placed(engine, tuple(peers), Forecast(reason, None, terms, runner_ups))
+
+    def told(self, name: str, report: Report, now: float) -> None:
+        """Its own count is enough."""
+
+    def first_token(self, request_id: str, now: float) -> None:
+        """The prompt is done."""
+        charges = self._charged.get(request_id, [])
+        if len(charges) == 2:
+            name, num_tokens = charges.pop()
+            self._load[name] -= num_tokens
+
+    def ended(self, request_id: str, now: float) -> None:
+        for name, num_tokens in self._charged.pop(request_id, ()):
+            self._load[name] -= num_tokens
+
+    def _charge(self, request_id: str, charges: Sequence[tuple[str, int]]) -> None:
+        self._charged[request_id] = list(charges)
+        for name, num_tokens in charges:
+            self._load[name] += num_tokens
+
+    def _least(self, names: Iterable[str]) -> list[str]:
+        return sorted(names, key=lambda name: (self._load[name], name))

@@ -1,0 +1,37 @@
+"""An engine's place in its cluster: all that its process must be told beside its configuration. Plain data."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from penstock.config.values import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Seat:
+    """`cores`: processors that the engine may use, as the system numbers them; none: all. `directory`: for socket
+    files, one for all engines of a machine, that only its user can enter."""
+
+    name: str
+    role: str  # prefill, decode or both
+    directory: str
+    secret: str
+    link: str  # shm or tcp
+    link_mode: str = "coalesced"
+    cores: tuple[int, ...] = ()
+    lease_s: float = 5.0
+    min_tokens: int = 256
+
+
+def parse_roles(text: str) -> dict[str, str]:
+    """Engine name -> role, of "1P1D" or "2p2d". Raises ConfigError."""
+    upper = text.strip().upper()
+    prefill, p, rest = upper.partition("P")
+    decode, d, end = rest.partition("D")
+    if not (p and d and not end and prefill.isdecimal() and decode.isdecimal()):
+        raise ConfigError(f"{text!r} is not of the form 1P1D", "--pd")
+    num_prefill, num_decode = int(prefill), int(decode)
+    if not (1 <= num_prefill <= 64 and 1 <= num_decode <= 64):
+        raise ConfigError(f"{text!r}: between 1 and 64 engines of each role", "--pd")
+    roles = {f"prefill-{n}": "prefill" for n in range(num_prefill)}
+    return roles | {f"decode-{n}": "decode" for n in range(num_decode)}
