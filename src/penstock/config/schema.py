@@ -232,7 +232,6 @@ class ClusterOptions:
         "auto",
         "how KV travels between engines; auto: shared memory on one machine",
         choices=("auto", "shm", "tcp"),
-        headline=True,
     )
     kv_link_mode: str = setting(
         "coalesced",
@@ -264,7 +263,7 @@ class ClusterOptions:
             "least_time", "random", "round_robin", "least_loaded", "fewest_requests", "consistent_hash",
             "longest_match", "flexlb", "sglang", "dynamo", "preble", "mooncake",
         ),
-        headline=True,
+
     )  # fmt: skip
     decode_policy: str = setting(
         "remaining_slots",
