@@ -17,6 +17,7 @@ from penstock.core.scheduler import Scheduler
 from penstock.core.tier_client import TierClient
 from penstock.core.tiering import HOST, WRITE_BACK, ToEngine, ToPool
 from penstock.core.traffic import Offer
+from penstock.engine.messages import TierReport
 
 log = logging.getLogger("penstock.tiers")
 
@@ -85,6 +86,27 @@ class TierSource:
     def ended_move(self, result: MoveResult) -> None:
         """A move has ended."""
         self.client.moved(result)
+
+    def reports(self) -> list[TierReport]:
+        """Each tier: what the pool says of it, and what this engine had of it."""
+        client, reports = self.client, []
+        num_hits = max(1, client.hits.total())
+        for tier in client.status.tiers:
+            share = client.hits[tier.name] / num_hits
+            reports.append(
+                TierReport(
+                    tier.name,
+                    tier.capacity,
+                    tier.used,
+                    hit_blocks=client.hits[tier.name],
+                    read_bytes=int(share * client.load_bytes),
+                    written_bytes=client.saving.num_bytes if tier.name == HOST else 0,
+                    load_s=share * client.load_s,
+                    saved_s=share * (client.saved_s - client.load_s),
+                    state=tier.state if tier.name != HOST or client.worth.is_on else "off: it does not pay",
+                )
+            )
+        return reports
 
     def turn(self, now: float) -> None:
         """Take the pool's answers in, start saves, tell the pool what is new."""
