@@ -22,7 +22,7 @@ from penstock.engine.messages import TierReport
 log = logging.getLogger("penstock.tiers")
 
 COOL_SHARE = 16  # of write-back: blocks are saved when less than one in so many is free
-MAX_OTHER_ROWS = 4  # of a step whose time is taken for that of its prompt's piece
+MIN_PIECE = 32  # tokens: the time of a shorter piece is that of what surrounds it
 WAITING = "tier"  # the reason of waiting
 
 
@@ -78,10 +78,14 @@ class TierSource:
             self.client.load_started(move.request_id, *self._loads.pop(move.request_id), move.id)
 
     def stepped(self, num_rows: int, chunks: Sequence[tuple[Request, Row]], seconds: float) -> None:
-        """A step ended: one that did little else than a piece of one prompt tells what computing costs."""
-        if len(chunks) == 1 and num_rows <= MAX_OTHER_ROWS:
-            row = chunks[0][1]
-            self.client.prefill.observe(row.start, row.start + row.num_tokens, seconds)
+        """A step ended: its longest piece of a prompt tells what computing costs, by its share of the tokens."""
+        if not chunks:
+            return
+        row = max((row for _, row in chunks), key=lambda row: row.num_tokens)
+        num_tokens = num_rows - len(chunks) + sum(each.num_tokens for _, each in chunks)
+        if row.num_tokens >= MIN_PIECE:
+            share = row.num_tokens / num_tokens
+            self.client.prefill.observe(row.start, row.start + row.num_tokens, share * seconds)
 
     def ended_move(self, result: MoveResult) -> None:
         """A move has ended."""
