@@ -76,13 +76,19 @@ def is_running(pid: int) -> bool:
 class RealServer:
     """`penstock serve MODEL` on a free port. Leaving the context kills what is left of it, by process id."""
 
-    def __init__(self, *arguments: str, model: str = MODEL, api_key: str = "none") -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        model: str = MODEL,
+        api_key: str = "none",
+        program: tuple[str, ...] = ("-m", "penstock.cli"),
+    ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.api_key = api_key
         self._out = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed in __exit__
         self._err = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        command = [sys.executable, "-m", "penstock.cli", "serve", model, "--port", str(self.port), *arguments]
+        command = [sys.executable, *program, "serve", model, "--port", str(self.port), *arguments]
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=self._out, stderr=self._err, env=clean_environment(),
             start_new_session=True,

@@ -1,4 +1,4 @@
-"""A pretended tier: it has every block that was ever published, offers runs of them, and loads late, badly or not at all.
+"""A pretended tier: it has every block ever published, offers runs of them, and loads late, badly or not at all.
 
 A KVSource and the mover of its loads, played by a World. Contents are those of the pretended rank's memory.
 """

@@ -5,9 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import secrets
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from penstock.build.launch import EngineProcess, PoolProcess
@@ -15,7 +13,9 @@ from penstock.build.start import import_server
 from penstock.cluster.seat import Seat, parse_roles
 from penstock.config.complete import Resolved, complete
 from penstock.config.hardware import Machine, probe
+from penstock.config.memory import MemoryPlanError
 from penstock.config.schema import Config
+from penstock.config.socket_directory import SocketDirectory
 from penstock.engine.messages import Ready
 from penstock.server.port import listening_socket
 
@@ -30,21 +30,44 @@ def serve_cluster(
     assert config.cluster.pd is not None
     roles = parse_roles(config.cluster.pd)
     machine = probe()
-    resolved = complete(config, share_of(machine, len(roles)))
-    with listening_socket(config.server) as sock, _directory() as directory:
+    try:
+        resolved = complete(config, share_of(machine, len(roles)))
+    except MemoryPlanError as error:
+        raise MemoryPlanError(f"{', '.join(roles)}: each has to do with its share of the memory: {error}") from None
+    with listening_socket(config.server) as sock, contextlib.closing(SocketDirectory()) as directory:
         if on_resolved is not None:
             on_resolved(resolved)
-        pool = None if config.cache.kv_offloading_size is None else PoolProcess(resolved.config.cache, directory)
-        seats = make_seats(config, roles, directory)
-        processes = {seat.name: EngineProcess(resolved, seat) for seat in seats}
+        pool = None if config.cache.kv_offloading_size is None else PoolProcess(resolved.config.cache, directory.path)
+        fleet = _Fleet(resolved, make_seats(config, roles, directory.path))
         try:
-            return int(import_server().run_cluster(resolved, roles, processes, sock, on_ready))
+            return int(import_server().run_cluster(resolved, roles, fleet.launch, sock, on_ready))
         finally:
-            for process in processes.values():
-                if process.poll() is None:
-                    process.kill()
+            fleet.kill()
             if pool is not None:
                 pool.close()
+
+
+class _Fleet:
+    """The engines' processes. The first of each starts at once, so that it loads while others import what they need."""
+
+    def __init__(self, resolved: Resolved, seats: Sequence[Seat]) -> None:
+        self._resolved = resolved
+        self._seats = {seat.name: seat for seat in seats}
+        self._early = {name: EngineProcess(resolved, seat) for name, seat in self._seats.items()}
+        self._processes = dict(self._early)  # the last of each name
+
+    def launch(self, name: str, address: str) -> EngineProcess:
+        """A process of this name that dials `address`."""
+        process = self._early.pop(name, None) or EngineProcess(self._resolved, self._seats[name])
+        self._processes[name] = process
+        process.dial(address)
+        return process
+
+    def kill(self) -> None:
+        """Those that still run."""
+        for process in self._processes.values():
+            if process.poll() is None:
+                process.kill()
 
 
 def share_of(machine: Machine, num_engines: int) -> Machine:
@@ -79,14 +102,3 @@ def make_seats(config: Config, roles: dict[str, str], directory: str) -> list[Se
         )
         for n, (name, role) in enumerate(roles.items())
     ]
-
-
-@contextlib.contextmanager
-def _directory() -> Iterator[str]:
-    """For socket files: short names, for they may have 107 characters."""
-    memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # the KV arena is a file there
-    directory = tempfile.mkdtemp(prefix="penstock-", dir=memory)
-    try:
-        yield directory
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""An engine process: `python -m penstock.build.engine_process START`.
+"""An engine process: `python -m penstock.build.engine_process START [NAME]`.
 
 It reads its configuration from standard input, later the address of the front end's wire, dials it and serves until it
 is drained. START: when it was launched, monotonic seconds. Imports no torch at its top (build/start.py says why).
@@ -7,7 +7,6 @@ is drained. START: when it was launched, monotonic seconds. Imports no torch at 
 from __future__ import annotations
 
 import gc
-import importlib
 import os
 import signal
 import sys
@@ -17,7 +16,7 @@ from functools import partial
 from queue import SimpleQueue
 
 from penstock.build.handover import decode
-from penstock.build.start import Stages, begin, import_builder, no_collections
+from penstock.build.start import Stages, begin, import_builder, import_member, no_collections
 from penstock.engine.loop import run_engine
 from penstock.engine.messages import Fatal, Progress
 from penstock.engine.wire import ZmqWire, dial
@@ -43,7 +42,7 @@ def main(encoded: bytes, address: SimpleQueue[str], start_s: float) -> int:
             del arena  # the weights keep it
             run = partial(run_engine, built.engine, built.executor, wire, time.monotonic)
             if seat is not None:
-                run = importlib.import_module("penstock.build.member").member_loop(built, seat, wire)
+                run = import_member().member_loop(built, seat, wire)
             else:
                 wire.send(built.ready)
         except Exception as error:

@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable
 
 from penstock.build.launch import EngineProcess
+from penstock.cluster.restarts import Restarts
 from penstock.cluster.router import LeastLoaded, Router
 from penstock.config.complete import Resolved
 from penstock.config.load import model_directory
@@ -19,21 +20,14 @@ from penstock.server.state import Served
 def run_cluster(
     resolved: Resolved,
     roles: dict[str, str],
-    engines: dict[str, EngineProcess],
+    launch: Callable[[str, str], EngineProcess],
     sock: socket.socket,
     on_ready: Callable[[Ready, str], None] | None = None,
 ) -> int:
-    """As `run`, with a router before engines that were launched already."""
-
-    def starting(engine: EngineProcess) -> Callable[[str], EngineProcess]:
-        def start(address: str) -> EngineProcess:
-            engine.dial(address)
-            return engine
-
-        return start
-
-    router = Router(roles, LeastLoaded(roles, resolved.config.cluster.pd_min_tokens))
-    backend = ManyEngines(router, {name: starting(engine) for name, engine in engines.items()})
+    """As `run`, with a router before engines. `launch(name, address)` starts one, or one more time."""
+    options = resolved.config.cluster
+    router = Router(roles, LeastLoaded(roles, options.pd_min_tokens))
+    backend = ManyEngines(router, launch, Restarts(options.engine_restarts))
     return int(run_server(resolved.config, backend, lambda: _served(resolved), on_ready=on_ready, sock=sock))
 
 

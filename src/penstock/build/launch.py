@@ -24,6 +24,8 @@ class EngineProcess:
 
     def __init__(self, resolved: Resolved, seat: Seat | None = None) -> None:
         command = [sys.executable, "-m", "penstock.build.engine_process", repr(time.monotonic())]
+        if seat is not None:
+            command.append(seat.name)  # for people who look at processes
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=_environment(resolved))
         encoded = encode(Handover(resolved, seat))
         self._tell(len(encoded).to_bytes(8, "little") + encoded)

@@ -47,6 +47,11 @@ def import_builder() -> Any:
     return importlib.import_module("penstock.build.engine")
 
 
+def import_member() -> Any:
+    """The module penstock.build.member, which needs what `import_builder` has imported."""
+    return importlib.import_module("penstock.build.member")
+
+
 def import_server() -> Any:
     """The module penstock.build.front_end, and a web server with it."""
     return importlib.import_module("penstock.build.front_end")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import deque
+from collections.abc import Set
 from dataclasses import dataclass
 
 import msgspec
@@ -185,9 +186,23 @@ class DecodeSide:
             hand_off.fault = f"nothing was heard for {self.lease_s} s"
         return [hand_off.move_id for hand_off in silent]
 
+    def only(self, names: Set[str]) -> list[int]:
+        """These peers are left: the receipts that the others were to fill, to be cancelled."""
+        orphans = []
+        for hand_off in self._live.values():
+            if hand_off.move_id >= 0 and hand_off.peers[0] not in names:
+                hand_off.fault = "it has ended"
+                orphans.append(hand_off.move_id)
+            first = [hand_off.peers[0]] if hand_off.move_id >= 0 else []  # leaves when the receipt has ended
+            rest = list(hand_off.peers)[len(first) :]
+            hand_off.peers = deque(first + [peer for peer in rest if peer in names])
+        return orphans
+
     def _give(self, first: FirstToken, now: float) -> list[Progress]:
         assert self._scheduler is not None
-        tokens = Given(list(first.token_ids), first.logprobs, first.prompt_logprobs)
+        told = first.prompt_logprobs
+        rest = None if told is None else told[1:]  # the first token's None is this engine's to add
+        tokens = Given(list(first.token_ids), first.logprobs, rest)
         given = self._scheduler.give(self._request_id(first.transfer_id), first.position, tokens, now)
         if given is None:
             return []

@@ -47,7 +47,6 @@ class MemberLoop:
             if isinstance(message, Peers):
                 self.peers.meet({peer.name: peer.wire for peer in message.peers})
                 self.names |= {peer.link: peer.name for peer in message.peers}
-                continue
             self._post(member.handle(source, message, time))
         self._post(member.launch(self.now()))
         if not member.engine.scheduler.num_submitted:

@@ -17,7 +17,7 @@ from penstock.cluster.prefill_side import PrefillSide
 from penstock.core.moves import KVMove, MoveResult
 from penstock.core.plan import StepResult
 from penstock.engine.engine import Engine
-from penstock.engine.messages import AddRequest, Failed, FromEngine, HandOffs, ToEngine, Tokens
+from penstock.engine.messages import AddRequest, Failed, FromEngine, HandOffs, Peers, ToEngine, Tokens
 
 FRONT = ""  # the front end's name among sources and destinations
 
@@ -48,6 +48,11 @@ class Member:
     def _from_front(self, message: ToEngine, now: float) -> Post:
         if isinstance(message, AddRequest) and message.prefill_at:
             self.decode.want(message)
+        elif isinstance(message, Peers):
+            names = {peer.name for peer in message.peers}
+            for move_id in self.decode.only(names):
+                self.mover.cancel(move_id)
+            self.prefill.only(names)
         return self._out(self.engine.handle(message, now), now)
 
     def _from_peer(self, peer: str, message: ToPeer, now: float) -> Post:

@@ -7,6 +7,7 @@ again.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass, field, replace
 
 import msgspec
@@ -41,7 +42,7 @@ class PrefillSide:
         self.outbox: list[tuple[str, ToPeer]] = []
         self.cancelled: list[int] = []  # moves to be cancelled
         self.ended_requests: list[str] = []  # requests of this engine to be ended
-        self.num_sent = self.num_failed = 0
+        self.num_sent = self.num_failed = self.num_bytes = 0
         self.live: dict[str, Sending] = {}  # by transfer id
         self._by_request: dict[str, Sending] = {}
 
@@ -112,6 +113,7 @@ class PrefillSide:
             self.num_failed += 1
             self.failed(move.request_id, 503, f"sending KV failed: {result.error}")
             return
+        self.num_bytes += result.num_bytes
         sending.num_units += result.num_units
         sending.checksum = (sending.checksum + result.checksum) % 2**64
         self._commit_if_done(sending, now)
@@ -136,6 +138,11 @@ class PrefillSide:
                 self._drop(sending)
             else:
                 self._commit(sending)
+
+    def only(self, peers: Set[str]) -> None:
+        """These peers are left: nobody wants what was computed for the others."""
+        for sending in [s for s in self.live.values() if s.ticket.decode_engine not in peers]:
+            self._drop(sending)
 
     @property
     def next_s(self) -> float:

@@ -18,11 +18,13 @@ from penstock.core.request import FINISH_ERROR
 from penstock.engine.messages import (
     AddRequest,
     CancelRequest,
+    Drain,
     Explain,
     Failed,
     Fatal,
     FromEngine,
     Peers,
+    Progress,
     Ready,
     Report,
     Stopped,
@@ -66,7 +68,7 @@ class Placement(Protocol):
 @dataclass(slots=True)
 class _Live:
     request: AddRequest
-    engine: str
+    engine: str  # "" while it waits for one that is being started again
     token_ids: list[int] = field(default_factory=list)  # that the client has
     num_replays: int = 0
 
@@ -94,7 +96,7 @@ class Router:
         self.num_replayed = 0
         self.decisions = Decisions()
         self._live: dict[str, _Live] = {}
-        self._is_ready = False
+        self.is_ready = False  # all engines have been there
         self._past: list[Report] = []  # the last words of engines that died: totals never go back
 
     # ---- from the front end ----
@@ -105,14 +107,24 @@ class Router:
             return self._place(_Live(message, ""), now)
         if isinstance(message, CancelRequest | Explain):
             live = self._live.get(message.request_id)
-            if live is not None:
+            if live is not None and live.engine:
                 return [], [(live.engine, message)]
+            if live is not None and isinstance(message, CancelRequest):
+                del self._live[message.request_id]
+                delta = TokenDelta(message.request_id, [], message.finish_reason, message.stop_reason)
+                return [Tokens([delta], now)], []
             return ([Failed(message.request_id, 404, "no such request")] if isinstance(message, Explain) else []), []
-        return [], [(name, message) for name in self.engines]
+        # What is of no use to an engine that starts would only wait in its wire, which then counts as not being read.
+        ready = [engine.name for engine in self.engines.values() if engine.ready is not None]
+        return [], [(name, message) for name in (self.engines if isinstance(message, Drain) else ready)]
 
     def _place(self, live: _Live, now: float) -> tuple[list[FromEngine], Post]:
         request, request_id = live.request, live.request.request_id
         placed = self.placement.place(request, now)
+        if placed is None and any(e.role != PREFILL and e.ready is None for e in self.engines.values()):
+            live.engine = ""
+            self._live[request_id] = live
+            return [], []
         if placed is None:
             self._live.pop(request_id, None)
             self.decisions.ended(request_id, FINISH_ERROR)
@@ -163,22 +175,29 @@ class Router:
         if isinstance(message, Ready):
             engine.ready = message
             self.placement.joined(name, message)
-            return self._joined()
+            return self._joined(now)
         if isinstance(message, Stopped):
             engine.stopped = True
             return ([Stopped()] if all(each.stopped for each in self.engines.values()) else []), []
         if isinstance(message, Fatal):
             return self.lost(name, message.message, now)
+        if isinstance(message, Progress) and self.is_ready:
+            return [], []  # it is being started again
         return [message], []
 
-    def _joined(self) -> tuple[list[FromEngine], Post]:
+    def _joined(self, now: float) -> tuple[list[FromEngine], Post]:
         """All engines learn of each other; the front end hears when the last is there."""
         ready = [engine.ready for engine in self.engines.values() if engine.ready is not None]
         peers = Peers([each.peer for each in ready if each.peer is not None])
         post: Post = [(name, peers) for name, engine in self.engines.items() if engine.ready is not None]
-        if self._is_ready or len(ready) < len(self.engines):
-            return [], post
-        self._is_ready = True
+        if self.is_ready or len(ready) < len(self.engines):
+            told: list[FromEngine] = []
+            for live in [live for live in self._live.values() if not live.engine]:
+                out, sent = self._place(live, now)
+                told += out
+                post += sent
+            return told, post
+        self.is_ready = True
         decoding = [e.ready for e in self.engines.values() if e.role != PREFILL and e.ready is not None]
         return [merged_ready(ready, decoding)], post
 
@@ -210,19 +229,30 @@ class Router:
 
     # ---- engines that die ----
 
+    def restarting(self, name: str, now: float) -> tuple[list[FromEngine], Post]:
+        """An engine is gone and will be back under its name. Without another that decodes, its requests wait for it."""
+        engine = self.engines[name]
+        self.engines[name] = Engine(name, engine.role)
+        return self._without(engine, now)
+
     def lost(self, name: str, reason: str, now: float) -> tuple[list[FromEngine], Post]:
-        """An engine is gone. Its requests go on elsewhere; without any that decodes, nothing can."""
+        """An engine is gone for good. Its requests go on elsewhere; without any that decodes, nothing can."""
         engine = self.engines.pop(name, None)
         if engine is None:
             return [], []
-        if not self._is_ready or not any(each.role != PREFILL for each in self.engines.values()):
+        if not self.is_ready or not any(each.role != PREFILL for each in self.engines.values()):
             return [Fatal(f"engine {name}: {reason}")], []
+        return self._without(engine, now)
+
+    def _without(self, engine: Engine, now: float) -> tuple[list[FromEngine], Post]:
+        """Go on without an engine, as long as it takes."""
+        name = engine.name
         self.placement.left(name)
         if engine.report is not None:
             self._past.append(without_gauges(engine.report))
         out: list[FromEngine] = [self._merged(now)]
         peers = [e.ready.peer for e in self.engines.values() if e.ready is not None and e.ready.peer is not None]
-        post: Post = [(other, Peers(peers)) for other in self.engines]
+        post: Post = [(other.name, Peers(peers)) for other in self.engines.values() if other.ready is not None]
         for request_id, live in [item for item in self._live.items() if item[1].engine == name]:
             self.placement.ended(request_id, now)
             live.num_replays += 1

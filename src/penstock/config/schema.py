@@ -192,7 +192,11 @@ class SchedulerOptions:
         aliases=("--chunked-prefill-size",),
     )
     scheduling_policy: str = setting(
-        "fcfs", "who goes first", choices=("fcfs", "priority"), headline=True, aliases=("--schedule-policy",)
+        "fcfs",
+        "who goes first",
+        choices=("fcfs", "priority", "sjf_aged"),
+        headline=True,
+        aliases=("--schedule-policy",),
     )
     max_queue_wait_s: float = setting(
         30.0, "a request that was ready this long is no longer overtaken", low=0.0, unit="s"
@@ -235,6 +239,9 @@ class ClusterOptions:
         "prompts that lack fewer tokens after the cache's part are computed where they are decoded",
         low=0,
         unit="tokens",
+    )
+    engine_restarts: int = setting(
+        5, "an engine that dies beside others is started again, at most so often within 5 minutes", low=0
     )
     cluster_secret: str | None = setting(
         None, "what engines must know to speak to each other; default: a random one", secret=True, metavar="SECRET"

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Sequence
 from penstock.config.model import KVLayout
 from penstock.core.admission import Sharing
 from penstock.core.blocks import BlockPool
+from penstock.core.kv_events import KVEventSource
 from penstock.core.prefix import Hit, PrefixCache, chain_root, extend_chain
 from penstock.core.request import Request
 
@@ -42,6 +43,7 @@ class KVCache:
         self.windows = [(g, group.window) for g, group in enumerate(layout.groups) if group.window is not None]
         self._full = next((g for g, group in enumerate(layout.groups) if group.window is None), None)
         self.on_published: Callable[[bytes, bytes | None, int], None] | None = None  # hash, its parent, which block
+        self._events: KVEventSource | None = None
         self._computing: dict[bytes, int] = {}  # block hash -> rows of submitted steps that fill it
         self._roots: dict[tuple[str, str], bytes] = {}
 
@@ -177,6 +179,16 @@ class KVCache:
 
     # ---- prefix cache ----
 
+    def tell(self, events: KVEventSource) -> None:
+        """Tell of blocks that can be hit, and of those that no longer can: of one group, that of full attention."""
+        self._events = events
+        self.events_pool.listener = events
+
+    @property
+    def events_pool(self) -> BlockPool:
+        """The pool whose blocks `tell` speaks of."""
+        return self.pools[self._full or 0]
+
     def match(self, request: Request) -> Hit:
         """The longest cached prefix that the request may start on."""
         if not self.enabled:
@@ -209,6 +221,9 @@ class KVCache:
                 if table[n]:
                     if self.on_published is not None and pool is self.pools[-1]:
                         self.on_published(hashes[n], hashes[n - 1] if n else None, n)
+                    if self._events is not None and self._events.with_tokens and pool.listener is not None:
+                        tokens = request.token_ids[n * self.block_size : (n + 1) * self.block_size]
+                        self._events.describe(hashes[n], hashes[n - 1] if n else None, tokens)
                     pool.publish(table[n], hashes[n], hashes[n - 1] if n else None)
             request.num_published[g] = end
 

@@ -30,7 +30,6 @@ from penstock.core.tiering import (
     Reserve,
     Reserved,
     TierEvent,
-    TierRate,
     TierSettings,
     ToEngine,
     ToPool,
@@ -147,7 +146,7 @@ class KVPool:
 
     @property
     def num_held(self) -> int:
-        """Fetches and reservations that have not ended."""
+        """Fetches and reservations not ended."""
         return len(self._holds)
 
     # ---- looking up ----
@@ -177,8 +176,7 @@ class KVPool:
                 self.host_counts.num_found += 1
             elif found != NO_TIER:
                 self.lower[found - IN_HOST - 1].counts.num_found += 1
-        rates = tuple(TierRate(tier.name, tier.rate.latency_s, tier.rate.byte_s) for tier in self.lower)
-        return lookup.source, Matched(lookup.id, tuple(lookup.tiers), rates)
+        return lookup.source, Matched(lookup.id, tuple(lookup.tiers), tuple(tier.predict() for tier in self.lower))
 
     # ---- fetching ----
 
@@ -200,7 +198,7 @@ class KVPool:
                 self._promotions[key].waiters.append((hold, i))
                 hold.num_pending += 1
             elif key not in self._filling and (found := self._fastest(key)) != NO_TIER:
-                slot = self._host_slot(key_group(key), now)
+                slot = self._host_slot(key_group(key))
                 if slot is None:
                     break
                 promotion = Promotion(key, slot, hold.parents[i], recompute_s, found - IN_HOST - 1, [(hold, i)])
@@ -213,12 +211,9 @@ class KVPool:
         return [(source, self._fetched(hold))]
 
     def _hold(self, source: str, message: Fetch | Reserve, is_fetch: bool, now: float) -> Hold:
-        slots = [0] * len(message.keys)
-        expires_s = now + self.lease_s
-        hold = Hold(
-            source, message.id, message.keys, message.parents, message.costs_s, slots, is_fetch, expires_s
-        )  # fmt: skip
-        self._holds[source, message.id] = hold
+        slots, expires_s = [0] * len(message.keys), now + self.lease_s
+        fields = (message.keys, message.parents, message.costs_s)
+        hold = self._holds[source, message.id] = Hold(source, message.id, *fields, slots, is_fetch, expires_s)
         return hold
 
     def _fetched(self, hold: Hold) -> Fetched:
@@ -236,10 +231,9 @@ class KVPool:
         tier.pin(promotion.key, now)
         tier.reads.append(promotion.key)
 
-    def _host_slot(self, group: int, now: float) -> int | None:
-        index = self.host[group]
+    def _host_slot(self, group: int) -> int | None:
         self._write_ahead(group)
-        got = index.reserve()
+        got = self.host[group].reserve()
         return None if got is None else got[0]
 
     def _write_ahead(self, group: int) -> None:
@@ -252,8 +246,12 @@ class KVPool:
         if self._until_write_ahead[group] > 0:
             return
         self._until_write_ahead[group] = batch // 2
-        for entry in index.coldest(2 * batch):
-            self._queue_write(entry, WRITE_BACK)
+        num_left = 2 * batch
+        for leaf in index.coldest(batch):  # after a leaf its parents are leaves
+            entry: Entry | None = leaf
+            while entry is not None and num_left:
+                self._queue_write(entry, WRITE_BACK)
+                entry, num_left = index.get(entry.parent), num_left - 1
 
     def _end(self, hold: Hold, harmful: bool = False) -> None:
         """Pins and reserved slots of a hold that is no longer in `_holds`."""
@@ -294,7 +292,7 @@ class KVPool:
             group = key_group(key)
             if key in self.host[group] or key in self._filling or key in self._promotions:
                 continue
-            slot = self._host_slot(group, now)
+            slot = self._host_slot(group)
             if slot is None:
                 break
             hold.slots[i] = slot
@@ -412,7 +410,7 @@ class KVPool:
     def job_done(
         self, job_id: int, ok: Sequence[bool], seconds: float, now: float, error: str | None = None
     ) -> Answers:
-        """The store's word: `ok` per key; `error` when it is in trouble as a whole, so that the tier pauses."""
+        """The store's word: `ok` per key; `error` when it is in trouble as a whole: the tier pauses."""
         job = self._jobs.pop(job_id)
         tier = next(tier for tier in self.lower if tier.name == job.tier)
         is_write = job.kind in (WRITE, DELETE)

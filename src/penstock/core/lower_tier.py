@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from penstock.core.eviction import Entry, TierIndex
 from penstock.core.tier_costs import LinearRate, TierWorth
-from penstock.core.tiering import TierEvent, TierSettings, key_group
+from penstock.core.tiering import TierEvent, TierRate, TierSettings, key_group
 
 MAX_KNOWN = 1_000_000  # keys that a shared tier is remembered to hold
 
@@ -32,6 +32,7 @@ class LowerTier:
     def __init__(self, settings: TierSettings, record_bytes: Sequence[int], policy: str) -> None:
         self.settings = settings
         self.name = settings.name
+        self.record_bytes = record_bytes
         self.indexes: list[TierIndex] | None = None
         if settings.num_blocks is not None:
             sizes = zip(settings.num_blocks, record_bytes, strict=True)
@@ -109,6 +110,11 @@ class LowerTier:
         self.known.move_to_end(key)
         if len(self.known) > MAX_KNOWN:
             self.known.popitem(last=False)
+
+    def predict(self) -> TierRate:
+        """For the next run of blocks, behind the reads that wait already."""
+        num_bytes = sum(self.record_bytes[key_group(key)] for key in self.reads)
+        return TierRate(self.name, self.rate.seconds(num_bytes), self.rate.byte_s)
 
     # ---- working, paying ----
 

@@ -105,7 +105,6 @@ class TierClient:
         self._by_id: dict[int, str] = {}  # match or fetch id -> request id
         self._loads: dict[int, tuple[str, _Prompt]] = {}  # move id
         self._outbox: list[ToPool] = []
-        self._events: list[TierEvent] = []
         self._next_id = 0
 
     # ---- loading ----
@@ -237,7 +236,7 @@ class TierClient:
 
     def _ask(self, request_id: str, hashes: Sequence[bytes], first_block: int, now: float) -> _Prompt:
         self._forget(request_id)
-        prompt = self._prompts[request_id] = _Prompt(hashes, first_block, now, self._id())
+        prompt = self._prompts[request_id] = _Prompt(tuple(hashes), first_block, now, self._id())
         self._by_id[prompt.match_id] = request_id
         groups = range(len(self.layout.groups))
         keys = tuple(block_key(hash_, g) for hash_ in hashes[first_block:] for g in groups)

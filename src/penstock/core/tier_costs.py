@@ -14,7 +14,7 @@ RECOMPUTE = 0  # in Run.tier
 class LinearRate:
     """`seconds = latency_s + byte_s * bytes`, fitted to samples by least squares; old samples fade.
 
-    The prior counts as two samples, so that a fit always exists; both parts are kept from going below zero.
+    The prior counts as half a sample, so that a fit always exists; both parts are kept from going below zero.
     """
 
     def __init__(self, latency_s: float, byte_s: float, scale_bytes: float = 1e6, fade: float = 0.97) -> None:
@@ -37,8 +37,10 @@ class LinearRate:
         self._add(num_bytes, seconds, 1.0)
         spread = self._n * self._xx - self._x * self._x
         slope = (self._n * self._xy - self._x * self._y) / spread if spread > 1e-9 * self._xx * self._n else 0.0
-        if slope <= 0.0:  # equal sizes, or noise: all of it is by the byte
-            self.latency_s, self.byte_s = 0.0, self._y / max(self._x, 1.0)
+        if slope <= 0.0:  # equal sizes, or noise: both parts change by the same factor
+            fitted = self.latency_s * self._n + self.byte_s * self._x
+            ratio = self._y / max(fitted, 1e-30)
+            self.latency_s, self.byte_s = self.latency_s * ratio, self.byte_s * ratio
         elif (offset := (self._y - slope * self._x) / self._n) < 0.0:
             self.latency_s, self.byte_s = 0.0, self._xy / self._xx
         else:

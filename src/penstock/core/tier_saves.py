@@ -27,6 +27,7 @@ from penstock.core.tiering import (
 
 MAX_SEEN = 1 << 17  # hashes whose requests are counted
 MIN_USES = 2  # of WRITE_SELECTIVE
+MAX_SAVE_BLOCKS = 64  # of one reservation
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,7 @@ class TierSaves:
         self.num_saved = 0  # blocks, counted per KV group
         total = sum(g.block_bytes for g in layout.groups)
         self._share = [g.block_bytes / total for g in layout.groups]
+        self._save_blocks = min(MAX_SAVE_BLOCKS, max(1, settings.save_bytes // total))
         self._reservations: dict[int, _Reservation] = {}
         self._save_moves: dict[int, int] = {}  # move id -> reservation id
         self._queued: OrderedDict[bytes, tuple[bytes | None, int]] = OrderedDict()  # to be saved: parent, depth
@@ -133,7 +135,7 @@ class TierSaves:
         items: list[tuple[bytes, int]] = []
         parents: list[bytes] = []
         costs_s: list[float] = []
-        for _ in range(min(self.settings.save_blocks, len(self._queued))):
+        for _ in range(min(self._save_blocks, len(self._queued))):
             hash_, (parent, depth) = self._queued.popitem(last=False)
             for g in range(len(self.layout.groups)):
                 items.append((hash_, g))

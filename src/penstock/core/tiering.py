@@ -95,7 +95,7 @@ class Filled:
 
 @dataclass(frozen=True, slots=True)
 class TierRate:
-    """How fast a tier reads into host memory: `latency_s` per run of blocks, and `byte_s` per byte."""
+    """How fast a tier will read into host memory: `latency_s` per run, what waits there included; `byte_s` per byte."""
 
     name: str
     latency_s: float
@@ -200,7 +200,7 @@ class ClientSettings:
     latency_s: float = 1e-4  # from host memory, until loads were measured
     byte_s: float = 3e-10
     max_saves: int = 4  # reservations at a time
-    save_blocks: int = 32  # of one reservation
+    save_bytes: int = 16 << 20  # of one reservation: so small that a load does not wait long behind its move
     max_queued: int = 4096  # blocks to be saved; beyond it new ones are given up: the oldest are their parents
 
     def __post_init__(self) -> None:

@@ -9,8 +9,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import shutil
-import tempfile
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -18,6 +16,7 @@ from typing import Any
 import msgspec
 import zmq
 
+from penstock.config.socket_directory import SocketDirectory
 from penstock.engine.messages import FromEngine, ToEngine
 
 log = logging.getLogger("penstock.wire")
@@ -75,7 +74,7 @@ class ZmqWire:
         self.socket.setsockopt(zmq.SNDTIMEO, int(send_timeout_s * 1000))
         self._encoder = msgspec.msgpack.Encoder()
         self._decoder = msgspec.msgpack.Decoder(incoming)
-        self._directory: str | None = None
+        self._directory: SocketDirectory | None = None
         self.address = ""
 
     def send(self, message: Any) -> None:
@@ -117,8 +116,7 @@ class ZmqWire:
             self.socket.close(linger=int(linger_s * 1000))
             self._context.term()
         if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
-            self._directory = None
+            self._directory.close()
 
 
 def listen(address: str | None = None) -> ZmqWire:
@@ -129,8 +127,8 @@ def listen(address: str | None = None) -> ZmqWire:
     """
     wire = ZmqWire(FromEngine, send_timeout_s=0.0)
     if address is None and zmq.has("ipc"):
-        wire._directory = tempfile.mkdtemp(prefix="penstock-")
-        address = "ipc://" + os.path.join(wire._directory, "engine")
+        wire._directory = SocketDirectory()
+        address = "ipc://" + os.path.join(wire._directory.path, "engine")
     try:
         wire.socket.bind(address or "tcp://127.0.0.1:*")
     except zmq.ZMQError:

@@ -9,12 +9,14 @@ import asyncio
 import logging
 import signal
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from penstock.cluster.restarts import Restarts
 from penstock.cluster.router import Router
-from penstock.engine.messages import FromEngine, ToEngine
+from penstock.engine.messages import Drain, Fatal, FromEngine, Ready, ToEngine
 from penstock.engine.wire import LoopWire, ZmqWire, listen
 
 log = logging.getLogger("penstock.server")
@@ -137,66 +139,119 @@ class OneEngine:
         return 0
 
 
-class ManyEngines:
-    """Engines behind a router, in its front end's process. `launches`: engine name -> what starts its process.
+@dataclass(slots=True)
+class _Run:
+    """One life of an engine."""
 
-    An engine that dies costs its requests some time; `poll` says so only when none is left that could go on.
+    wire: ZmqWire
+    loop_wire: LoopWire
+    process: EngineProcess | None = None
+    has_exited: bool = False  # its last words may still be on the wire
+    reason: str = ""  # in its own words, why it ends
+
+
+class ManyEngines:
+    """Engines behind a router, in its front end's process. `launch(name, address)` starts one that dials `address`.
+
+    An engine that dies costs its requests some time. It is started again, within limits; `poll` says so only when none
+    is left that could go on.
     """
 
-    def __init__(self, router: Router, launches: Mapping[str, Callable[[str], EngineProcess]]) -> None:
+    def __init__(self, router: Router, launch: Callable[[str, str], EngineProcess], restarts: Restarts) -> None:
         self.router = router
-        self._launches = launches
-        self._wires: dict[str, ZmqWire] = {name: listen() for name in launches}
-        self._loop_wires: dict[str, LoopWire] = {}
-        self._processes: dict[str, EngineProcess] = {}
-        self._exited: dict[str, int] = {}
+        self._launch, self._restarts = launch, restarts
+        self._runs: dict[str, _Run] = {}
+        self._due_s: dict[str, float] = {}  # when to start again
+        self._codes: dict[str, int] = {}  # of those that will not come back
+        self._is_ending = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._on_messages: OnMessages | None = None
 
     def open(self, loop: asyncio.AbstractEventLoop, on_messages: OnMessages) -> None:
-        self._on_messages = on_messages
-        for name, wire in self._wires.items():
-            self._loop_wires[name] = LoopWire(wire, loop, partial(self._receive, name))
+        self._loop, self._on_messages = loop, on_messages
 
     def launch(self) -> None:
-        for name, launch in self._launches.items():
-            self._processes[name] = launch(self._wires[name].address)
+        for name in self.router.engines:
+            self._start(name)
+
+    def _start(self, name: str) -> None:
+        assert self._loop is not None
+        wire = listen()
+        run = self._runs[name] = _Run(wire, LoopWire(wire, self._loop, partial(self._receive, name)))
+        run.process = self._launch(name, wire.address)
 
     def send(self, message: ToEngine) -> None:
-        if self._on_messages is not None:
-            self._deliver(*self.router.submit(message, time.monotonic()))
+        if self._on_messages is None:
+            return
+        now = time.monotonic()
+        if isinstance(message, Drain):
+            self._is_ending = True
+            for name in list(self._due_s):
+                self._give_up(name, 1, "it had ended, and the server is shutting down", now)
+        self._deliver(*self.router.submit(message, now))
 
     @property
     def is_full(self) -> bool:
-        return any(wire.is_full for wire in self._loop_wires.values())
+        return any(run.loop_wire.is_full for run in self._runs.values())
 
     def poll(self) -> int | None:
         """Looks after the processes: one that has ended is taken out of the router once its last words were read."""
-        for name, process in self._processes.items():
-            code = process.poll()
+        now = time.monotonic()
+        for name, run in list(self._runs.items()):
+            code = None if run.process is None else run.process.poll()
             if code is None:
                 continue
-            if name not in self._exited:
-                self._exited[name] = code  # its last words may still be on the wire: look again
-            elif name in self.router.engines and not self.router.engines[name].stopped:
-                how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-                log.error("engine %s ended with %s", name, how)
-                self._deliver(*self.router.lost(name, f"its process ended with {how}", time.monotonic()))
-        if len(self._exited) < len(self._processes) or not self._processes:
+            if run.has_exited:
+                self._ended(name, run, code, now)
+            run.has_exited = True
+        for name in [name for name, due_s in self._due_s.items() if due_s <= now]:
+            del self._due_s[name]
+            self._start(name)
+        if self._runs or self._due_s or not self._codes:
             return None
-        return max(self._exited.values(), key=abs)
+        return max(self._codes.values(), key=abs)
+
+    def _ended(self, name: str, run: _Run, code: int, now: float) -> None:
+        """A process is gone, and all it has said was read."""
+        del self._runs[name]
+        run.loop_wire.close()
+        run.wire.close(0.0)
+        engine = self.router.engines.get(name)
+        if engine is None or engine.stopped:
+            self._codes[name] = code
+            return
+        how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
+        reason = run.reason or f"its process ended with {how}"
+        may_return = self.router.is_ready and not self._is_ending
+        wait_s = self._restarts.wait_s(name, now) if may_return else None
+        if wait_s is None:
+            self._give_up(name, code, reason, now)
+            return
+        log.error("engine %s: %s; it is started again", name, reason)
+        self._due_s[name] = now + wait_s
+        self._deliver(*self.router.restarting(name, now))
+
+    def _give_up(self, name: str, code: int, reason: str, now: float) -> None:
+        log.error("engine %s: %s", name, reason)
+        self._due_s.pop(name, None)
+        self._codes[name] = code
+        self._deliver(*self.router.lost(name, reason, now))
 
     def kill(self) -> None:
-        for process in self._processes.values():
-            if process.poll() is None:
-                process.kill()
+        self._is_ending = True
+        for run in self._runs.values():
+            if run.process is not None and run.process.poll() is None:
+                run.process.kill()
 
     def hush(self) -> None:
-        for wire in self._loop_wires.values():
-            wire.close()
+        self._is_ending, self._on_messages = True, None
+        self._due_s.clear()
+        for run in self._runs.values():
+            run.loop_wire.close()
 
     def close(self, linger_s: float) -> None:
-        for wire in self._wires.values():
-            wire.close(linger_s)
+        for run in self._runs.values():
+            run.wire.close(linger_s)
 
     def engine_of(self, request_id: str) -> str:
         return self.router.decisions.engine_of(request_id)
@@ -213,12 +268,17 @@ class ManyEngines:
 
     def _receive(self, name: str, messages: Sequence[FromEngine]) -> None:
         for message in messages:
+            if isinstance(message, Fatal) and self.router.is_ready:
+                self._runs[name].reason = message.message  # its process is about to end
+                continue
+            if isinstance(message, Ready) and self.router.is_ready:
+                log.info("engine %s is back", name)
             self._deliver(*self.router.receive(name, message, time.monotonic()))
 
     def _deliver(self, told: Sequence[FromEngine], post: Sequence[tuple[str, ToEngine]]) -> None:
         for name, message in post:
-            wire = self._loop_wires.get(name)
-            if wire is not None:
-                wire.send(message)
+            run = self._runs.get(name)
+            if run is not None:
+                run.loop_wire.send(message)
         if told and self._on_messages is not None:
             self._on_messages(told)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import threading
 import time
 import zlib
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Sequence
 from queue import SimpleQueue
 
@@ -42,29 +42,38 @@ class TierMover:
         self.arena = arena
         self._place_of = {layer: (g.index, n) for g in layout.groups for n, layer in enumerate(g.layers)}
         self._words: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
+        self._open: set[int] = set()  # started, result not polled
         self._cancelled: set[int] = set()
-        self._moves: SimpleQueue[KVMove | None] = SimpleQueue()
+        self._loads: deque[KVMove] = deque()  # go first: a request waits for each
+        self._saves: deque[KVMove] = deque()
+        self._wakes: SimpleQueue[bool] = SimpleQueue()  # True per move that was started; False: end
         self._results: SimpleQueue[MoveResult] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="penstock-tier-mover", daemon=True)
         self._thread.start()
 
     def start(self, move: KVMove) -> None:
+        self._open.add(move.id)
         if move.dst.where == DEVICE:
             self._words[move.id] = np.zeros(1, np.int64)
             while len(self._words) > MAX_WORDS:
                 self._words.popitem(last=False)
-        self._moves.put(move)
+            self._loads.append(move)
+        else:
+            self._saves.append(move)
+        self._wakes.put(True)
 
     def expect(self, move_id: int, num_units: int, checksum: int) -> None:
         """Of receipts from peers; a tier has none."""
 
     def cancel(self, move_id: int) -> None:
-        self._cancelled.add(move_id)
+        if move_id in self._open:
+            self._cancelled.add(move_id)
 
     def poll(self) -> Sequence[MoveResult]:
         results = []
         while not self._results.empty():
             result = self._results.get()
+            self._open.discard(result.id)
             self._cancelled.discard(result.id)
             results.append(result)
         return results
@@ -79,13 +88,14 @@ class TierMover:
 
     def close(self) -> None:
         """Ends after the moves that were started; their results can still be polled."""
-        self._moves.put(None)
+        self._wakes.put(False)
         self._thread.join()
 
     # ---- the thread ----
 
     def _work(self) -> None:
-        while (move := self._moves.get()) is not None:
+        while self._wakes.get():
+            move = self._loads.popleft() if self._loads else self._saves.popleft()
             begin = time.perf_counter()
             word = self._words.get(move.id)
             try:

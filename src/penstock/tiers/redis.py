@@ -11,11 +11,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
-import redis
 
 from penstock.config.model import KVLayout
 from penstock.core.tiering import key_group
 from penstock.tiers.record import RecordFormat
+
+try:
+    import redis
+except ImportError as error:
+    raise ImportError("a remote KV tier needs an extra: pip install 'penstock[redis]'") from error
 
 PREFIX = b"penstock:1:"
 BATCH = 16  # blocks of one command pipeline
