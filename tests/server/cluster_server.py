@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
-from functools import partial
 
 import msgspec
 from tests.server.scripted_engine import ScriptedEngine, drive
 from tests.server.synthetic_cluster import decode_report, prefill_report
 from tests.server.tiny_model import MODEL, tiny_served
 
+from penstock.cluster.restarts import Restarts
 from penstock.cluster.router import LeastLoaded, Router
 from penstock.config.schema import Config, ModelOptions, ServerOptions
 from penstock.engine.messages import FromEngine, Peer, Peers, Ready, Report, ToEngine
@@ -101,7 +101,7 @@ def cluster_server() -> Iterator[ClusterServer]:
         server.base = url
         server.up.set()
 
-    backend = many_engines(Router(ROLES, LeastLoaded(ROLES, min_tokens=8)), launching)
+    backend = ManyEngines(Router(ROLES, LeastLoaded(ROLES, min_tokens=8)), launching, Restarts(0))
     thread = threading.Thread(target=run_server, args=(config, backend, tiny_served), kwargs={"on_ready": on_ready})
     thread.start()
     try:
@@ -113,8 +113,3 @@ def cluster_server() -> Iterator[ClusterServer]:
             engine.kill()  # the server ends when its engines do
         thread.join(20)
         assert not thread.is_alive()
-
-
-def many_engines(router: Router, launching: Callable[[str, str], EngineThread]) -> ManyEngines:
-    """The backend of a cluster."""
-    return ManyEngines(router, {name: partial(launching, name) for name in ROLES})

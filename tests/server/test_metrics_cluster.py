@@ -71,10 +71,10 @@ def test_handoffs_links_and_tiers() -> None:
     metrics = cluster_metrics()
     metrics.message(cluster_report(1.0, 4), 1.0)
     found = samples(metrics)
-    assert found["penstock:handoff_prompts_sent_total", "0"] == 4
-    assert found["penstock:handoff_prompts_received_total", "1"] == 4
-    assert found["penstock:handoff_prompts_failed_total", "1"] == 1
-    assert found["penstock:handoff_prompts_local_total", "1"] == 4
+    assert found["penstock:handoff_prompts_total", "0", "sent"] == 4
+    assert found["penstock:handoff_prompts_total", "1", "received"] == 4
+    assert found["penstock:handoff_prompts_total", "1", "failed"] == 1
+    assert found["penstock:handoff_prompts_total", "1", "local"] == 4
     assert found["penstock:handoff_prompts_in_flight", "0", "sending"] == 2
     assert found["penstock:handoff_prompts_in_flight", "1", "receiving"] == 2
     assert found["penstock:handoff_tokens_received_cached_total", "1"] == 1000
@@ -126,5 +126,5 @@ def test_counters_go_on_when_an_engine_starts_anew() -> None:
     metrics.message(merged_report([prefill_report(3.0, 1), decode], 3.0), 3.0)
     found = samples(metrics)
     assert found["penstock:engine_up", "0"] == 1
-    assert found["penstock:handoff_prompts_sent_total", "0"] == 6
+    assert found["penstock:handoff_prompts_total", "0", "sent"] == 6
     assert found["penstock:kv_transfer_bytes_total", "0", "decode-0", "shm"] == 6e6

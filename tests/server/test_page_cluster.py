@@ -69,10 +69,10 @@ def test_engines_arrows_and_tiers_are_drawn(
         assert "/s" in text_of(browser, ".flow-facts") and "exposed" in text_of(browser, ".flow-facts")
         for card in ("#routes-card", "#xfer-card", "#tiers-card"):
             browser.wait_for(f"document.querySelector('{card}').getBoundingClientRect().height > 0")
-        assert "prefill-0 → decode-" in text_of(browser, "#decisions") and "fewest tokens" in text_of(
-            browser, "#decisions"
-        )
+        browser.wait_for("document.querySelector('#decisions').textContent.includes('prefill-0 → decode-')")
+        assert "fewest tokens" in text_of(browser, "#decisions")
         assert "Prompts handed over" in text_of(browser, "#handoffs")
+        browser.wait_for("document.querySelector('#flow svg').textContent.includes('Disk')")
         tiers = text_of(browser, "#tiers")
         assert "Host" in tiers and "100 of 400 blocks" in tiers and "off: loads took longer" in tiers
         assert tiers.index("Host") < tiers.index("Disk")
