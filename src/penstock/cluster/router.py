@@ -14,9 +14,12 @@ import msgspec
 
 from penstock.cluster.decisions import NO_FORECAST, Decisions, Forecast
 from penstock.cluster.merge import merged_ready, merged_report, without_gauges
+from penstock.core.kv_events import KVEvents, KVSnapshot, SnapshotRequest
 from penstock.core.request import FINISH_ERROR
 from penstock.engine.messages import (
     AddRequest,
+    CacheEvents,
+    CacheSnapshot,
     CancelRequest,
     Drain,
     Explain,
@@ -31,6 +34,7 @@ from penstock.engine.messages import (
     ToEngine,
     TokenDelta,
     Tokens,
+    WantSnapshot,
 )
 
 MAX_REPLAYS = 3  # times that a request may survive its engine
@@ -60,9 +64,15 @@ class Placement(Protocol):
 
     def told(self, name: str, report: Report, now: float) -> None: ...
 
-    def first_token(self, request_id: str, now: float) -> None: ...
+    def changed(self, events: KVEvents, now: float) -> SnapshotRequest | None:
+        """An engine's cache has changed. Gives what must be asked of it, if something was missed."""
+        ...
 
-    def ended(self, request_id: str, now: float) -> None: ...
+    def restored(self, snapshot: KVSnapshot, now: float) -> SnapshotRequest | None: ...
+
+    def first_token(self, request_id: str, num_cached: int, now: float) -> None: ...
+
+    def ended(self, request_id: str, num_output: int, now: float) -> None: ...
 
 
 @dataclass(slots=True)
@@ -176,6 +186,12 @@ class Router:
             engine.ready = message
             self.placement.joined(name, message)
             return self._joined(now)
+        if isinstance(message, CacheEvents | CacheSnapshot):
+            if isinstance(message, CacheEvents):
+                asked = self.placement.changed(message.events, now)
+            else:
+                asked = self.placement.restored(message.snapshot, now)
+            return [], [] if asked is None else [(asked.engine, WantSnapshot())]
         if isinstance(message, Stopped):
             engine.stopped = True
             return ([Stopped()] if all(each.stopped for each in self.engines.values()) else []), []
@@ -208,7 +224,7 @@ class Router:
             if live is None or live.engine != name:
                 continue
             if delta.token_ids and not live.token_ids:
-                self.placement.first_token(delta.request_id, now)
+                self.placement.first_token(delta.request_id, delta.num_cached, now)
                 self.decisions.first_token(delta.request_id, now)
             live.token_ids += delta.token_ids
             if delta.finish_reason is not None:
@@ -219,9 +235,9 @@ class Router:
         return [msgspec.structs.replace(message, deltas=deltas)] if deltas else []
 
     def _end(self, request_id: str, outcome: str, now: float) -> None:
-        del self._live[request_id]
+        live = self._live.pop(request_id)
         self.decisions.ended(request_id, outcome)
-        self.placement.ended(request_id, now)
+        self.placement.ended(request_id, len(live.token_ids), now)
 
     def _merged(self, now: float, newest: Report | None = None) -> Report:
         reports = [each.report for each in self.engines.values() if each.report is not None]
@@ -254,7 +270,7 @@ class Router:
         peers = [e.ready.peer for e in self.engines.values() if e.ready is not None and e.ready.peer is not None]
         post: Post = [(other.name, Peers(peers)) for other in self.engines.values() if other.ready is not None]
         for request_id, live in [item for item in self._live.items() if item[1].engine == name]:
-            self.placement.ended(request_id, now)
+            self.placement.ended(request_id, 0, now)
             live.num_replays += 1
             if live.num_replays > MAX_REPLAYS:
                 del self._live[request_id]
@@ -308,14 +324,21 @@ class LeastLoaded:
     def told(self, name: str, report: Report, now: float) -> None:
         """Its own count is enough."""
 
-    def first_token(self, request_id: str, now: float) -> None:
+    def changed(self, events: KVEvents, now: float) -> SnapshotRequest | None:
+        """Caches do not count."""
+        return None
+
+    def restored(self, snapshot: KVSnapshot, now: float) -> SnapshotRequest | None:
+        return None
+
+    def first_token(self, request_id: str, num_cached: int, now: float) -> None:
         """The prompt is done."""
         charges = self._charged.get(request_id, [])
         if len(charges) == 2:
             name, num_tokens = charges.pop()
             self._load[name] -= num_tokens
 
-    def ended(self, request_id: str, now: float) -> None:
+    def ended(self, request_id: str, num_output: int, now: float) -> None:
         for name, num_tokens in self._charged.pop(request_id, ()):
             self._load[name] -= num_tokens
 
