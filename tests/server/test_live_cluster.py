@@ -21,7 +21,14 @@ from penstock.config.schema import Config
 from penstock.core.request import SamplingParams
 from penstock.engine.messages import Report, RequestRecord, Span
 from penstock.server.live import Live
-from penstock.server.live_cluster import ClusterSeries, engine_rows, link_rows, merged_tiers, tier_rows
+from penstock.server.live_cluster import (
+    ClusterSeries,
+    cluster_handoffs,
+    engine_rows,
+    link_rows,
+    merged_tiers,
+    tier_rows,
+)
 from penstock.server.live_series import Series, source_totals
 from penstock.server.live_shapes import explain, request_row
 
@@ -100,6 +107,16 @@ def test_an_engine_alone_has_no_cluster() -> None:
     (row,) = engine_rows(READY, report(100.0), series)
     assert (row["id"], row["role"], row["handoffs"], row["is_alive"]) == ("E0", "mixed", None, True)
     assert link_rows(report(100.0), series) == [] and tier_rows(report(100.0), series) == {}
+
+
+def test_engines_that_compute_their_own_prompts_hand_nothing_over() -> None:
+    told = cluster_report(100.0, 0)
+    alike = [msgspec.structs.replace(engine, role="both") for engine in told.engines]
+    assert cluster_handoffs(merged_report(alike, 100.0)) is None
+    series = Series(99.0)
+    series.tick(99.5, 1.7e9, merged_report(alike, 100.0))
+    assert series.by_source()["peer"] is None
+    assert cluster_handoffs(told) is not None
 
 
 def test_prompt_tokens_count_once_by_where_they_came_from() -> None:
