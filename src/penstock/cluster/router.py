@@ -14,6 +14,7 @@ import msgspec
 
 from penstock.cluster.decisions import NO_FORECAST, Decisions, Forecast
 from penstock.cluster.merge import merged_ready, merged_report, without_gauges
+from penstock.cluster.roles import PROBE, RoleKeeper
 from penstock.core.kv_events import KVEvents, KVSnapshot, SnapshotRequest
 from penstock.core.request import FINISH_ERROR
 from penstock.engine.messages import (
@@ -58,6 +59,14 @@ class Placement(Protocol):
 
     def left(self, name: str) -> None: ...
 
+    def assign(self, name: str, role: str) -> None:
+        """The engine has this role from when it joins next."""
+        ...
+
+    def tick(self, now: float) -> list[SnapshotRequest]:
+        """What has to be asked of engines now."""
+        ...
+
     def place(self, request: AddRequest, now: float) -> Placed | None:
         """None: there is no engine left for it."""
         ...
@@ -100,8 +109,9 @@ Post = list[tuple[str, ToEngine]]
 class Router:
     """`submit` takes the front end's messages, `receive` the engines'. Both give what goes out on either side."""
 
-    def __init__(self, roles: dict[str, str], placement: Placement) -> None:
+    def __init__(self, roles: dict[str, str], placement: Placement, keeper: RoleKeeper | None = None) -> None:
         self.placement = placement
+        self.keeper = keeper
         self.engines = {name: Engine(name, role) for name, role in roles.items()}
         self.num_replayed = 0
         self.decisions = Decisions()
@@ -220,6 +230,9 @@ class Router:
     def _tokens(self, name: str, message: Tokens, now: float) -> list[FromEngine]:
         deltas: list[TokenDelta] = []
         for delta in message.deltas:
+            if self.keeper is not None and delta.request_id.startswith(PROBE):
+                self.keeper.answered(delta.request_id)
+                continue
             live = self._live.get(delta.request_id)
             if live is None or live.engine != name:
                 continue
@@ -243,6 +256,28 @@ class Router:
         reports = [each.report for each in self.engines.values() if each.report is not None]
         return merged_report(reports, now, newest, self._past)
 
+    # ---- roles ----
+
+    def tick(self, now: float) -> tuple[list[FromEngine], Post]:
+        """Some ten times a second: what nobody's message brings about."""
+        post: Post = [(ask.engine, WantSnapshot()) for ask in self.placement.tick(now)]
+        if self.keeper is None or not self.is_ready:
+            return [], post
+        for moved in self.keeper.tick(self.engines, now):
+            engine = self.engines[moved.engine]
+            if moved.what == "leave":
+                self.placement.left(engine.name)
+            elif moved.probe is not None:
+                post.append((engine.name, moved.probe))
+            elif engine.ready is not None and engine.ready.peer is not None:
+                engine.role = moved.role
+                peer = msgspec.structs.replace(engine.ready.peer, role=moved.role)
+                engine.ready = msgspec.structs.replace(engine.ready, peer=peer)
+                self.placement.assign(engine.name, moved.role)
+                self.placement.joined(engine.name, engine.ready)
+                post += self._joined(now)[1]
+        return [], post
+
     # ---- engines that die ----
 
     def restarting(self, name: str, now: float) -> tuple[list[FromEngine], Post]:
@@ -264,6 +299,8 @@ class Router:
         """Go on without an engine, as long as it takes."""
         name = engine.name
         self.placement.left(name)
+        if self.keeper is not None:
+            self.keeper.lost(name)
         if engine.report is not None:
             self._past.append(without_gauges(engine.report))
         out: list[FromEngine] = [self._merged(now)]
@@ -320,6 +357,12 @@ class LeastLoaded:
         reason = "fewest tokens to do" if peers or num_prompt >= self._min_tokens else "a short prompt stays"
         runner_ups = tuple((name, loads[name]) for name in decoding[1:3])
         return Placed(engine, tuple(peers), Forecast(reason, None, terms, runner_ups))
+
+    def assign(self, name: str, role: str) -> None:
+        self._roles[name] = role
+
+    def tick(self, now: float) -> list[SnapshotRequest]:
+        return []
 
     def told(self, name: str, report: Report, now: float) -> None:
         """Its own count is enough."""
