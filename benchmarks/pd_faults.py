@@ -127,8 +127,11 @@ def get(server: ServerProcess, path: str) -> str:
 
 def counters(server: ServerProcess) -> dict[str, int]:
     """Hand-offs by outcome."""
-    found = re.findall(r'^vllm:pd_handoffs_total\{.*outcome="(\w+)".*\} ([0-9.e+]+)$', get(server, "/metrics"), re.M)
-    return {name: int(float(value)) for name, value in found}
+    wanted = r'^penstock:handoff_prompts_total\{.*outcome="(\w+)".*\} ([0-9.e+]+)$'
+    found: Counter[str] = Counter()
+    for name, value in re.findall(wanted, get(server, "/metrics"), re.M):
+        found[name] += int(float(value))
+    return found
 
 
 def leftovers(server: ServerProcess, names: set[str]) -> str | None:
@@ -137,7 +140,8 @@ def leftovers(server: ServerProcess, names: set[str]) -> str | None:
     if gone:
         return f"{', '.join(sorted(gone))} did not come back"
     snapshot = json.loads(get(server, "/live/snapshot"))
-    totals, kv = snapshot["totals"], snapshot["engines"][0]["kv"]
+    totals, pools = snapshot["totals"], [engine["kv"] for engine in snapshot["engines"]]
+    kv = {name: sum(pool[name] for pool in pools) for name in pools[0] if name not in ("block_size", "map")}
     held = {name: kv[name] for name in ("used", "shared", "filling") if kv[name]}
     busy = {name: totals[name] for name in ("num_requests_running", "num_requests_waiting") if totals[name]}
     if held or busy:

@@ -52,11 +52,11 @@ _numbers = iter(range(1000, 100_000))
 
 def hands_over(server: RealServer) -> None:
     """Ask new prompts until one was handed over: its engines are there and know each other."""
-    before = handoffs(server).get("handed_over", 0)
+    before = handoffs(server)["received"]
 
     def handed_over() -> bool:
         server.complete(prompt(200, next(_numbers)), max_tokens=2)
-        return handoffs(server)["handed_over"] > before
+        return handoffs(server)["received"] > before
 
     until(handed_over, 60, "a hand-off")
 

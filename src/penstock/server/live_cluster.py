@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from penstock.engine.messages import HandOffs, KVReport, LinkReport, Ready, Report, TierReport
-from penstock.server.live_series import TIERS, Totals
+from penstock.server.live_series import TIERS, Totals, hands_over
 
 ENGINE_ID = "E0"  # of an engine that is alone and so has no name
 RATE_WINDOW_S = 2.0  # of tokens
@@ -100,6 +100,11 @@ def engine_rows(ready: Ready, report: Report | None, series: ClusterSeries) -> l
 def handoff_row(told: HandOffs | None) -> Json | None:
     """Prompts between engines; None where there are none to hand over."""
     return None if told is None else {name: getattr(told, name) for name in told.__struct_fields__}
+
+
+def cluster_handoffs(report: Report | None) -> Json | None:
+    """Of all engines; None where each computes its own prompts."""
+    return handoff_row(report.handoffs) if report is not None and hands_over(report) else None
 
 
 def link_rows(report: Report | None, series: ClusterSeries) -> list[Json]:
