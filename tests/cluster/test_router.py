@@ -22,6 +22,7 @@ from penstock.engine.messages import (
     Peers,
     Progress,
     Ready,
+    Stopped,
     TokenDelta,
     Tokens,
     Watch,
@@ -94,7 +95,33 @@ def test_what_goes_to_all_goes_to_an_engine_that_starts_only_if_it_must() -> Non
     router = running()
     router.restarting("decode-0", 1.0)
     assert [name for name, _ in router.submit(Watch(2.0, 1.0), 1.0)[1]] == ["prefill-0"]
-    assert [name for name, _ in router.submit(Drain(2.0), 1.0)[1]] == ["prefill-0", "decode-0"]
+    assert [name for name, _ in router.submit(Drain(2.0), 1.0)[1]] == ["decode-0"]
+
+
+def test_prefill_engines_are_drained_when_nobody_needs_them_any_more() -> None:
+    roles = ROLES | {"decode-1": "decode"}
+    router = Router(roles, LeastLoaded(roles))
+    for name in roles:
+        router.receive(name, msgspec.structs.replace(ready("decode-0"), peer=None), 0.0)
+    drain = Drain(9.0)
+    assert router.submit(drain, 1.0) == ([], [("decode-0", drain), ("decode-1", drain)])
+    assert router.receive("decode-1", Stopped(), 2.0) == ([], [])
+    assert router.receive("decode-0", Stopped(), 3.0) == ([], [("prefill-0", drain)])
+    assert router.receive("prefill-0", Stopped(), 4.0) == ([Stopped()], [])
+
+
+def test_an_engine_that_has_stopped_gets_nothing_of_one_that_dies() -> None:
+    roles = ROLES | {"decode-1": "decode"}
+    router = Router(roles, LeastLoaded(roles))
+    for name in roles:
+        router.receive(name, msgspec.structs.replace(ready("decode-0"), peer=None), 0.0)
+    [(engine, _)] = router.submit(add(), 0.0)[1]
+    [other] = {"decode-0", "decode-1"} - {engine}
+    router.submit(Drain(9.0), 1.0)
+    router.receive(other, Stopped(), 1.0)
+    [failed], post = router.lost(engine, "why", 2.0)
+    assert isinstance(failed, Failed) and failed.code == 503
+    assert [(name, type(m)) for name, m in post if not isinstance(m, Peers)] == [("prefill-0", Drain)]
 
 
 def test_while_one_decodes_nothing_waits() -> None:
