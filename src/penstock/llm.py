@@ -168,7 +168,7 @@ class LLM:
         if self._renderer is not None:
             self._renderer.close()
             self._renderer = None
-        self._built.executor.close()
+        self._built.close()
 
     def __enter__(self) -> LLM:
         return self

@@ -96,7 +96,8 @@ def check_scheduler(scheduler: Scheduler) -> None:
                 planned[request.id] += row.num_tokens
     for id_, flight in scheduler.traffic.flights.items():
         computing.update(flight.filling)
-        assert flight.request.arriving == id_ or not flight.filling, "others wait for what nobody waits for"
+        waits = flight.request is not None and flight.request.arriving == id_
+        assert waits or not flight.filling, "others wait for what nobody waits for"
     assert scheduler.kv._computing == dict(computing)
     for request in scheduler.requests.values():
         assert request.finish_reason is None
@@ -118,7 +119,7 @@ def check_scheduler(scheduler: Scheduler) -> None:
         assert num_blocks.pop() >= -(-(request.num_computed + request.num_planned) // size)
         assert all(n <= request.num_computed // size for n in request.num_published)
         flight = scheduler.traffic.flights.get(request.arriving)
-        end = request.num_computed if flight is None else flight.num_tokens
+        end = request.num_computed if flight is None else max(flight.end, request.num_computed)
         for group, table in zip(scheduler.layout.groups, request.block_tables, strict=True):
             first = 0
             if group.window is not None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from hypothesis import strategies as st
 from tests.core.checks import check_idle, check_scheduler
 from tests.fakes.executor import EOS_IDS, FakeExecutor, HashModel, fake_layout
+from tests.fakes.tiers import WAITING, FakeTiers
 
 from penstock.config.model import KVLayout
 from penstock.core.plan import StepPlan
@@ -51,6 +52,7 @@ class Setting:
     guess_percent: int = 60
     max_queue_wait_s: float = 6.0
     stops: bool = True  # requests may end before max_tokens
+    tiers: bool = False  # what left the device can be loaded again
     hopeful: bool = False  # expects outputs of one token, so that running requests must be preempted
 
 
@@ -82,6 +84,7 @@ settings_strategy = st.builds(
     most_drafts=st.sampled_from([0, 0, 1, 4]),
     guess_percent=st.sampled_from([60, 0, 100]),
     hopeful=st.booleans(),
+    tiers=st.booleans(),
 )
 asks_strategy = st.lists(
     st.builds(
@@ -150,6 +153,7 @@ class World:
             max_tokens=setting.max_num_batched_tokens,
             max_rows=setting.max_num_seqs,
         )
+        self.tiers = FakeTiers(self.scheduler, self.executor) if setting.tiers else None
         self.asks = list(asks)
         self.now = 0.0
         self.requests: dict[str, Request] = {}
@@ -203,6 +207,8 @@ class World:
         plan = scheduler.plan(self.now)
         check_scheduler(scheduler)
         if plan is None:
+            if self.tiers is not None:
+                self.tiers.start()
             return None
         planned = {row.request_id for row in plan.rows}
         preempted = {r.id for r in before if r.num_preemptions != preemptions[r.id]}
@@ -212,8 +218,10 @@ class World:
             for request in decodes:
                 assert request.id in planned | preempted or self._lacks_blocks(request), f"{request.id} stands still"
         self._check_overtaking(waiting_before, {a.request_id for a in plan.admitted})
+        if self.tiers is not None:
+            self.tiers.start()
         self.executor.submit(plan)
-        assert self.executor.request_ids == {r.id for r in scheduler.running}
+        assert self.executor.request_ids == {r.id for r in scheduler.running if r.is_on_rank}
         self.now += 1.0
         return plan
 
@@ -229,6 +237,8 @@ class World:
             if progress.error is not None:
                 self.errors[id_] = progress.error
         check_scheduler(self.scheduler)
+        if self.tiers is not None:
+            self.tiers.save()
         return True
 
     def end(self, request: Request, reason: str = FINISH_ABORT) -> None:
@@ -290,19 +300,33 @@ class World:
                 self.scheduler.forget_cache()
         elif kind == 31:
             self.now += arg % 9
+            if self.tiers is not None and self.tiers.pending and arg % 4:
+                self.tiers.land(arg, self.now)
 
     def drain(self) -> None:
         """Let everything that is there end by itself. Fails when nothing moves, or when it takes too long."""
         while self.asks:
             self.add(self.asks.pop(0))
         bound = 200 + 20 * sum(r.max_total for r in self.scheduler.requests.values())
-        while self.scheduler.has_work:
+        if self.tiers is not None:
+            bound *= 2  # a load that fails is begun again
+        while self.scheduler.has_work or (self.tiers is not None and self.tiers.pending):
             bound -= 1
             assert bound, "too many steps"
             moved = False
             while self.submit() is not None:
                 moved = True
             moved |= self.collect()
+            if not moved and self.tiers is not None:
+                self.tiers.start()
+                if self.tiers.pending:
+                    self.tiers.land(bound, self.now)
+                    continue
+                self.now += 1.0
+                num_offers = self.tiers.num_offers
+                no_gate = not self.gates and not self.executor.arriving
+                if self.submit() is not None or (no_gate and self.tiers.num_offers > num_offers):
+                    continue  # a tier was asked: it will say something else next time
             if not moved:
                 stuck = list(self.scheduler.requests.values())
                 assert any(r.waiting_for for r in stuck), f"nothing moves: {[(r.id, r.queue_reason) for r in stuck]}"
@@ -346,5 +370,5 @@ class World:
         for request in order:
             if request.id in admitted:
                 assert not overdue, f"{request.id} overtakes a request that has waited long enough"
-            elif request.passed_over_s is not None and request.queue_reason != "image":
+            elif request.passed_over_s is not None and request.queue_reason not in ("image", WAITING):
                 overdue |= self.now - request.passed_over_s > self.setting.max_queue_wait_s

@@ -7,7 +7,7 @@ is computed by `HashModel` from token ids alone, without blocks. Knows plans and
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from penstock.config.model import KVGroup, KVLayout
@@ -168,6 +168,7 @@ class FakeExecutor:
         self.model, self.windows, self.block_size = model, model.windows, layout.block_size
         self.failing: set[str] = set()
         self.arriving: list[str] = []
+        self.load: Callable[[int], bool] = lambda id_: True  # waits for a load under way; whether it came
         self.num_tokens = 0  # computed so far
         self.kv = [[[~(slot + 1)] * self.block_size for slot in range(n)] for n in num_blocks]
         self._sequences: dict[str, _Sequence] = {}
@@ -248,7 +249,8 @@ class FakeExecutor:
             self._sequences[admitted.request_id] = _Sequence(
                 admitted, list(admitted.token_ids), [[] for _ in self.windows]
             )
-        result = StepResult(plan.step, [], arrived=tuple(self.arriving), seconds=0.001)
+        bad_loads = tuple(id_ for id_ in plan.awaits if not self.load(id_))
+        result = StepResult(plan.step, [], arrived=tuple(self.arriving), seconds=0.001, bad_loads=bad_loads)
         self.arriving.clear()
         for i, row in enumerate(plan.rows):
             self.num_tokens += row.num_tokens

@@ -47,6 +47,7 @@ SERIES_COLUMNS = (
 ROLE = OneOf(("mixed", "prefill", "decode"))
 KIND = OneOf(("queue", "load", "prefill", "transfer", "decode", "preempted"))
 FINISH = null(OneOf(("stop", "length", "abort", "error", "tool_calls")))
+SOURCES = ("device", "peer", "host", "disk", "remote", "compute")
 TIER = OneOf(("host", "disk", "remote"))
 
 HELLO = {
@@ -63,9 +64,7 @@ HELLO = {
         }
     ],
     "engines": [{"id": TEXT, "role": ROLE, "device": TEXT, "kv": {"block_size": INT, "num_blocks": INT}}],
-    "tiers": [{"name": TIER, "capacity_bytes": INT}],
     "spec": null({"method": TEXT, "max_draft_tokens": INT}),
-    "router": null({"policy": TEXT}),
     "series": {"interval_s": NUMBER, "columns": {name: [null(NUMBER)] for name in SERIES_COLUMNS}},
 }
 
@@ -89,6 +88,30 @@ KV = {
     "map": null({"num_cells": INT, "blocks_per_cell": NUMBER, "cells": TEXT}),
 }
 
+HANDOFFS = {
+    **{f"num_{what}": INT for what in ("sent", "received", "failed", "local", "sending", "receiving")},
+    **{f"tokens_{what}": INT for what in ("received", "received_cached")},
+}
+
+ROUTE = {
+    "ts": NUMBER,
+    "request_id": TEXT,
+    "prompt_tokens": INT,
+    "engine": TEXT,
+    "prefill_at": [TEXT],
+    "reason": TEXT,
+    "predicted_ttft_s": null(NUMBER),
+    "terms": Table(NUMBER),
+    "runner_ups": [{"engine": TEXT, "score": NUMBER}],
+    "hit_tokens": null(INT),
+    "new_tokens": null(INT),
+    "num_tries": INT,
+    "ttft_s": null(NUMBER),
+    "outcome": TEXT,
+}
+
+ROUTES = {"routes": [ROUTE]}
+
 SNAPSHOT = {
     "seq": INT,
     "ts": NUMBER,
@@ -106,9 +129,17 @@ SNAPSHOT = {
     "series": {name: null(NUMBER) for name in SERIES_COLUMNS},
     "prompt_tokens_by_source": {
         "window_s": null(NUMBER),
-        **{source: null(INT) for source in ("device", "host", "disk", "remote", "compute")},
+        **{source: null(INT) for source in SOURCES},
     },
-    "tiers": Table({"used_bytes": INT}),
+    "tiers": Table(
+        {
+            **dict.fromkeys(("capacity_blocks", "used_blocks", "hit_blocks_total"), INT),
+            **dict.fromkeys(("read_bytes_total", "written_bytes_total"), INT),
+            **dict.fromkeys(("read_bytes_per_s", "written_bytes_per_s"), null(NUMBER)),
+            **dict.fromkeys(("load_seconds_total", "saved_seconds_total"), NUMBER),
+            "state": TEXT,
+        }
+    ),
     "spec_decode": null(
         {
             "acceptance_rate_per_pos": [null(NUMBER)],
@@ -121,19 +152,26 @@ SNAPSHOT = {
         {
             "id": TEXT,
             "role": ROLE,
+            "is_alive": bool,
             "num_requests_running": null(INT),
             "num_requests_waiting": null(INT),
             "kv_cache_usage_perc": null(NUMBER),
             "prompt_tokens_per_s": null(NUMBER),
             "generation_tokens_per_s": null(NUMBER),
+            "handoffs": null(HANDOFFS),
             "kv": KV,
         }
     ],
-    "links": [{"src": TEXT, "dst": TEXT, "bytes_per_s": NUMBER, "num_in_flight": INT}],
-    "transfers": [{"request_id": TEXT, "src": TEXT, "dst": TEXT, "bytes": INT, "bytes_done": INT}],
-    "transfer_seconds_p95": null(NUMBER),
-    "transfer_failures_total": null(INT),
-    "router": null({"decisions_per_s": NUMBER, "decision_seconds_p99": NUMBER, "decisions": [Table(SCALAR)]}),
+    "links": [
+        {
+            **dict.fromkeys(("src", "dst", "scheme"), TEXT),
+            **dict.fromkeys(("num_in_flight", "num_transfers", "num_failed", "bytes"), INT),
+            **dict.fromkeys(("bytes_per_s", "gigabytes_per_s", "overlap"), NUMBER),
+            "exposed_s": null(NUMBER),
+        }
+    ],
+    "handoffs": null(HANDOFFS),
+    "router": null({"decisions_per_s": null(NUMBER), "decisions": [ROUTE]}),
     "requests": null([REQUEST]),
 }
 
@@ -146,12 +184,20 @@ EXPLAIN = {
     "tokens_per_s?": null(NUMBER),
     "queue_reason": TEXT,
     "spans": [
-        {"kind": KIND, "start_s": NUMBER, "end_s": NUMBER, "engine?": TEXT, "tier?": TIER, "num_tokens?": INT},
+        {
+            "kind": KIND,
+            "start_s": NUMBER,
+            "end_s": NUMBER,
+            "engine?": TEXT,
+            "from?": TEXT,
+            "tier?": TIER,
+            "num_tokens?": INT,
+        },
     ],
     "prefix": null(
         {
             "block_size": INT,
-            "runs": [{"source": OneOf(("device", "host", "disk", "remote", "compute")), "start": INT, "end": INT}],
+            "runs": [{"source": OneOf(SOURCES), "start": INT, "end": INT}],
             "miss": null(
                 {
                     "reason": OneOf(("first_seen", "diverged", "evicted", "tail", "cheaper", "disabled")),
@@ -162,7 +208,7 @@ EXPLAIN = {
         }
     ),
     "spec?": {"num_drafts": INT, "num_draft_tokens": INT, "num_accepted_tokens": INT},
-    "route?": Table(SCALAR),
+    "route?": ROUTE,
 }
 
 

@@ -15,7 +15,9 @@ MAPPED = msgspec.structs.replace(KV, num_cells=100, blocks_per_cell=1, cells="u2
 
 def report(now: float, prompt: int = 100, cached: int = 64, requests: tuple[RequestRecord, ...] = ()) -> Report:
     kv = MAPPED if requests else KV
-    return Report(now, 1, 1, {"budget": 1}, kv, 9, 0.5, prompt, cached, 7, 0, prompt, cached, [3], list(requests))
+    totals = (9, 0.5, prompt, cached, 7, 0, prompt, cached)
+    sources = {"device": cached, "compute": prompt - cached}
+    return Report(now, 1, 1, {"budget": 1}, kv, *totals, [3], list(requests), prompt_tokens_by_source=sources)
 
 
 def record(request_id: str, **changes: Any) -> RequestRecord:

@@ -31,6 +31,7 @@ def report(**changes: Any) -> Report:
         "step_seconds_total": 0.1,
         "prompt_tokens_total": 100,
         "prompt_tokens_cached_total": 64,
+        "prompt_tokens_by_source": {"device": 64, "compute": 36},
         "generation_tokens_total": 7,
         "num_preemptions_total": 1,
         "prefix_queries_total": 100,
@@ -103,7 +104,7 @@ def test_names_are_those_that_dashboards_ask_for(metrics: Metrics) -> None:
     gauges += ["kv_cache_usage_perc", "cache_config_info"]
     counters = ["prompt_tokens", "prompt_tokens_by_source", "prompt_tokens_cached", "generation_tokens"]
     counters += ["request_success", "num_preemptions", "prefix_cache_queries", "prefix_cache_hits"]
-    counters += ["admission_rejections", "pd_handoffs", "pd_handoff_bytes"]
+    counters += ["admission_rejections", "prompt_tokens_cached_by_source", "pd_handoffs"]
     histograms = ["time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds"]
     histograms += [f"request_{x}_time_seconds" for x in ("queue", "prefill", "decode", "inference")]
     histograms += ["request_time_per_output_token_seconds", "request_prompt_tokens", "request_generation_tokens"]
@@ -236,9 +237,19 @@ def test_a_request_that_never_ran(metrics: Metrics) -> None:
 
 def test_counters_follow_the_engines_totals_and_never_fall(metrics: Metrics) -> None:
     metrics.message(report(), 0.0)
-    metrics.message(report(prompt_tokens_total=150, prompt_tokens_cached_total=70, iteration_tokens=[5]), 0.3)
+    totals = {
+        "prompt_tokens_total": 150,
+        "prompt_tokens_cached_total": 70,
+        "prompt_tokens_by_source": {"device": 70, "compute": 80},
+    }
+    metrics.message(report(**totals, iteration_tokens=[5]), 0.3)
     assert value(metrics, "prompt_tokens_total") == 150
-    metrics.message(report(prompt_tokens_total=10, prompt_tokens_cached_total=4), 0.6)  # an engine started anew
+    totals = {
+        "prompt_tokens_total": 10,
+        "prompt_tokens_cached_total": 4,
+        "prompt_tokens_by_source": {"device": 4, "compute": 6},
+    }
+    metrics.message(report(**totals), 0.6)  # an engine started anew
     found = samples(metrics)
     assert found["vllm:prompt_tokens_total", ()] == 160
     assert found["vllm:prompt_tokens_cached_total", ()] == 74

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from tests.transfer.rig import LAYOUTS, SECRET, pair, random_memory, receive_move, send_move, wait
 
 from penstock.core.moves import MoveResult
+from penstock.transfer import sending as sending_module
 from penstock.transfer import streams
 from penstock.transfer.counter import StepCounter
 from penstock.transfer.cursor import Cursor, pour
@@ -96,9 +97,28 @@ def test_frames_in_any_order_and_any_pieces(ids: list[int], step: int, order: ob
     assert receipt is not None
     receipt.expect(sending.num_units, sending.checksum)
     assert [(r.id, r.error, r.num_units) for r in desk.results] == [(4, None, 3 * len(ids))]
-    assert desk.receipts.counts["duplicate"] == len(frames) // 2
+    assert desk.receipts.counts()["duplicate"] == len(frames) // 2
     for layer in range(3):
         np.testing.assert_array_equal(desk.memory.pools[layer][ids], sending.memory.pools[layer][src])
+
+
+def test_large_messages_are_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Into frames within the bounds of bytes and runs, which together are the message; a large unit goes alone."""
+    ids = list(range(1, 38, 2))
+    for max_bytes, max_runs in ((3 * ROOM, 1000), (100 * ROOM, 4), (ROOM // 2, 1000)):
+        monkeypatch.setattr(sending_module, "MAX_FRAME_BYTES", max_bytes)
+        monkeypatch.setattr(sending_module, "MAX_RUNS", max_runs)
+        desk = Desk()
+        desk.receipts.start(receive_move(4, [ids]))
+        raw, _, sending = whole_move(ids, ids, float("inf"))
+        for frame in Sending(sending.move, sending.memory, 0.0).frames([0, 1, 2]):
+            assert frame.num_bytes <= max_bytes or frame.num_units == 1
+            assert frame.num_units <= max_runs
+        desk.feed(raw)
+        receipt = desk.receipts.of_move(4)
+        assert receipt is not None
+        receipt.expect(3 * len(ids), sending.checksum)
+        assert [r.error for r in desk.results] == [None]
 
 
 @given(raw=st.binary(min_size=1, max_size=400), step=st.integers(1, 100))
@@ -154,6 +174,24 @@ def test_numbers_out_of_range_are_protocol_errors() -> None:
             Desk().feed(LENGTH.pack(len(body)) + body)
 
 
+def test_a_frame_on_two_connections_counts_once() -> None:
+    """Both copies are under way before either has ended."""
+    desk = Desk()
+    desk.receipts.start(receive_move(4, [[1]]))
+    raw = data([(0, 1, 1)], b"\x01" * ROOM)
+    second = FrameReader(desk.receipts, "prefill-0", desk.answers.append)
+    first, desk.reader = desk.reader, second
+    desk.feed(raw[:-100])
+    desk.reader = first
+    desk.feed(raw)
+    desk.reader = second
+    desk.feed(raw[-100:])
+    receipt = desk.receipts.of_move(4)
+    assert receipt is not None
+    assert receipt.num_units == 1
+    assert desk.receipts.counts() == {"whole": 1, "uncounted": 1}
+
+
 def test_abandoned_frames_do_not_count() -> None:
     desk = Desk()
     desk.receipts.start(receive_move(4, [[1]]))
@@ -162,7 +200,7 @@ def test_abandoned_frames_do_not_count() -> None:
     receipt = desk.receipts.of_move(4)
     assert receipt is not None
     assert receipt.num_units == 1
-    assert desk.receipts.counts == {"abandoned": 1, "whole": 1}
+    assert desk.receipts.counts() == {"abandoned": 1, "whole": 1}
 
 
 def test_a_receipt_that_ends_in_a_frame_gets_none_of_its_rest() -> None:
@@ -178,7 +216,7 @@ def test_a_receipt_that_ends_in_a_frame_gets_none_of_its_rest() -> None:
     desk.memory.pools[0][1] = 0x55
     desk.feed(raw[head + 100 :] + data([(0, 1, 1)], b"\x01" * ROOM, part=1))
     assert (desk.memory.pools[0][1] == 0x55).all()
-    assert desk.receipts.counts == {"late": 1, "unknown": 1}
+    assert desk.receipts.counts() == {"late": 1, "unknown": 1}
 
 
 def test_a_sender_that_repeats_without_end_is_told_off() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 import time
 from dataclasses import replace
 
@@ -343,6 +344,27 @@ def test_moves_that_cannot_begin_end_with_an_error() -> None:
         assert [r.id for r in rig.p.poll()] == [9]
         rig.p.start(send_move(10, rig.address, [[1, 2]], [[0, 0]]))  # nothing is wanted
         assert [(r.id, r.error, r.num_units) for r in wait(rig.p)] == [(10, None, 0)]
+
+
+def test_lost_peers_are_forgotten() -> None:
+    """Peers that come and go under ever new addresses leave no threads behind; one that is there is kept."""
+    layout = LAYOUTS["full"]
+    with pair("tcp", layout) as rig:
+        rig.p.start(send_move(0, rig.address, [[1]], [[1]]))
+        assert wait(rig.p)[0].error is None
+        for n in range(1, 6):
+            rig.p.start(send_move(n, f"local://gone-{n}", [[1]], [[1]]))
+            assert "nobody listens" in str(wait(rig.p)[0].error)
+        assert rig.address in rig.p.stats()
+        assert len(rig.p.stats()) <= 3
+
+
+def test_results_are_announced() -> None:
+    called = threading.Event()
+    with pair("local", LAYOUTS["full"], notify=called.set) as rig:
+        rig.p.start(send_move(0, rig.address, [[1]], [[1]]))
+        assert called.wait(20)
+        assert len(rig.p.poll()) == 1
 
 
 def test_addresses_that_are_none() -> None:

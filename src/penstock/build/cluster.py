@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from penstock.build.launch import EngineProcess
+from penstock.build.launch import EngineProcess, PoolProcess
 from penstock.build.start import import_server
 from penstock.cluster.seat import Seat, chosen_link, parse_roles
 from penstock.config.complete import Resolved, complete
@@ -37,11 +37,14 @@ def serve_cluster(
     with listening_socket(config.server) as sock, contextlib.closing(SocketDirectory()) as directory:
         if on_resolved is not None:
             on_resolved(resolved)
+        pool = None if config.cache.kv_offloading_size is None else PoolProcess(resolved.config.cache, directory.path)
         fleet = _Fleet(resolved, make_seats(config, roles, directory.path))
         try:
             return int(import_server().run_cluster(resolved, roles, fleet.launch, sock, on_ready))
         finally:
             fleet.kill()
+            if pool is not None:
+                pool.close()
 
 
 class _Fleet:

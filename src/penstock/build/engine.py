@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from penstock.build.start import Stages
+from penstock.build.tiers import Tiers, open_tiers
 from penstock.cluster.seat import Seat
 from penstock.config.complete import Resolved, can_pack
 from penstock.config.model import KVLayout
@@ -20,6 +21,7 @@ from penstock.core.scheduler import Scheduler
 from penstock.core.steps import SchedulerLimits
 from penstock.engine.engine import Engine, EngineLimits
 from penstock.engine.messages import Ready
+from penstock.engine.movers import Movers
 from penstock.engine.ranks import InlineExecutor, ThreadExecutor
 from penstock.engine.recorder import RecordingScheduler, Setup
 from penstock.nn.allocator import bound_kernel_caches, keep_freed_memory
@@ -68,6 +70,15 @@ class BuiltEngine:
     runner: Runner
     ready: Ready
     links: LinkMover | None = None
+    tiers: Tiers | None = None
+
+    def close(self) -> None:
+        """After the last step: let its threads end."""
+        self.executor.close()
+        if self.links is not None:
+            self.links.close()
+        if self.tiers is not None:
+            self.tiers.close()
 
 
 def build_engine(
@@ -152,8 +163,13 @@ def _build(
         max_tokens = config.scheduler.max_num_batched_tokens
         computing = NativeModel(model, weights, layout, store.pools, kernels=kernels, max_tokens=max_tokens)
         attention = NativeAttention()
+    tiers = None
+    if config.cache.kv_offloading_size is not None:
+        tiers = open_tiers(config.cache, layout, store.byte_views(), None if seat is None else seat.directory)
     counter = None if seat is None else StepCounter()
-    runner = Runner(computing, attention, store, Sampler(max_num_seqs, shape.vocab_size), table, counter=counter)
+    sampler = Sampler(max_num_seqs, shape.vocab_size)
+    loads = None if tiers is None else tiers.mover
+    runner = Runner(computing, attention, store, sampler, table, counter=counter, loads=loads)
     links = None if seat is None or counter is None else _links(seat, layout, store, counter)
     run = _stepping(runner.run, config.runtime.num_threads if weights is None else 1)
     executor = ThreadExecutor(run) if config.scheduler.async_scheduling == "on" else InlineExecutor(run)
@@ -168,11 +184,15 @@ def _build(
         prefix_caching=config.cache.enable_prefix_caching,
         feeds_back=executor.feeds_back,
     )
+    scheduler = _scheduler(setup, config.scheduler.record_path)
+    source = None if tiers is None else tiers.source(config.cache, layout, scheduler)
+    scheduler.source = source
     engine = Engine(
-        _scheduler(setup, config.scheduler.record_path),
+        scheduler,
         executor,
         EngineLimits(config.model.max_model_len, shape.vocab_size, frozenset(shape.eos_token_ids)),
-        links,
+        links if tiers is None else Movers(tiers.mover, links),
+        tiers=source,
     )
     stages.done("allocate KV")
     names = config.model.served_model_name or (config.model.model,)
@@ -186,7 +206,7 @@ def _build(
         memory=list(resolved.memory.rows),
         timeline=stages.rows,
     )
-    return BuiltEngine(engine, executor, runner, ready, links)
+    return BuiltEngine(engine, executor, runner, ready, links, tiers)
 
 
 def _links(seat: Seat, layout: KVLayout, store: KVStore, counter: StepCounter) -> LinkMover:

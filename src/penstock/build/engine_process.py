@@ -50,7 +50,7 @@ def main(encoded: bytes, address: SimpleQueue[str], start_s: float) -> int:
     gc.freeze()  # torch stays: walking its objects would stop the engine for 0.2 s now and then
     try:
         run()
-        built.executor.close()
+        built.close()
         return 0
     except Exception as error:
         return _tell(wire, error)

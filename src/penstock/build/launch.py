@@ -8,10 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+import msgspec
+
 from penstock.build.handover import Handover, encode
 from penstock.cluster.seat import Seat
 from penstock.config.complete import Resolved
 from penstock.config.openmp import bound_spinning
+from penstock.config.schema import CacheOptions
+
+POOL_EXIT_S = 10.0  # for blocks on their way to disk
 
 
 class EngineProcess:
@@ -45,15 +50,35 @@ class EngineProcess:
             pass  # it is gone already; its exit code says so
 
 
+class PoolProcess:
+    """The process of a machine's KV pool. It leaves when this one does, or at `close`."""
+
+    def __init__(self, options: CacheOptions, directory: str) -> None:
+        command = [sys.executable, "-m", "penstock.build.pool_process", directory]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=_findable(dict(os.environ)))
+        encoded = msgspec.msgpack.encode(options)
+        assert self._process.stdin is not None
+        self._process.stdin.write(len(encoded).to_bytes(8, "little") + encoded)
+        self._process.stdin.flush()
+
+    def close(self) -> None:
+        """Let it write what it has to, then end it."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(POOL_EXIT_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+
+def _findable(environment: dict[str, str]) -> dict[str, str]:
+    """With this package findable as it was for us."""
+    source, path = str(Path(__file__).parents[2]), environment.get("PYTHONPATH")
+    return environment | {"PYTHONPATH": f"{source}{os.pathsep}{path}" if path else source}
+
+
 def _environment(resolved: Resolved) -> dict[str, str]:
     """Ours, with what OpenMP must know before torch is imported, and this package findable as it was for us."""
-    source = str(Path(__file__).parents[2])
-    path = os.environ.get("PYTHONPATH")
-    threads = str(resolved.config.runtime.num_threads)
-    environment = {
-        **os.environ,
-        "PYTHONPATH": f"{source}{os.pathsep}{path}" if path else source,
-        "OMP_NUM_THREADS": threads,
-    }
+    environment = _findable(dict(os.environ)) | {"OMP_NUM_THREADS": str(resolved.config.runtime.num_threads)}
     bound_spinning(environment)
     return environment

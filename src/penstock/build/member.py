@@ -9,6 +9,7 @@ from collections.abc import Callable
 import msgspec
 
 from penstock.build.engine import BuiltEngine
+from penstock.cluster.account import link_reports
 from penstock.cluster.decode_side import DecodeSide
 from penstock.cluster.loop import MemberLoop
 from penstock.cluster.member import Member
@@ -30,12 +31,14 @@ def member_loop(built: BuiltEngine, seat: Seat, front: ZmqWire) -> Callable[[], 
     peers = PeerWire(seat.name, seat.directory)
     front.send(msgspec.structs.replace(built.ready, peer=Peer(seat.name, seat.role, peers.address, link)))
     loop = MemberLoop(member, built.executor, front, peers, time.monotonic)
+    reporter = built.engine.reporter
+    reporter.name, reporter.role, built.engine.timeline.engine = seat.name, seat.role, seat.name
+    reporter.links = lambda: link_reports(links.stats(), loop.names, member.prefill)
 
     def run() -> None:
         try:
             loop.run()
         finally:
-            links.close()
             peers.close()
 
     return run

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 import msgspec
 
 from penstock.cluster.messages import Ack, Alive, Commit, FirstToken, Prefill, Refused, Stop, ToPeer
+from penstock.core.doors import KVSource
 from penstock.core.moves import CANCELLED, KVMove, KVTicket, MoveResult, Place
 from penstock.core.request import Request
 from penstock.core.scheduler import Scheduler
-from penstock.core.steps import Progress
+from penstock.core.steps import Given, Progress
 from penstock.core.traffic import Offer
 from penstock.engine.messages import AddRequest
 
@@ -38,6 +39,8 @@ class HandOff:
     move_id: int = -1  # the receipt in flight
     until_s: float = 0.0  # the lease
     fault: str = ""  # why the receipt is being cancelled, if the peer is at fault
+    first_token: int = 0  # of the prompt, that the peer is to send
+    num_cached: int = 0  # prompt tokens that the peer's cache served
 
 
 class DecodeSide:
@@ -53,18 +56,25 @@ class DecodeSide:
         self.lease_s, self.min_tokens = lease_s, min_tokens
         self.outbox: list[tuple[str, ToPeer]] = []
         self.num_received = self.num_failed = self.num_local = 0
+        self.tokens_received = self.tokens_received_cached = 0  # of the latter the peers' caches had the KV
         self._scheduler: Scheduler | None = None
+        self._other: KVSource | None = None
         self._num_epochs = 0  # over all hand-offs, so that an id used again is no old acquaintance
         self._live: dict[str, HandOff] = {}  # by request id
 
     def attach(self, scheduler: Scheduler) -> None:
-        """Serve this scheduler, before it is used."""
-        self._scheduler = scheduler
+        """Serve this scheduler, before it is used. Another source that it has is asked first."""
+        self._scheduler, self._other = scheduler, scheduler.source
         scheduler.source = self
 
     def want(self, request: AddRequest) -> None:
         """A request that the scheduler is about to get, with peers that may compute its prompt."""
         self._live[request.request_id] = HandOff(request, deque(request.prefill_at))
+
+    @property
+    def num_in_flight(self) -> int:
+        """Prompts that peers compute now."""
+        return sum(hand_off.move_id >= 0 for hand_off in self._live.values())
 
     def forget(self, request_id: str) -> None:
         """The request has ended."""
@@ -77,15 +87,16 @@ class DecodeSide:
     def offer(self, request: Request, num_blocks: int, now: float) -> Offer | str | None:
         """See KVSource."""
         hand_off = self._live.get(request.id)
-        if hand_off is None:
-            return None
+        other = None if self._other is None else self._other.offer(request, num_blocks, now)
+        if hand_off is None or isinstance(other, str):
+            return other
         num_tokens = len(hand_off.request.token_ids)
         is_same = len(request.token_ids) == num_tokens
-        num_missing = num_tokens - num_blocks * self._size
+        num_missing = num_tokens - (num_blocks * self._size if other is None else other.num_tokens)
         if not is_same or not hand_off.peers or num_missing < self.min_tokens or hand_off.num_tries >= MAX_TRIES:
             self.num_local += 1
             del self._live[request.id]
-            return None
+            return other
         self._num_epochs += 1
         return Offer(num_tokens, Place(hand_off.peers[0]), self._transfer_id(request.id), self._num_epochs)
 
@@ -95,9 +106,11 @@ class DecodeSide:
         if hand_off is None or move.src.where not in hand_off.peers:
             return
         hand_off.epoch, hand_off.move_id, hand_off.until_s = move.epoch, move.id, now + self.lease_s
-        hand_off.num_tries, hand_off.fault = hand_off.num_tries + 1, ""
+        hand_off.num_tries, hand_off.fault, hand_off.num_cached = hand_off.num_tries + 1, "", 0
         assert self._scheduler is not None
         request = hand_off.request
+        first_block = -(-len(request.token_ids) // self._size) - len(move.dst.block_ids[0])
+        hand_off.first_token = first_block * self._size
         deadline_s = None if request.deadline_s is None else request.deadline_s - now
         ticket = KVTicket(
             transfer_id=move.transfer_id,
@@ -107,7 +120,7 @@ class DecodeSide:
             link=self.link,
             format=self._scheduler.layout.format,
             num_tokens=len(request.token_ids),
-            first_block=-(-len(request.token_ids) // self._size) - len(move.dst.block_ids[0]),
+            first_block=first_block,
             block_ids=move.dst.block_ids,
             lease_s=self.lease_s,
         )
@@ -125,6 +138,8 @@ class DecodeSide:
         peer = hand_off.peers[0]
         if result.error is None:
             self.num_received += 1
+            self.tokens_received += len(hand_off.request.token_ids) - hand_off.first_token
+            self.tokens_received_cached += max(0, hand_off.num_cached - hand_off.first_token)
             del self._live[move.request_id]
             self.outbox.append((peer, Ack(move.transfer_id, move.epoch)))
             return
@@ -145,6 +160,7 @@ class DecodeSide:
                 self.outbox.append((peer, Ack(first.transfer_id, first.epoch)))
                 return [], []
             hand_off.until_s = now + self.lease_s
+            hand_off.num_cached = first.num_cached
             return self._give(first, now), [(hand_off.move_id, message.num_units, message.checksum)]
         if isinstance(message, FirstToken | Alive):
             hand_off = self._current(message.transfer_id, message.epoch)
@@ -185,14 +201,9 @@ class DecodeSide:
     def _give(self, first: FirstToken, now: float) -> list[Progress]:
         assert self._scheduler is not None
         told = first.prompt_logprobs
-        given = self._scheduler.give(
-            self._request_id(first.transfer_id),
-            first.position,
-            list(first.token_ids),
-            now,
-            first.logprobs,
-            None if told is None else told[1:],  # the first token's None is this engine's to add
-        )
+        rest = None if told is None else told[1:]  # the first token's None is this engine's to add
+        tokens = Given(list(first.token_ids), first.logprobs, rest)
+        given = self._scheduler.give(self._request_id(first.transfer_id), first.position, tokens, now)
         if given is None:
             return []
         given.request.num_cached = max(given.request.num_cached, first.num_cached)

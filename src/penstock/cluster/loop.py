@@ -27,6 +27,7 @@ class MemberLoop:
         self, member: Member, executor: Executor, front: ZmqWire, peers: PeerWire, now: Callable[[], float]
     ) -> None:
         self.member, self.executor, self.front, self.peers, self.now = member, executor, front, peers, now
+        self.names: dict[str, str] = {}  # of the peers, by link address
         self._poller = zmq.Poller()
         self._poller.register(front.socket, zmq.POLLIN)
         self._poller.register(peers.socket, zmq.POLLIN)
@@ -45,6 +46,7 @@ class MemberLoop:
         for source, message in received:
             if isinstance(message, Peers):
                 self.peers.meet({peer.name: peer.wire for peer in message.peers})
+                self.names |= {peer.link: peer.name for peer in message.peers}
             self._post(member.handle(source, message, time))
         self._post(member.launch(self.now()))
         if not member.engine.scheduler.num_submitted:

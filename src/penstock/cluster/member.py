@@ -17,7 +17,7 @@ from penstock.cluster.prefill_side import PrefillSide
 from penstock.core.moves import KVMove, MoveResult
 from penstock.core.plan import StepResult
 from penstock.engine.engine import Engine
-from penstock.engine.messages import AddRequest, Failed, FromEngine, HandOffs, Peers, Report, ToEngine, Tokens
+from penstock.engine.messages import AddRequest, Failed, FromEngine, HandOffs, Peers, ToEngine, Tokens
 
 FRONT = ""  # the front end's name among sources and destinations
 
@@ -34,6 +34,7 @@ class Member:
         self.decode = decode
         self.prefill = prefill
         engine.watcher = self
+        engine.reporter.handoffs = self.handoffs
         decode.attach(engine.scheduler)
 
     # ---- messages ----
@@ -96,6 +97,20 @@ class Member:
         self.decode.ended(move, result, now)
         self.prefill.ended(move, result, now)
 
+    def handoffs(self) -> HandOffs:
+        """Both sides in numbers."""
+        decode, prefill = self.decode, self.prefill
+        return HandOffs(
+            num_sent=prefill.num_sent,
+            num_received=decode.num_received,
+            num_failed=decode.num_failed,
+            num_local=decode.num_local,
+            num_sending=len(prefill.live),
+            num_receiving=decode.num_in_flight,
+            tokens_received=decode.tokens_received,
+            tokens_received_cached=decode.tokens_received_cached,
+        )
+
     # ---- what goes out ----
 
     def _out(self, messages: Sequence[FromEngine], now: float) -> Post:
@@ -106,8 +121,6 @@ class Member:
                 message = self._own(message, now)
                 if not message.deltas:
                     continue
-            elif isinstance(message, Report):
-                message = msgspec.structs.replace(message, handoffs=self._handoffs())
             elif isinstance(message, Failed):
                 if self.prefill.owns(message.request_id):
                     self.prefill.failed(message.request_id, message.code, message.message)
@@ -115,10 +128,6 @@ class Member:
                 self.decode.forget(message.request_id)
             out.append((FRONT, message))
         return out
-
-    def _handoffs(self) -> HandOffs:
-        decode, prefill = self.decode, self.prefill
-        return HandOffs(decode.num_received, decode.num_failed, decode.num_local, prefill.num_sent, prefill.num_bytes)
 
     def _own(self, message: Tokens, now: float) -> Tokens:
         own = []

@@ -12,7 +12,9 @@ from typing import Protocol
 
 import msgspec
 
+from penstock.cluster.decisions import NO_FORECAST, Decisions, Forecast
 from penstock.cluster.merge import merged_ready, merged_report, without_gauges
+from penstock.core.request import FINISH_ERROR
 from penstock.engine.messages import (
     AddRequest,
     CancelRequest,
@@ -38,10 +40,11 @@ PREFILL, DECODE, BOTH = "prefill", "decode", "both"
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """Where a request is decoded, and who may compute its prompt, the best first; nobody: the former."""
+    """Where a request is decoded, and who may compute its prompt, the best first; nobody: the former. And why."""
 
     engine: str
     prefill_at: tuple[str, ...] = ()
+    forecast: Forecast = NO_FORECAST
 
 
 class Placement(Protocol):
@@ -92,6 +95,7 @@ class Router:
         self.placement = placement
         self.engines = {name: Engine(name, role) for name, role in roles.items()}
         self.num_replayed = 0
+        self.decisions = Decisions()
         self._live: dict[str, _Live] = {}
         self._drain: Drain | None = None
         self.is_ready = False  # all engines have been there
@@ -138,9 +142,20 @@ class Router:
             return [], []
         if placed is None:
             self._live.pop(request_id, None)
+            self.decisions.ended(request_id, FINISH_ERROR)
             return [Failed(request_id, 503, "no engine is left that could decode this")], []
         live.engine = placed.engine
         self._live[request_id] = live
+        self.decisions.placed(
+            request_id,
+            request.arrival_s,
+            len(request.token_ids),
+            placed.engine,
+            placed.prefill_at,
+            placed.forecast,
+            now,
+            1 + live.num_replays,
+        )
         params = request.params
         if live.token_ids and params.prompt_logprobs is not None:
             params = replace(params, prompt_logprobs=None)  # the client has them
@@ -166,13 +181,12 @@ class Router:
             live = self._live.get(message.request_id)
             if live is None or live.engine != name:
                 return [], []
-            self._end(message.request_id, now)
+            self._end(message.request_id, FINISH_ERROR, now)
             return [message], []
         if isinstance(message, Report):
             engine.report = message
             self.placement.told(name, message, now)
-            reports = [each.report for each in self.engines.values() if each.report is not None]
-            return [merged_report(reports + self._past, message)], []
+            return [self._merged(message.now_s, message)], []
         if isinstance(message, Ready):
             engine.ready = message
             self.placement.joined(name, message)
@@ -211,17 +225,23 @@ class Router:
                 continue
             if delta.token_ids and not live.token_ids:
                 self.placement.first_token(delta.request_id, now)
+                self.decisions.first_token(delta.request_id, now)
             live.token_ids += delta.token_ids
             if delta.finish_reason is not None:
-                self._end(delta.request_id, now)
+                self._end(delta.request_id, delta.finish_reason, now)
             deltas.append(delta)
         if len(deltas) == len(message.deltas):
             return [message]
         return [msgspec.structs.replace(message, deltas=deltas)] if deltas else []
 
-    def _end(self, request_id: str, now: float) -> None:
+    def _end(self, request_id: str, outcome: str, now: float) -> None:
         del self._live[request_id]
+        self.decisions.ended(request_id, outcome)
         self.placement.ended(request_id, now)
+
+    def _merged(self, now: float, newest: Report | None = None) -> Report:
+        reports = [each.report for each in self.engines.values() if each.report is not None]
+        return merged_report(reports, now, newest, self._past)
 
     # ---- engines that die ----
 
@@ -246,7 +266,7 @@ class Router:
         self.placement.left(name)
         if engine.report is not None:
             self._past.append(without_gauges(engine.report))
-        out: list[FromEngine] = []
+        out: list[FromEngine] = [self._merged(now)]
         peers = [e.ready.peer for e in self.engines.values() if e.ready is not None and e.ready.peer is not None]
         post: Post = [(other.name, Peers(peers)) for other in self.engines.values() if other.ready is not None]
         for request_id, live in [item for item in self._live.items() if item[1].engine == name]:
@@ -254,6 +274,7 @@ class Router:
             live.num_replays += 1
             if live.num_replays > MAX_REPLAYS:
                 del self._live[request_id]
+                self.decisions.ended(request_id, FINISH_ERROR)
                 out.append(Failed(request_id, 500, f"{live.num_replays} engines ended while they computed this"))
                 continue
             self.num_replayed += 1
@@ -288,13 +309,17 @@ class LeastLoaded:
         decoding = self._least(name for name in self._alive if self._roles[name] != PREFILL)
         if not decoding:
             return None
+        loads = {name: float(self._load[name]) for name in self._alive}
         engine, num_prompt = decoding[0], len(request.token_ids)
         num_output = request.params.max_tokens or num_prompt
         peers = self._least(n for n in self._alive if self._roles[n] != DECODE and n != engine)
         if num_prompt < self._min_tokens:
             peers = []
         self._charge(request.request_id, [(engine, num_output), (peers[0] if peers else engine, num_prompt)])
-        return Placed(engine, tuple(peers))
+        terms = {name: loads[name] for name in (*peers[:1], engine)}
+        reason = "fewest tokens to do" if peers or num_prompt >= self._min_tokens else "a short prompt stays"
+        runner_ups = tuple((name, loads[name]) for name in decoding[1:3])
+        return Placed(engine, tuple(peers), Forecast(reason, None, terms, runner_ups))
 
     def told(self, name: str, report: Report, now: float) -> None:
         """Its own count is enough."""

@@ -20,6 +20,7 @@ def setting(default: Any, text: str, **extra: Any) -> Any:
         synonyms   {other spelling: choice}
         low, high  allowed range of a number, both ends included; `above` excludes its end
         unit       "bytes" (accepts 512M, 4GiB), "tokens" (accepts 32k), "s", or any word for the table
+        plain      what a number without a unit is counted in, where vLLM's flag does so: "GiB"
         auto       True: "auto" (and -1) means None, to be filled in from the model and the machine
         aliases    other flags with the same meaning, SGLang's mostly: ("--context-length",)
         off        flags that switch a bool off, besides `--no-...`
@@ -135,6 +136,40 @@ class CacheOptions:
         headline=True,
         aliases=("--mem-fraction-static",),
     )
+    kv_offloading_size: int | None = setting(
+        None,
+        "host memory for KV that has left the device or may be used again; a number without a unit is in GiB",
+        low=1,
+        unit="bytes",
+        plain="GiB",
+        headline=True,
+        aliases=("--hicache-size",),
+    )
+    kv_disk_path: str | None = setting(
+        None, "directory for KV below host memory; it survives restarts", metavar="DIR", headline=True
+    )
+    kv_disk_size: int = setting(
+        16 << 30, "what it may take; a number without a unit is in GiB", low=1, unit="bytes", plain="GiB"
+    )
+    kv_remote_url: str | None = setting(
+        None, "Redis or Valkey for KV below that, shared by machines: redis://...", metavar="URL", secret=True
+    )
+    kv_write_policy: str = setting(
+        "write_through",
+        "when a block goes to host memory: computed, asked for a second time, or about to leave the device",
+        choices=("write_through", "write_through_selective", "write_back"),
+        aliases=("--hicache-write-policy",),
+    )
+    kv_lower_write_policy: str = setting(
+        "write_through_selective",
+        "the same for disk and remote store",
+        choices=("write_through", "write_through_selective", "write_back"),
+    )
+    kv_eviction_policy: str = setting(
+        "auto",
+        "who leaves a tier; auto: the policy that would have saved most time lately",
+        choices=("auto", "lru", "lfu", "gdsf"),
+    )
     enable_prefix_caching: bool = setting(
         True, "reuse KV of equal prompt beginnings", headline=True, off=("--disable-radix-cache",)
     )
@@ -157,7 +192,11 @@ class SchedulerOptions:
         aliases=("--chunked-prefill-size",),
     )
     scheduling_policy: str = setting(
-        "fcfs", "who goes first", choices=("fcfs", "priority"), headline=True, aliases=("--schedule-policy",)
+        "fcfs",
+        "who goes first",
+        choices=("fcfs", "priority", "sjf_aged"),
+        headline=True,
+        aliases=("--schedule-policy",),
     )
     max_queue_wait_s: float = setting(
         30.0, "a request that was ready this long is no longer overtaken", low=0.0, unit="s"
@@ -369,8 +408,7 @@ class ForeignFlag:
 _ONE = ("1",)
 _LATER = "not supported yet: this version runs one rank on one machine"
 _NO_SPEC = "not supported yet: this version does not speculate"
-_NO_PD = "not supported yet: this version computes prompts and outputs in one engine"
-_NO_TIERS = "not supported yet: this version keeps KV in the device's memory only"
+_NO_PD = "not supported; --pd 1P1D starts prefill and decode engines on this machine"
 _NO_MOE = "not supported yet: this version has no expert models"
 _NO_LORA = "not supported yet: this version loads no adapters"
 _NO_MEDIA = "not supported yet: this version takes text only"
@@ -398,18 +436,13 @@ FOREIGN: tuple[ForeignFlag, ...] = (
     ForeignFlag(("--disaggregation-mode",), ("null",), _NO_PD),
     ForeignFlag(("--disaggregation-transfer-backend", "--disaggregation-bootstrap-port"), (), _NO_PD),
     ForeignFlag(
-        ("--kv-offloading-size", "--kv-offloading-backend", "--swap-space", "--cpu-offload-gb"), ("0",), _NO_TIERS
+        ("--swap-space", "--cpu-offload-gb"), ("0",), "not supported; --kv-offloading-size keeps KV in host memory"
     ),
+    ForeignFlag(("--kv-offloading-backend",), ("native",), "not supported; see --kv-disk-path and --kv-remote-url"),
     ForeignFlag(
-        (
-            "--enable-hierarchical-cache",
-            "--hicache-ratio",
-            "--hicache-size",
-            "--hicache-write-policy",
-            "--hicache-storage-backend",
-        ),
+        ("--enable-hierarchical-cache", "--hicache-ratio", "--hicache-storage-backend"),
         (),
-        _NO_TIERS,
+        "not supported; --kv-offloading-size, --kv-disk-path and --kv-remote-url add tiers below the device",
     ),
     ForeignFlag(("--enable-lora", "--lora-modules", "--max-loras", "--max-lora-rank"), (), _NO_LORA),
     ForeignFlag(("--limit-mm-per-prompt", "--mm-processor-cache-gb"), ("0", "{}"), _NO_MEDIA),

@@ -9,6 +9,7 @@ import shutil
 import tempfile
 
 PREFIX = "penstock-"
+MEMORY = "/dev/shm"
 OWNER = "owner"
 
 
@@ -20,8 +21,10 @@ class SocketDirectory:
     """
 
     def __init__(self) -> None:
-        remove_stale(tempfile.gettempdir())
-        self.path = tempfile.mkdtemp(prefix=PREFIX)
+        # In memory where the system has such a place: a KV arena that engines share is a file here.
+        place = MEMORY if os.access(MEMORY, os.W_OK) else tempfile.gettempdir()
+        remove_stale(place)
+        self.path = tempfile.mkdtemp(prefix=PREFIX, dir=place)
         unnamed = os.path.join(self.path, f".{OWNER}")
         self._owner: int | None = os.open(unnamed, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._owner, fcntl.LOCK_EX)

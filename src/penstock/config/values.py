@@ -27,6 +27,7 @@ class ConfigError(ValueError):
 # vLLM's reading: 1k is 1000 and 1K is 1024. With a B the usual one: 1kB and 1MB are decimal, 1KiB and 1MiB binary.
 _POWERS = {"k": 1, "m": 2, "g": 3, "t": 4}
 _NUMBER = re.compile(r"([+-]?[0-9][0-9_]*\.?[0-9]*(?:[eE][+-]?[0-9]+)?)\s*([kKmMgGtT]?)(i?)([bB]?)")
+_PLAIN = re.compile(r"[0-9]+(\.[0-9]+)?")
 _TRUE = frozenset(("1", "true", "yes", "on", "y", "t"))
 _FALSE = frozenset(("0", "false", "no", "off", "n", "f"))
 
@@ -72,6 +73,8 @@ def _convert(setting: Setting, raw: Any, flag: str) -> Any:
         if setting.kind == "bool":
             return _parse_bool(raw)
         if setting.kind == "int":
+            if "plain" in setting.extra and not isinstance(raw, bool) and _PLAIN.fullmatch(str(raw).strip()):
+                raw = f"{raw}{setting.extra['plain']}"
             if isinstance(raw, str):
                 return parse_size(raw)
             if isinstance(raw, bool) or int(raw) != raw:

@@ -11,6 +11,7 @@ import heapq
 from collections import OrderedDict, deque
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Protocol
 
 
 @dataclass(slots=True, eq=False)
@@ -25,6 +26,16 @@ class Block:
     heat: int = 0  # hits so far
     fence: int = -1  # step that must end before reuse; -1: none
     num_pins: int = 0  # moves that read or write it: they must end before reuse
+
+
+class BlockListener(Protocol):
+    """Is told which blocks can be hit."""
+
+    def stored(self, hash_: bytes) -> None: ...
+
+    def removed(self, hash_: bytes) -> None: ...
+
+    def cleared(self) -> None: ...
 
 
 class BlockPool:
@@ -44,6 +55,7 @@ class BlockPool:
         self.num_limbo = 0
         self.num_shared = 0  # two references or more
         self.ghosts: OrderedDict[bytes, float] = OrderedDict()  # evicted hash -> when
+        self.listener: BlockListener | None = None
         self._free = list(range(num_blocks - 1, 0, -1))
         self._heap: list[tuple[int, int]] = []  # (last_use, id) of cached blocks; checked when popped
         self._num_children: dict[bytes, int] = {}  # resident published blocks by the hash of their parent
@@ -103,6 +115,8 @@ class BlockPool:
         self.ghosts.pop(hash_, None)
         if self.leaf_first and parent_hash is not None:
             self._num_children[parent_hash] = self._num_children.get(parent_hash, 0) + 1
+        if self.listener is not None:
+            self.listener.stored(hash_)
 
     def release(self, block_id: int, fence: int) -> None:
         """Give one reference back. `fence`: last step in flight that may touch the block, -1 when none is.
@@ -151,8 +165,15 @@ class BlockPool:
             self.num_limbo -= 1
             self._retire(block)
 
+    def coldest(self, num: int) -> list[bytes]:
+        """Hashes of cached blocks that are given away next, as far as the newest look at them tells."""
+        blocks = (self.blocks[id_] for _, id_ in heapq.nsmallest(num, self._heap))
+        return [block.hash for block in blocks if block.hash is not None and self._idle(block)]
+
     def forget(self) -> None:
         """Unpublish everything: cached blocks become free, held and limbo ones lose their hash."""
+        if self.listener is not None:
+            self.listener.cleared()
         self.index.clear()
         self._num_children.clear()
         self._heap.clear()
@@ -196,6 +217,8 @@ class BlockPool:
     def _unpublish(self, block: Block, now: float) -> Block:
         assert block.hash is not None
         del self.index[block.hash]
+        if self.listener is not None:
+            self.listener.removed(block.hash)
         self.num_cached -= 1
         self.ghosts[block.hash] = now
         if len(self.ghosts) > self.num_blocks:

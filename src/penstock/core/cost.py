@@ -63,6 +63,15 @@ class StepCoefficients:
             + self.context * shape.num_context
         )
 
+    def one_prompt_seconds(self, new: int, prefix: int, chunk_tokens: int) -> float:
+        """`prompt_seconds` of one prompt."""
+        if new <= 0:
+            return 0.0
+        attended = 0.5 * new * (new + 2 * prefix)
+        context = new + prefix if new <= chunk_tokens else attended / chunk_tokens + 0.5 * chunk_tokens
+        num_steps = max(new / chunk_tokens, 1.0)
+        return (self.step + self.row) * num_steps + self.token * new + self.attended * attended + self.context * context
+
     def prompt_seconds(self, new_tokens: IntArray, prefix_tokens: IntArray, chunk_tokens: int) -> FloatArray:
         """Of prompts computed alone, in steps of `chunk_tokens`. Shapes equal. Nothing new takes no time.
 
@@ -134,7 +143,11 @@ class FittedCost:
 
     def prefill_seconds(self, new_tokens: int, prefix_tokens: int) -> float:
         """Of computing `new_tokens` of a prompt whose first `prefix_tokens` are there; alone on the engine."""
-        return float(self.prefill_seconds_each(np.array([new_tokens]), np.array([prefix_tokens]))[0])
+        seconds = self.correction * self.coefficients.one_prompt_seconds(new_tokens, prefix_tokens, self.chunk_tokens)
+        if self.floor is not None:
+            for bound in self.floor.coefficients():
+                seconds = max(seconds, bound.one_prompt_seconds(new_tokens, prefix_tokens, self.chunk_tokens))
+        return seconds
 
     def prefill_seconds_each(self, new_tokens: IntArray, prefix_tokens: IntArray) -> FloatArray:
         """`prefill_seconds` of many prompts."""

@@ -6,11 +6,12 @@ gives way, is the scheduler's.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from penstock.config.model import KVLayout
 from penstock.core.admission import Sharing
 from penstock.core.blocks import BlockPool
+from penstock.core.kv_events import KVEventSource
 from penstock.core.prefix import Hit, PrefixCache, chain_root, extend_chain
 from penstock.core.request import Request
 
@@ -41,6 +42,8 @@ class KVCache:
         self.nothing: BlockIds = ((),) * len(self.pools)
         self.windows = [(g, group.window) for g, group in enumerate(layout.groups) if group.window is not None]
         self._full = next((g for g, group in enumerate(layout.groups) if group.window is None), None)
+        self.on_published: Callable[[bytes, bytes | None, int], None] | None = None  # hash, its parent, which block
+        self._events: KVEventSource | None = None
         self._computing: dict[bytes, int] = {}  # block hash -> rows of submitted steps that fill it
         self._roots: dict[tuple[str, str], bytes] = {}
 
@@ -112,24 +115,25 @@ class KVCache:
             added.append(new)
         return tuple(added)
 
-    def has_room_to_receive(self, hit: Hit, num_tokens: int) -> bool:
+    def has_room_to_receive(self, hit: Hit, num_received: int, num_tokens: int) -> bool:
         """Can every group give what `reserve` takes after `hold`?"""
         return all(
-            max(0, -(-num_tokens // self.block_size) - max(self._first_received(g, num_tokens), hit.num_blocks))
+            max(0, -(-num_tokens // self.block_size) - max(self._first_received(g, num_received), hit.num_blocks))
             <= pool.num_available - pool.count_cached(hit.block_ids[g])
             for g, pool in enumerate(self.pools)
         )
 
-    def reserve(self, request: Request, num_tokens: int, now: float) -> None:
-        """Blocks for KV that comes from elsewhere, up to `num_tokens`: in a window group for what stays visible."""
+    def reserve(self, request: Request, num_received: int, num_tokens: int, now: float) -> None:
+        """Blocks up to `num_tokens`, the KV of the first `num_received` coming from elsewhere: of that, in a window
+        group, for what stays visible."""
         num_blocks = -(-num_tokens // self.block_size)
         for g, (pool, table) in enumerate(zip(self.pools, request.block_tables, strict=True)):
-            table.extend([0] * (self._first_received(g, num_tokens) - len(table)))
+            table.extend([0] * (self._first_received(g, num_received) - len(table)))
             table.extend([pool.allocate(now) for _ in range(num_blocks - len(table))])
 
     def receive(self, request: Request, num_tokens: int, fence: int) -> None:
         """The KV is there: the request has computed `num_tokens` tokens, and keeps what is still visible of it."""
-        request.num_computed = num_tokens
+        request.num_computed = num_tokens = max(num_tokens, request.num_computed)
         for g, window in self.windows:
             table, pool = request.block_tables[g], self.pools[g]
             for n in range(self.prefix.first_visible(window, num_tokens) - 1, -1, -1):
@@ -175,12 +179,32 @@ class KVCache:
 
     # ---- prefix cache ----
 
+    def tell(self, events: KVEventSource) -> None:
+        """Tell of blocks that can be hit, and of those that no longer can: of one group, that of full attention."""
+        self._events = events
+        self.events_pool.listener = events
+
+    @property
+    def events_pool(self) -> BlockPool:
+        """The pool whose blocks `tell` speaks of."""
+        return self.pools[self._full or 0]
+
     def match(self, request: Request) -> Hit:
         """The longest cached prefix that the request may start on."""
         if not self.enabled:
             return Hit(0, tuple([] for _ in self.pools))
         self._extend_hashes(request)
         return self.prefix.match(request.block_hashes, self._hit_limit(request))
+
+    def ask(self, request: Request) -> tuple[Hit, list[bytes]]:
+        """What the device has of a request, and the hashes of all its blocks that may come from a cache."""
+        hit = self.match(request)
+        return hit, request.block_hashes[: self._hit_limit(request)] if self.enabled else []
+
+    def find(self, group: int, hash_: bytes) -> int:
+        """The block with this content, 0 if it is not on the device."""
+        block = self.pools[group].index.get(hash_)
+        return 0 if block is None else block.id
 
     def is_being_computed(self, request: Request, hit: Hit) -> bool:
         """Does a submitted step fill the block that comes after the hit?"""
@@ -195,6 +219,11 @@ class KVCache:
         for g, (pool, table) in enumerate(zip(self.pools, request.block_tables, strict=True)):
             for n in range(request.num_published[g], end):
                 if table[n]:
+                    if self.on_published is not None and pool is self.pools[-1]:
+                        self.on_published(hashes[n], hashes[n - 1] if n else None, n)
+                    if self._events is not None and self._events.with_tokens and pool.listener is not None:
+                        tokens = request.token_ids[n * self.block_size : (n + 1) * self.block_size]
+                        self._events.describe(hashes[n], hashes[n - 1] if n else None, tokens)
                     pool.publish(table[n], hashes[n], hashes[n - 1] if n else None)
             request.num_published[g] = end
 

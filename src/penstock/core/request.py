@@ -193,6 +193,12 @@ class Request:
     def num_output(self) -> int:
         return len(self.token_ids) - self.prompt_len
 
+    def advance(self, num_tokens: int, num_rejected: int) -> None:
+        """A row of `num_tokens` is committed; so many of its drafts, the last tokens, were wrong."""
+        self.num_planned -= num_tokens
+        self.num_computed += num_tokens - num_rejected
+        self.num_drafts_rejected += num_rejected
+
     def append(self, tokens: list[int], now: float) -> list[int]:
         """Add sampled tokens up to the first that ends the request; marks it finished. Gives those that were added."""
         if self.first_token_s is None:

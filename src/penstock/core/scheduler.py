@@ -15,10 +15,11 @@ from penstock.core.admission import PeakPredictor
 from penstock.core.doors import DraftAllocator, KVSource, SchedulePolicy
 from penstock.core.kv_cache import BlockIds, KVCache
 from penstock.core.moves import MoveResult
-from penstock.core.plan import Admitted, Logprobs, Row, StepPlan, StepResult
+from penstock.core.plan import Admitted, Row, StepPlan, StepResult
+from penstock.core.preemption import victims_for
 from penstock.core.prefix import Hit
 from penstock.core.request import FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, Request
-from penstock.core.steps import Counters, Progress, SchedulerLimits, Submitted
+from penstock.core.steps import Counters, Given, Progress, SchedulerLimits, Submitted
 from penstock.core.traffic import Offer, Traffic
 
 LOOK_AHEAD = 64  # waiting requests that are passed over before a plan gives up admitting
@@ -104,26 +105,18 @@ class Scheduler:
             self._finish(request, FINISH_ERROR, now)
         return failed
 
-    def give(
-        self,
-        request_id: str,
-        position: int,
-        tokens: list[int],
-        now: float,
-        logprobs: list[Logprobs] | None = None,
-        prompt_logprobs: list[Logprobs | None] | None = None,
-    ) -> Progress | None:
+    def give(self, request_id: str, position: int, given: Given, now: float) -> Progress | None:
         """Tokens at `position` that another engine computed; None if the request is gone or is elsewhere by now."""
         request = self.requests.get(request_id)
         if request is None or len(request.token_ids) != position or request.num_in_flight:
             return None
-        tokens = request.append(tokens, now)
+        tokens = request.append(given.token_ids, now)
         self.counters.generation_tokens += len(tokens)
-        if prompt_logprobs is not None:
+        if given.prompt_logprobs is not None:
             request.num_logprobs_done = request.prompt_len - 1
         if request.finish_reason is not None:
             self._finish(request, request.finish_reason, now)
-        return Progress(request, tokens, logprobs, prompt_logprobs)
+        return Progress(request, tokens, given.logprobs, given.prompt_logprobs)
 
     def moved(self, result: MoveResult, now: float) -> None:
         """A move has ended. What came is in place; what did not come is computed, or asked for elsewhere."""
@@ -132,11 +125,15 @@ class Scheduler:
         if flight is None:
             return
         request = flight.request
+        assert request is not None
         if result.error is None:
-            num_received = flight.num_tokens - request.num_computed
-            self.kv.receive(request, flight.num_tokens, self._fence())
+            self.kv.receive(request, flight.end, self._fence())
+            num_received = flight.end - flight.start
             self.counters.prompt_tokens_received += num_received
             request.num_received += num_received
+            if flight.is_cache:
+                request.num_cached += num_received
+                self.counters.prompt_tokens_cached += num_received
             self.trace("received", request, now)
         else:
             self._requeue(request)
@@ -242,6 +239,9 @@ class Scheduler:
             submitted.plan.admitted += (Admitted.of(request),)
         row = Row(request.id, start, total, num_draft, num_logits, samples, new_blocks)
         submitted.plan.rows.append(row)
+        if request.arriving >= 0:
+            submitted.loads[len(submitted.rows)] = request.arriving
+            submitted.plan.awaits += (request.arriving,)
         submitted.rows.append((request, request.epoch))
         if start < request.prompt_len or num_tokens > 1:
             submitted.chunks.append((request, row))
@@ -260,28 +260,12 @@ class Scheduler:
         num_blocks = -(-end // self.block_size)
         needs = [num_blocks - len(table) for table in request.block_tables]
         if any(need > pool.num_available for need, pool in zip(needs, self.pools, strict=True)):
-            if not self._make_room(request, needs, now):
+            victims = victims_for(request, needs, self.running, self.step, self.kv, self.policy, now)
+            for victim in victims or ():
+                self._preempt(victim, now)
+            if victims is None or any(n > pool.num_available for n, pool in zip(needs, self.pools, strict=True)):
                 return None
         return self.kv.allocate(request, needs, now)
-
-    def _make_room(self, request: Request, needs: list[int], now: float) -> bool:
-        """Preempt whoever gives way to `request`, until `needs` blocks are there. False: it waits with what it has.
-
-        Nobody is preempted in vain, nobody whose blocks come back soon anyway, and nobody for a request that would
-        give way first.
-        """
-        leaving = [r for r in self.running if r.num_unsampled and r.num_known >= r.max_total]
-        staying = [r for r in self.running if r.plan_marker != self.step and r not in leaving]
-        victims: list[Request] = []
-        while not self.kv.would_have(needs, leaving + victims):
-            victim = self.policy.victim(staying, now)
-            if victim is request:
-                return False
-            staying.remove(victim)
-            victims.append(victim)
-        for victim in victims:
-            self._preempt(victim, now)
-        return all(need <= pool.num_available for need, pool in zip(needs, self.pools, strict=True))
 
     # ---- admission ----
 
@@ -348,7 +332,7 @@ class Scheduler:
         if isinstance(offer, str):
             return offer
         if offer is not None and offer.num_tokens > start:
-            return self._try_receive(request, hit, offer, now)
+            return self._try_receive(request, hit, offer, budget, submitted, now)
         limit = len(request.token_ids)
         if request.waiting_for:
             limit = min(limit, self._gate(request))
@@ -369,16 +353,27 @@ class Scheduler:
         self._add_row(request, num_tokens, 0, self.kv.nothing, submitted)
         return None
 
-    def _try_receive(self, request: Request, hit: Hit, offer: Offer, now: float) -> str | None:
-        """Start a waiting request by reserving blocks for KV that comes from elsewhere, or say why not."""
+    def _try_receive(
+        self, request: Request, hit: Hit, offer: Offer, budget: int, submitted: Submitted, now: float
+    ) -> str | None:
+        """Start a waiting request on KV that comes from elsewhere, or say why not.
+
+        Behind blocks of a tier it computes at once: the step waits for them layer by layer. A peer's take longer.
+        """
+        end = offer.num_tokens
+        if offer.is_cache and request.ticket is None and not request.waiting_for:
+            end += min(len(request.token_ids) - end, budget)
         sharing = self.kv.sharing(hit, self.running)
-        if not self.peak.fits(request, sharing) or not self.kv.has_room_to_receive(hit, offer.num_tokens):
+        if not self.peak.fits(request, sharing) or not self.kv.has_room_to_receive(hit, offer.num_tokens, end):
             return "capacity"
         self.peak.add(request, sharing)
         self._start(request, hit, now)
-        self.kv.reserve(request, offer.num_tokens, now)
-        self.traffic.receive(request, offer)
+        self.kv.reserve(request, offer.num_tokens, end, now)
+        self.traffic.receive(request, offer, shut=end == offer.num_tokens)
         self.trace("receiving", request, now)
+        if end > offer.num_tokens:
+            request.num_computed = offer.num_tokens
+            self._add_row(request, end - offer.num_tokens, 0, self.kv.nothing, submitted)
         return None
 
     def _start(self, request: Request, hit: Hit, now: float) -> None:
@@ -387,12 +382,7 @@ class Scheduler:
         if request.admitted_s is None:
             request.admitted_s = now
             request.num_cached = request.num_computed
-            if request.ticket is None:  # else whoever decodes it counts it
-                self.counters.prompt_tokens += request.prompt_len
-                self.counters.prompt_tokens_cached += request.num_computed
-            if self.kv.enabled:
-                self.counters.prefix_queries += request.prompt_len
-                self.counters.prefix_hits += request.num_computed
+            self.counters.admitted(request, self.kv.enabled)
         self.running.append(request)
         request.is_running = True
         if request.ticket is not None:
@@ -415,21 +405,19 @@ class Scheduler:
             reason = request.finish_reason
             if reason is not None:
                 continue
+            if result.bad_loads and submitted.loads.get(i) in result.bad_loads:
+                self._take_back(request, row, submitted.loads[i])
+                continue
             if result.failed and row.request_id in result.failed:
                 self._finish(request, FINISH_ERROR, now)
                 out.append(Progress(request, [], error=result.failed[row.request_id]))
                 continue
             if row.samples:
                 request.num_unsampled -= 1 + row.num_draft
-            before = after = request.num_computed
+            before = request.num_computed
             if epoch == request.epoch:
-                after += row.num_tokens
-                if row.num_draft:
-                    num_rejected = row.num_draft - len(tokens) + 1
-                    request.num_drafts_rejected += num_rejected
-                    after -= num_rejected
-                request.num_planned -= row.num_tokens
-                request.num_computed = after
+                request.advance(row.num_tokens, row.num_draft - len(tokens) + 1 if row.num_draft else 0)
+            after = request.num_computed
             prompt_logprobs = result.prompt_logprobs.get(i) if result.prompt_logprobs else None
             if prompt_logprobs is not None:
                 prompt_logprobs = prompt_logprobs[max(0, request.num_logprobs_done - row.start) :]
@@ -441,7 +429,7 @@ class Scheduler:
                 out.append(Progress(request, tokens, logprobs and logprobs[: len(tokens)], prompt_logprobs))
             elif prompt_logprobs:
                 out.append(Progress(request, [], None, prompt_logprobs))
-            if before // size < after // size and self.kv.enabled:
+            if before // size < after // size and self.kv.enabled and request.arriving < 0:
                 self.kv.publish(request)
             if self.kv.windows and before < after:
                 self.kv.trim_windows(request, self._fence())
@@ -453,6 +441,13 @@ class Scheduler:
         self.kv.end_filling(submitted.filling)
         self.kv.settle(plan.step)
         return out
+
+    def _take_back(self, request: Request, row: Row, load: int) -> None:
+        """A row has read KV that never came: what it computed is void, and the request begins again."""
+        if row.samples:
+            request.num_unsampled -= 1 + row.num_draft
+        if request.arriving == load:
+            self._requeue(request)
 
     # ---- endings ----
 

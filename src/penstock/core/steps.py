@@ -28,6 +28,15 @@ class Progress:
     error: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class Given:
+    """Tokens of a request that another engine sampled."""
+
+    token_ids: list[int]
+    logprobs: list[Logprobs] | None = None
+    prompt_logprobs: list[Logprobs | None] | None = None
+
+
 @dataclass(slots=True)
 class Counters:
     """Since start; tokens unless said."""
@@ -40,6 +49,15 @@ class Counters:
     prefix_hits: int = 0
     num_preemptions: int = 0
 
+    def admitted(self, request: Request, looked_up: bool) -> None:
+        """A request starts for the first time, on what the device's cache has of it (if that was `looked_up`)."""
+        if request.ticket is None:  # else whoever decodes it counts it
+            self.prompt_tokens += request.prompt_len
+            self.prompt_tokens_cached += request.num_computed
+        if looked_up:
+            self.prefix_queries += request.prompt_len
+            self.prefix_hits += request.num_computed
+
 
 @dataclass(slots=True)
 class Submitted:
@@ -47,5 +65,6 @@ class Submitted:
 
     plan: StepPlan
     rows: list[tuple[Request, int]]  # the row's request and its epoch when planned
+    loads: dict[int, int] = field(default_factory=dict)  # row -> the move whose KV it reads as it comes
     filling: list[bytes] = field(default_factory=list)  # hashes of the blocks that this step fills
     chunks: list[tuple[Request, Row]] = field(default_factory=list)  # rows that compute more than the newest token

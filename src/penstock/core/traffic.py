@@ -27,15 +27,18 @@ class Offer:
     src: Place
     transfer_id: str
     epoch: int = 0
+    is_cache: bool = False  # it was computed for somebody else: it counts as cached
 
 
 @dataclass(slots=True)
 class Flight:
-    """A move that has not ended."""
+    """A move that has not ended. `request`: None for a save, which is nobody's."""
 
     move: KVMove
-    request: Request
-    num_tokens: int = 0  # of a receipt: computed once it is there
+    request: Request | None
+    start: int = 0  # of a receipt: tokens [start, end) are computed once it is there
+    end: int = 0
+    is_cache: bool = False
     filling: tuple[bytes, ...] = ()  # of a receipt: hashes that others may wait for
 
 
@@ -49,16 +52,18 @@ class Traffic:
         self._kv = kv
         self._num_moves = 0
 
-    def receive(self, request: Request, offer: Offer) -> None:
-        """Ask for what the request's device blocks lack of an offer; shuts its gate there. Blocks are reserved."""
+    def receive(self, request: Request, offer: Offer, shut: bool = True) -> None:
+        """Ask for what the request's device blocks lack of an offer; blocks are reserved. `shut`: its gate, there."""
         kv, first = self._kv, request.num_computed // self._kv.block_size
-        blocks = tuple(tuple(table[first:]) for table in request.block_tables)
+        last = -(-offer.num_tokens // kv.block_size)
+        blocks = tuple(tuple(table[first:last]) for table in request.block_tables)
         dst = Place(DEVICE, blocks)
         filling = tuple(kv.begin_filling(request, request.num_computed, offer.num_tokens))
         move = self._start(request, offer.transfer_id, offer.src, dst, offer.epoch, 0, -1)
-        self.flights[move.id] = Flight(move, request, offer.num_tokens, filling)
+        self.flights[move.id] = Flight(move, request, request.num_computed, offer.num_tokens, offer.is_cache, filling)
         request.arriving = move.id
-        request.waiting_for[GATE] = request.num_computed
+        if shut:
+            request.waiting_for[GATE] = request.num_computed
 
     def send(self, request: Request, end: int, after_step: int) -> None:
         """Send what the request's ticket wants and step `after_step` completes: tokens up to `end`. -1: it is there."""
@@ -82,6 +87,12 @@ class Traffic:
         move = self._start(request, ticket.transfer_id, here, there, ticket.epoch, first_unit, after_step)
         self.flights[move.id] = Flight(move, request)
 
+    def save(self, src: Place, dst: Place) -> KVMove:
+        """Copy published blocks into a tier."""
+        move = self._start(None, "", src, dst, 0, 0, -1)
+        self.flights[move.id] = Flight(move, None)
+        return move
+
     def drop(self, request: Request) -> None:
         """The request no longer waits for what is on its way to it."""
         if request.arriving < 0:
@@ -96,9 +107,10 @@ class Traffic:
             return None
         for pool, id_ in self._pins(flight.move):
             pool.unpin(id_)
-        if flight.request.arriving != result.id:
+        request = flight.request
+        if request is None or request.arriving != result.id:
             return None
-        self._land(flight.request, flight)
+        self._land(request, flight)
         return flight
 
     def _land(self, request: Request, flight: Flight) -> None:
@@ -108,9 +120,17 @@ class Traffic:
         request.waiting_for.pop(GATE, None)
 
     def _start(
-        self, request: Request, transfer_id: str, src: Place, dst: Place, epoch: int, first_unit: int, after_step: int
+        self,
+        request: Request | None,
+        transfer_id: str,
+        src: Place,
+        dst: Place,
+        epoch: int,
+        first_unit: int,
+        after_step: int,
     ) -> KVMove:
-        move = KVMove(self._num_moves, transfer_id, request.id, src, dst, epoch, first_unit, after_step)
+        request_id = "" if request is None else request.id
+        move = KVMove(self._num_moves, transfer_id, request_id, src, dst, epoch, first_unit, after_step)
         self._num_moves += 1
         for pool, id_ in self._pins(move):
             pool.pin(id_)

@@ -32,6 +32,7 @@ from penstock.engine.messages import (
     Watch,
 )
 from penstock.engine.report import Reporter
+from penstock.engine.tier_source import TierSource
 from penstock.engine.timeline import Timeline
 
 
@@ -65,11 +66,13 @@ class Engine:
         limits: EngineLimits,
         mover: Mover | None = None,
         watcher: MoveWatcher | None = None,
+        tiers: TierSource | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.executor = executor
         self.mover = mover
         self.watcher = watcher
+        self.tiers = tiers
         self.limits = limits
         self.timeline = Timeline(scheduler)
         scheduler.trace = self.timeline.event
@@ -127,6 +130,8 @@ class Engine:
         )
         self.timeline.queued(request, now)
         self.scheduler.add(request)
+        if self.tiers is not None:
+            self.tiers.arrived(request, now)
         if message.deadline_s is not None:
             self._deadlines[request.id] = message.deadline_s
         return []
@@ -162,7 +167,7 @@ class Engine:
     @property
     def has_moves(self) -> bool:
         """Are moves on their way, so that `launch` must look for their ends?"""
-        return bool(self.scheduler.traffic.flights)
+        return bool(self.scheduler.traffic.flights) or (self.tiers is not None and self.tiers.is_busy)
 
     @property
     def stopped(self) -> bool:
@@ -174,6 +179,8 @@ class Engine:
         out: list[FromEngine] = []
         if self.mover is not None:
             self._end_moves(self.mover, now)
+        if self.tiers is not None:
+            self.tiers.turn(now)
         if self._deadlines:
             self._expire(now, out)
         if self._drain_until is not None and not self._stopped:
@@ -183,6 +190,8 @@ class Engine:
             if plan is None:
                 break
             self._submitted_s[plan.step] = now
+            if plan.awaits and self.mover is not None:
+                self._start_moves(self.mover, now)  # before somebody waits for them
             self.executor.submit(plan)
         if self.mover is not None:
             self._start_moves(self.mover, now)
@@ -195,6 +204,8 @@ class Engine:
         for result in mover.poll():
             flight = self.scheduler.traffic.flights.get(result.id)
             self.scheduler.moved(result, now)
+            if self.tiers is not None:
+                self.tiers.ended_move(result)
             if flight is not None and self.watcher is not None:
                 self.watcher.ended(flight.move, result, now)
 
@@ -204,6 +215,8 @@ class Engine:
         cancelled, traffic.cancelled = traffic.cancelled, []
         for move in moves:
             mover.start(move)
+            if self.tiers is not None:
+                self.tiers.started(move)
             if self.watcher is not None:
                 self.watcher.started(move, now)
         for move_id in cancelled:
@@ -217,6 +230,8 @@ class Engine:
         if chunks:
             self.timeline.computed(chunks, max(start, now - result.seconds), now)
         self.reporter.stepped(len(result.tokens), chunks, result.seconds)
+        if self.tiers is not None:
+            self.tiers.stepped(len(result.tokens), chunks, result.seconds)
         return self.deliver(progress, now)
 
     def deliver(self, progress: Sequence[Progress], now: float) -> list[FromEngine]:
@@ -285,6 +300,8 @@ class Engine:
         return Tokens([delta], now)
 
     def _forget(self, request_id: str) -> None:
+        if self.tiers is not None:
+            self.tiers.ended(request_id)
         self.timeline.drop(request_id)
         self._deadlines.pop(request_id, None)
         self._prompt_logprobs.pop(request_id, None)

@@ -9,6 +9,7 @@ from penstock.core.doors import Executor, Wire
 from penstock.engine.engine import Engine
 from penstock.engine.messages import FromEngine
 
+MOVING_WAIT_S = 0.001  # while KV is on its way: its end is found by looking
 IDLE_WAIT_S = 0.1  # an idle engine looks at deadlines and watchers this often
 
 
@@ -24,7 +25,7 @@ def run_engine(engine: Engine, executor: Executor, wire: EngineWire, now: Callab
     """Drive `engine` until it has drained. Exceptions of the executor go to the caller: the engine cannot go on."""
     while not engine.stopped:
         if not turn(engine, executor, wire, now):
-            wire.wait(IDLE_WAIT_S)
+            wire.wait(MOVING_WAIT_S if engine.has_moves else IDLE_WAIT_S)
 
 
 def turn(engine: Engine, executor: Executor, wire: Wire, now: Callable[[], float]) -> bool:

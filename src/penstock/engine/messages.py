@@ -85,12 +85,16 @@ class Explain(Message, frozen=True):
 
 
 class Span(msgspec.Struct, array_like=True, frozen=True):
-    """What happened to a request in [start_s, end_s). kind: queue, prefill, decode, preempted."""
+    """What happened to a request in [start_s, end_s).
+
+    kind: queue, prefill, decode, preempted; transfer (its KV comes from the engine `place`), load (from the tier).
+    """
 
     kind: str
     start_s: float
     end_s: float | None
     num_tokens: int = 0
+    place: str = ""
 
 
 class Miss(msgspec.Struct, array_like=True, frozen=True):
@@ -102,7 +106,11 @@ class Miss(msgspec.Struct, array_like=True, frozen=True):
 
 
 class RequestRecord(msgspec.Struct, array_like=True, frozen=True):
-    """Where a request's time went. `queue_reason` is "" when it hardly waited."""
+    """Where a request's time went. `queue_reason` is "" when it hardly waited.
+
+    `sources`: (source, tokens) in order of the prompt, as far as its KV is there: device (this engine's cache), peer
+    (sent by another engine), the name of a tier, compute.
+    """
 
     request_id: str
     state: str  # waiting, prefill, decode, finished, aborted
@@ -119,6 +127,8 @@ class RequestRecord(msgspec.Struct, array_like=True, frozen=True):
     spans: list[Span]
     miss: Miss | None
     block_size: int
+    engine: str = ""  # its name, among others
+    sources: list[tuple[str, int]] = []
 
 
 class TokenDelta(msgspec.Struct, array_like=True, frozen=True):
@@ -175,17 +185,57 @@ class KVReport(msgspec.Struct, array_like=True, frozen=True):
 
 
 class HandOffs(msgspec.Struct, array_like=True, frozen=True):
-    """Prompts that one engine computed for another, counted since start; `num_bytes` of KV were sent for them."""
+    """Prompts that engines compute for one another, as one of them sees it. `_ing` is now, the rest since its start."""
 
-    num_received: int = 0
-    num_failed: int = 0  # tries
-    num_local: int = 0  # computed where they are decoded after all
-    num_sent: int = 0
+    num_sent: int = 0  # computed here, and there
+    num_received: int = 0  # computed by others
+    num_failed: int = 0  # tries to have them computed by others that ended otherwise
+    num_local: int = 0  # others might have computed them, and this engine did
+    num_sending: int = 0
+    num_receiving: int = 0
+    tokens_received: int = 0
+    tokens_received_cached: int = 0  # of these: the sender had them in its cache
+
+
+class LinkReport(msgspec.Struct, array_like=True, frozen=True):
+    """What went to one peer since the engine's start. Seconds are summed over transfers, of which a prompt may have
+    several: `exposed_s` is the part of `busy_s` that no step hid, `overlap` the share that steps did hide."""
+
+    peer: str
+    scheme: str
     num_bytes: int = 0
+    num_messages: int = 0
+    num_transfers: int = 0
+    num_failed: int = 0
+    num_in_flight: int = 0  # prompts
+    busy_s: float = 0.0
+    exposed_s: float = 0.0
+    gigabytes_per_s: float = 0.0
+    overlap: float = 0.0
+
+
+class TierReport(msgspec.Struct, array_like=True, frozen=True):
+    """One tier below the device. Capacity and use are the pool's, which the engines of a machine share; the rest is
+    this engine's since its start. `hit_blocks` are blocks of prompts, however many KV groups there are."""
+
+    name: str
+    capacity_blocks: int  # 0: it has no bound of its own
+    used_blocks: int
+    hit_blocks: int = 0
+    read_bytes: int = 0
+    written_bytes: int = 0
+    load_s: float = 0.0  # that loads took
+    saved_s: float = 0.0  # that computing the same would have taken, as predicted, less load_s
+    state: str = "on"  # or "off: why"
 
 
 class Report(Message, frozen=True):
-    """The engine's numbers: after each step at most every 0.25 s, and while watched. `_total` counts since start."""
+    """The engine's numbers: after each step at most every 0.25 s, and while watched. `_total` counts since start.
+
+    A prompt's tokens count once, at the engine that decodes. `guests` are requests that run or wait here for other
+    engines; `num_running` and `waiting` count them too. A router's Report is the sum of `engines`, in which every
+    request counts once; `name` and `iteration_tokens` are those of who reported last.
+    """
 
     now_s: float
     num_running: int
@@ -202,7 +252,17 @@ class Report(Message, frozen=True):
     prefix_hits_total: int  # tokens
     iteration_tokens: list[int]  # tokens of each step since the last report
     requests: list[RequestRecord]  # while watched: live ones, oldest running first, at most 200
-    handoffs: HandOffs = HandOffs()
+    name: str = ""
+    role: str = ""
+    is_alive: bool = True
+    guests_running: int = 0
+    guests_waiting_by_reason: dict[str, int] = {}
+    prompt_tokens_by_source: dict[str, int] = {}  # sources as in RequestRecord
+    prefill_tokens_total: int = 0  # computed by steps here, for other engines and again after preemption too
+    handoffs: HandOffs | None = None
+    links: list[LinkReport] = []
+    tiers: list[TierReport] = []
+    engines: list[Report] = []
 
 
 class Ready(Message, frozen=True):
@@ -217,6 +277,7 @@ class Ready(Message, frozen=True):
     memory: list[tuple[str, str]]
     timeline: list[tuple[str, float]]
     peer: Peer | None = None  # how other engines find this one
+    engines: list[Ready] = []  # of a router's Ready
 
 
 class Progress(Message, frozen=True):

@@ -6,6 +6,7 @@ Copies counters; never holds the step up: the block map is built only while some
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 
 import msgspec
 
@@ -13,7 +14,7 @@ from penstock.core.blocks import BlockPool
 from penstock.core.plan import Row
 from penstock.core.request import Request
 from penstock.core.scheduler import Scheduler
-from penstock.engine.messages import KVReport, Report, RequestRecord, Watch
+from penstock.engine.messages import HandOffs, KVReport, LinkReport, Report, RequestRecord, TierReport, Watch
 from penstock.engine.timeline import Timeline
 
 MIN_INTERVAL_S = 0.25
@@ -22,7 +23,10 @@ MAX_RECORDS = 200
 
 
 class Reporter:
-    """Builds `Report`s from a scheduler. `stepped` after each step, `due` when one may be sent."""
+    """Builds `Report`s from a scheduler. `stepped` after each step, `due` when one may be sent.
+
+    What an engine has beside its scheduler says so itself: `handoffs`, `links` and `tiers` are asked for each report.
+    """
 
     def __init__(self, scheduler: Scheduler, timeline: Timeline) -> None:
         self._scheduler = scheduler
@@ -33,6 +37,11 @@ class Reporter:
         self._last_s = float("-inf")
         self._changed = True
         self._watch: Watch | None = None
+        self._prefill_tokens = 0
+        self.name = self.role = ""
+        self.handoffs: Callable[[], HandOffs | None] = lambda: None
+        self.links: Callable[[], list[LinkReport]] = list
+        self.tiers: Callable[[], list[TierReport]] = list
         groups = zip(scheduler.layout.groups, scheduler.pools, strict=True)
         sizes = [group.block_bytes * pool.num_blocks for group, pool in groups]
         self._group = sizes.index(max(sizes))
@@ -45,7 +54,9 @@ class Reporter:
         """A step of `num_rows` rows ended; all but `chunks` computed one token."""
         self._num_steps += 1
         self._step_seconds += seconds
-        self._iteration_tokens.append(num_rows - len(chunks) + sum(row.num_tokens for _, row in chunks))
+        num_tokens = sum(row.num_tokens for _, row in chunks)
+        self._iteration_tokens.append(num_rows - len(chunks) + num_tokens)
+        self._prefill_tokens += num_tokens
         self._changed = True
 
     def due(self, now: float) -> Report | None:
@@ -59,14 +70,18 @@ class Reporter:
         if watch is None and not self._changed:
             return None
         self._last_s = now
-        self._changed = self._scheduler.has_work
-        return self._report(now, watch is not None)
+        report = self._report(now, watch is not None)
+        hand_offs = report.handoffs
+        in_flight = hand_offs is not None and hand_offs.num_sending + hand_offs.num_receiving > 0
+        self._changed = self._scheduler.has_work or in_flight  # then a last one follows
+        return report
 
     def _report(self, now: float, detailed: bool) -> Report:
         scheduler = self._scheduler
         counters = scheduler.counters
         tokens, self._iteration_tokens = self._iteration_tokens, []
         reasons = Counter(request.queue_reason or "capacity" for request in scheduler.waiting)
+        guests = Counter(r.queue_reason or "capacity" for r in scheduler.waiting if r.ticket is not None)
         return Report(
             now_s=now,
             num_running=len(scheduler.running),
@@ -83,13 +98,23 @@ class Reporter:
             prefix_hits_total=counters.prefix_hits,
             iteration_tokens=tokens,
             requests=self._records() if detailed else [],
+            name=self.name,
+            role=self.role,
+            guests_running=sum(request.ticket is not None for request in scheduler.running),
+            guests_waiting_by_reason=dict(guests),
+            prompt_tokens_by_source=dict(self._timeline.by_source),
+            prefill_tokens_total=self._prefill_tokens,
+            handoffs=self.handoffs(),
+            links=self.links(),
+            tiers=self.tiers(),
         )
 
     def _records(self) -> list[RequestRecord]:
         scheduler = self._scheduler
         live: list[Request] = []
         for requests in (scheduler.running, scheduler.waiting):
-            live += sorted(requests, key=lambda request: request.arrival_s)
+            own = [request for request in requests if request.ticket is None]
+            live += sorted(own, key=lambda request: request.arrival_s)
         return [self._timeline.record(request) for request in live[:MAX_RECORDS]]
 
     def _kv(self, detailed: bool) -> KVReport:

@@ -5,6 +5,7 @@ Knows scheduler events and times. Decides nothing.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass, field
 
 from penstock.core.plan import Row
@@ -13,6 +14,7 @@ from penstock.core.scheduler import Scheduler
 from penstock.engine.messages import Miss, RequestRecord, Span
 
 MAX_SPANS = 12
+TIERS = ("host", "disk", "remote")  # other places that KV comes from are engines
 
 
 @dataclass(slots=True)
@@ -23,18 +25,27 @@ class _Open:
     start_s: float
     end_s: float | None = None
     num_tokens: int = 0
+    place: str = ""
 
 
 @dataclass(slots=True)
 class _Track:
     spans: list[_Open] = field(default_factory=list)
     miss: Miss | None = None
+    sources: list[tuple[str, int]] = field(default_factory=list)  # of the prompt, in order
+    num_settled: int = 0  # prompt tokens whose KV was there once, and so have a source
 
 
 class Timeline:
-    """Spans per live request. Fed by the engine: `queued`, `event` (the scheduler's trace), `computed`."""
+    """Spans per live request. Fed by the engine: `queued`, `event` (the scheduler's trace), `computed`.
+
+    `by_source`: prompt tokens of requests that are decoded here, each once, by where their KV was first had from:
+    device, peer, a tier or compute. `engine`: its name, for records.
+    """
 
     def __init__(self, scheduler: Scheduler) -> None:
+        self.engine = ""
+        self.by_source: Counter[str] = Counter()
         self._scheduler = scheduler
         self._tracks: dict[str, _Track] = {}
 
@@ -48,13 +59,16 @@ class Timeline:
         if track is None:
             return
         if kind == "received" and track.spans:
-            track.spans[-1].num_tokens = request.num_received
+            end, span = min(request.num_computed, request.prompt_len), track.spans[-1]
+            span.num_tokens = self._settle(track, request, span.place if span.kind == "load" else "peer", end)
         self._close(track, now)
         if kind == "admitted":
             if track.miss is None and request.num_preemptions == 0:
                 track.miss = self._miss(request, now)
+                self._settle(track, request, "device", min(request.num_computed, request.prompt_len))
         elif kind == "receiving":
-            track.spans.append(_Open("transfer", now))
+            where = self._scheduler.traffic.flights[request.arriving].move.src.where
+            track.spans.append(_Open("load" if where in TIERS else "transfer", now, place=where))
         elif kind == "preempted":
             track.spans.append(_Open("preempted", now))
         elif request.num_computed >= request.prompt_len:
@@ -69,6 +83,7 @@ class Timeline:
             last = track.spans[-1] if track.spans else None
             if last is not None and last.kind == "preempted" and last.end_s is None:
                 continue  # computed by a step in flight when its blocks were taken: it will be computed again
+            self._settle(track, request, "compute", min(row.start + row.num_tokens, request.prompt_len))
             if last is not None and last.kind == "prefill" and len(track.spans) >= MAX_SPANS - 3:
                 last.end_s, last.num_tokens = end_s, last.num_tokens + row.num_tokens
             else:
@@ -85,7 +100,7 @@ class Timeline:
         spans = track.spans[:2] + track.spans[-(MAX_SPANS - 2) :] if len(track.spans) > MAX_SPANS else track.spans
         return RequestRecord(
             request_id=request.id,
-            state=self._state(request),
+            state=self._state(request, track),
             prompt_tokens=request.prompt_len,
             cached_tokens=request.num_cached,
             generation_tokens=request.num_output,
@@ -97,19 +112,37 @@ class Timeline:
             num_preemptions=request.num_preemptions,
             queue_reason=request.queue_reason,
             spans=[
-                Span(s.kind, s.start_s, request.finish_s if s.end_s is None else s.end_s, s.num_tokens) for s in spans
+                Span(s.kind, s.start_s, request.finish_s if s.end_s is None else s.end_s, s.num_tokens, s.place)
+                for s in spans
             ],
             miss=track.miss,
             block_size=self._scheduler.block_size,
+            engine=self.engine,
+            sources=list(track.sources),
         )
 
     @staticmethod
-    def _state(request: Request) -> str:
+    def _state(request: Request, track: _Track) -> str:
         if request.finish_reason is not None:
             return "aborted" if request.finish_reason == FINISH_ABORT else "finished"
         if not request.is_running:
             return "waiting"
+        if request.arriving >= 0:
+            is_load = bool(track.spans) and track.spans[-1].kind == "load"
+            return "loading" if is_load else "transfer"
         return "decode" if request.num_output else "prefill"
+
+    def _settle(self, track: _Track, request: Request, source: str, end: int) -> int:
+        """The KV of the prompt up to `end` is there, what is new of it from `source`: how many tokens that is."""
+        num_tokens = end - track.num_settled
+        if num_tokens <= 0:
+            return 0
+        track.num_settled = end
+        before = track.sources.pop()[1] if track.sources and track.sources[-1][0] == source else 0
+        track.sources.append((source, before + num_tokens))
+        if request.ticket is None:  # else whoever decodes it counts it
+            self.by_source[source] += num_tokens
+        return num_tokens
 
     @staticmethod
     def _close(track: _Track, now: float) -> None:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import Any, Protocol
 
 from penstock.cluster.restarts import Restarts
 from penstock.cluster.router import Router
@@ -70,6 +70,23 @@ class Backend(Protocol):
         """Free the wires."""
         ...
 
+    def engine_of(self, request_id: str) -> str:
+        """Name of the engine that decodes a request, or did; "" where there is one without a name."""
+        ...
+
+    def explain_route(self, request_id: str) -> dict[str, Any] | None:
+        """Why it went there, and what came of it; None where nothing was to decide."""
+        ...
+
+    def recent_routes(self, number: int) -> list[dict[str, Any]]:
+        """The newest decisions, newest first."""
+        ...
+
+    @property
+    def num_routes(self) -> int:
+        """Decisions since start."""
+        ...
+
 
 class OneEngine:
     """A single engine. `launch(address)` starts the process that dials `address`."""
@@ -107,6 +124,19 @@ class OneEngine:
 
     def close(self, linger_s: float) -> None:
         self._wire.close(linger_s)
+
+    def engine_of(self, request_id: str) -> str:
+        return ""
+
+    def explain_route(self, request_id: str) -> dict[str, Any] | None:
+        return None
+
+    def recent_routes(self, number: int) -> list[dict[str, Any]]:
+        return []
+
+    @property
+    def num_routes(self) -> int:
+        return 0
 
 
 @dataclass(slots=True)
@@ -233,6 +263,19 @@ class ManyEngines:
     def close(self, linger_s: float) -> None:
         for run in self._runs.values():
             run.wire.close(linger_s)
+
+    def engine_of(self, request_id: str) -> str:
+        return self.router.decisions.engine_of(request_id)
+
+    def explain_route(self, request_id: str) -> dict[str, Any] | None:
+        return self.router.decisions.explain(request_id)
+
+    def recent_routes(self, number: int) -> list[dict[str, Any]]:
+        return self.router.decisions.recent(number)
+
+    @property
+    def num_routes(self) -> int:
+        return self.router.decisions.num_made
 
     def _receive(self, name: str, messages: Sequence[FromEngine]) -> None:
         for message in messages:

@@ -3,7 +3,8 @@
     GET /                     the page; its files lie under /page/
     GET /live                 server-sent events: hello, then a snapshot each tick, bye when the server drains
     GET /live/snapshot        the newest snapshot as one document; ?hello=1 gives the hello
-    GET /explain/{request_id} where one request's time went
+    GET /explain/{request_id} where one request's time went, and why it went to its engine
+    GET /routes/recent        the last decisions of the router
 
 One snapshot is built and encoded per tick for all listeners, and none while nobody listens: then only the series ring
 runs. The engine is asked for request records and the block map (`Watch`) only while somebody listens. Knows the
@@ -23,7 +24,7 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 from starlette.requests import Request as HttpRequest
@@ -50,8 +51,9 @@ from penstock.engine.messages import (
 )
 from penstock.server import live_shapes
 from penstock.server.errors import ApiError, clipped, unavailable
-from penstock.server.live_series import INTERVAL_S, Series
-from penstock.server.live_shapes import Json, RequestRow, Track
+from penstock.server.live_cluster import ClusterSeries, Json
+from penstock.server.live_series import INTERVAL_S, Series, Totals
+from penstock.server.live_shapes import RequestRow, Track
 
 log = logging.getLogger("penstock.live")
 
@@ -73,7 +75,23 @@ MAX_LIVE = 200  # request rows in a snapshot
 MAX_FINISHED = 30
 MAX_EXPLAINED = 1000  # finished requests that /explain remembers
 WATCH_S = 3.0  # a Watch lasts this long and is renewed at half of it
+MAX_ROUTES = 100  # decisions that /routes/recent tells
+MAX_SHOWN_ROUTES = 7  # of them in a snapshot
+ROUTES_WINDOW_S = 10.0
 ANSWER_S = 2.0  # wait for the engine's word at most this long
+
+
+class Routes(Protocol):
+    """What a server knows of where its requests went; nothing where there is one engine."""
+
+    def explain_route(self, request_id: str) -> Json | None: ...
+
+    def engine_of(self, request_id: str) -> str: ...
+
+    def recent_routes(self, number: int) -> list[Json]: ...
+
+    @property
+    def num_routes(self) -> int: ...
 
 
 class PageFiles(StaticFiles):
@@ -115,6 +133,7 @@ class Live:
         send: Callable[[ToEngine], None],
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
+        routes: Routes | None = None,
     ) -> None:
         self.model_id = model_id
         self.seq = 0
@@ -125,7 +144,10 @@ class Live:
         self._send = send
         self._clock, self._wall = clock, wall
         self._started_s = clock()
+        self._routes = routes
         self.series = Series(self._started_s)
+        self.cluster = ClusterSeries()
+        self._num_routes = Totals(ROUTES_WINDOW_S)
         self._offset_s = wall() - clock()
         self._running: dict[str, Track] = {}
         self._finished: OrderedDict[str, Track] = OrderedDict()
@@ -142,7 +164,8 @@ class Live:
 
     def received(self, request_id: str, num_prompt_tokens: int, params: SamplingParams, now: float) -> None:
         """A request was accepted and sent to the engine."""
-        self._running[request_id] = Track(request_id, num_prompt_tokens, now)
+        engine = "" if self._routes is None else self._routes.engine_of(request_id)
+        self._running[request_id] = Track(request_id, num_prompt_tokens, now, engine=engine)
 
     def emitted(self, request_id: str, num_new_tokens: int, now: float) -> None:
         """Tokens of one step left for the client. A step of k tokens counts as k gaps of a k-th each."""
@@ -252,6 +275,9 @@ class Live:
         if abs(offset_s - self._offset_s) > 0.1:  # the wall clock was set; smaller steps would make rows jitter
             self._offset_s = offset_s
         self.seq += 1
+        self.cluster.tick(now, self.report)
+        if self._routes is not None:
+            self._num_routes.tick(now, (self._routes.num_routes,))
         self.series.tick(now, now + self._offset_s, self.report)
         self._newest = None
         if not self._listeners or self.ready is None:
@@ -283,10 +309,20 @@ class Live:
     def _snapshot(self, now: float, with_requests: bool) -> Json:
         assert self.ready is not None
         uptime_s = now - self._started_s
-        shaped = live_shapes.snapshot(self.seq, uptime_s, self.ready, self.report, self.series, self._row(now))
+        row = self._row(now)
+        shaped = live_shapes.snapshot(self.seq, uptime_s, self.ready, self.report, self.series, self.cluster, row)
+        if self._routes is not None and self.ready.engines:
+            shaped["router"] = self._router()
         if with_requests:
             shaped["requests"] = self._request_rows()
         return shaped
+
+    def _router(self) -> Json:
+        assert self._routes is not None
+        shown = [
+            live_shapes.told_route(route, self._offset_s) for route in self._routes.recent_routes(MAX_SHOWN_ROUTES)
+        ]
+        return {"decisions_per_s": self._num_routes.rate(ROUTES_WINDOW_S, 0), "decisions": shown}
 
     def _request_rows(self) -> list[RequestRow | msgspec.Raw]:
         """Live ones, those with tokens or a place first, then the last finished, newest first."""
@@ -316,6 +352,7 @@ class Live:
             Route("/live", self._stream, methods=["GET"]),
             Route("/live/snapshot", self._document, methods=["GET"]),
             Route("/explain/{request_id:path}", self._explain, methods=["GET"]),
+            Route("/routes/recent", self._recent_routes, methods=["GET"]),
         ]
 
     async def _page(self, request: HttpRequest) -> Response:
@@ -381,7 +418,15 @@ class Live:
             record = await self._ask(track.request_id)
             if record is not None and track.finish_s is None:
                 track.record = record
-        return self._json(live_shapes.explain(track, self._clock()))
+        told = live_shapes.explain(track, self._clock())
+        route = None if self._routes is None else self._routes.explain_route(track.request_id)
+        if route is not None:
+            told["route"] = live_shapes.told_route(route, self._offset_s)
+        return self._json(told)
+
+    async def _recent_routes(self, request: HttpRequest) -> Response:
+        routes = [] if self._routes is None else self._routes.recent_routes(MAX_ROUTES)
+        return self._json({"routes": [live_shapes.told_route(route, self._offset_s) for route in routes]})
 
     def _find(self, asked: str) -> Track | None:
         """By the engine's id, or by what the client knows: the id it chose or was told. Then the first sample."""

@@ -24,6 +24,8 @@ SOURCE_WINDOW_S = 60.0
 MAX_GAPS = 65_536  # latency samples kept: 20 s at 3,200 tokens a second; above that, the newest ones
 
 Row = dict[str, float | int | None]
+TIERS = ("host", "disk", "remote")
+SOURCES = ("device", "peer", *TIERS, "compute")  # of a prompt token's KV
 QUANTILES = ((0.5, "p50"), (0.95, "p95"), (0.99, "p99"))
 COLUMNS = (
     "ts",
@@ -89,6 +91,31 @@ class Totals:
         return None if found is None else round(found[1][index] / max(found[0], window_s), 3)
 
 
+def source_totals(report: Report | None) -> tuple[int, ...]:
+    """Prompt tokens by SOURCES since start. What a peer sent counts as peer where its cache or tiers had it, and as
+    computed where they did not; of tiers, as many tokens as the blocks have that engines took for their own requests.
+    """
+    if report is None:
+        return (0,) * len(SOURCES)  # before its first report an engine has admitted nothing
+    told, known = report.handoffs, report.prompt_tokens_by_source
+    received, cached = (0, 0) if told is None else (told.tokens_received, told.tokens_received_cached)
+    tiers = dict.fromkeys(TIERS, 0)
+    for engine in report.engines or [report]:
+        for tier in engine.tiers if engine.role != "prefill" else ():
+            tiers[tier.name] = tiers.get(tier.name, 0) + tier.hit_blocks * engine.kv.block_size
+    computed = known.get("compute", 0) + received - cached
+    return (known.get("device", 0), cached, *(tiers[name] for name in TIERS), computed)
+
+
+def existing_sources(report: Report | None) -> frozenset[str]:
+    """Those of SOURCES that there are."""
+    found = {"device", "compute"}
+    if report is not None:
+        found |= {"peer"} if report.handoffs is not None else set()
+        found |= {tier.name for engine in report.engines or [report] for tier in engine.tiers}
+    return frozenset(found)
+
+
 class Series:
     """The ring, from `now` on. `gaps.new` and `first_tokens.new` are appended to by whoever sees tokens leave."""
 
@@ -96,19 +123,23 @@ class Series:
         self.first_tokens = Recent(LATENCY_WINDOW_S)
         self.gaps = Recent(LATENCY_WINDOW_S)
         self.num_generated = 0  # tokens handed out since start
-        self.prompts = Totals(SOURCE_WINDOW_S)  # prompt tokens admitted, of these cached
+        self.prompts = Totals(PROMPT_WINDOW_S)  # prompt tokens admitted, of these not computed anywhere
+        self.sources = Totals(SOURCE_WINDOW_S)
+        self._existing = existing_sources(None)
         self.outputs = Totals(OUTPUT_WINDOW_S)
         self._columns: dict[str, deque[float | int | None]] = {name: deque(maxlen=NUM_ROWS) for name in COLUMNS}
         self.row: Row | None = None
         self.prompts.tick(now, (0, 0))
+        self.sources.tick(now, source_totals(None))
         self.outputs.tick(now, (0,))
 
     def tick(self, now: float, ts: float, report: Report | None) -> Row:
         """Close one interval at `now` (engine's clock; `ts` is the same moment on the wall) and return its row."""
         self.outputs.tick(now, (self.num_generated,))
-        # Before its first report an engine has admitted nothing: a base for the first difference.
-        totals = (0, 0) if report is None else (report.prompt_tokens_total, report.prompt_tokens_cached_total)
-        self.prompts.tick(now, totals)
+        sources = source_totals(report)
+        self.sources.tick(now, sources)
+        self._existing = existing_sources(report)
+        self.prompts.tick(now, (0 if report is None else report.prompt_tokens_total, sum(sources[:-1])))
         values: Sequence[float | int | None] = (
             round(ts, 3),
             None if report is None else report.num_running,
@@ -129,15 +160,10 @@ class Series:
         return {name: list(column) for name, column in self._columns.items()}
 
     def by_source(self) -> dict[str, float | int | None]:
-        """Prompt tokens admitted in the last 60 s (or since start) by where their KV came from; None: no such tier."""
-        found = self.prompts.difference(SOURCE_WINDOW_S)
-        window_s, prompt, cached = (None, None, None) if found is None else (round(found[0], 3), *found[1])
-        compute = None if prompt is None or cached is None else prompt - cached
-        return {
-            "window_s": window_s,
-            "device": cached,
-            "host": None,
-            "disk": None,
-            "remote": None,
-            "compute": compute,
-        }
+        """Prompt tokens of the last 60 s (or since start) by where their KV came from; None: there is no such place."""
+        found = self.sources.difference(SOURCE_WINDOW_S)
+        if found is None:
+            return {"window_s": None, **dict.fromkeys(SOURCES)}
+        numbers = zip(SOURCES, found[1], strict=True)
+        known = {name: number if name in self._existing else None for name, number in numbers}
+        return {"window_s": round(found[0], 3), **known}

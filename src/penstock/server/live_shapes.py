@@ -7,23 +7,31 @@ No prompt text, no token id and no header passes through here.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import msgspec
 
 from penstock.config.schema import Config
-from penstock.engine.messages import KVReport, Ready, Report, RequestRecord, Span
+from penstock.engine.messages import Ready, Report, RequestRecord, Span
+from penstock.server.live_cluster import (
+    ENGINE_ID,
+    ClusterSeries,
+    Json,
+    engine_places,
+    engine_rows,
+    handoff_row,
+    kv_usage,
+    link_rows,
+    tier_rows,
+)
 from penstock.server.live_series import Row, Series
 
-ENGINE_ID = "E0"
 MAX_SPANS = 12
 MERGE_GAP_S = 0.05  # spans of one kind this close are one span in the table; /explain has them all
 SHORT_QUEUE_S = 0.03  # who waited less has no reason to be told
 MAX_SETTING_CHARS = 200
-
-Json = dict[str, Any]
 
 QUEUE_WORDS = {
     "slots": "all places for running requests were taken",
@@ -52,6 +60,7 @@ class Track:
     finish_reason: str | None = None
     record: RequestRecord | None = None  # the newest that the engine sent
     row: msgspec.Raw | None = None  # its line of the table, encoded, once it ended
+    engine: str = ""  # that decodes it; "" where there is one without a name
 
     @property
     def time_to_first_token_s(self) -> float | None:
@@ -99,23 +108,17 @@ def hello(version: str, model_id: str, config: list[Json], ready: Ready, series:
         "model": {"id": model_id},
         "device": {"name": ready.device},
         "config": config,
-        "engines": [
-            {
-                "id": ENGINE_ID,
-                "role": "mixed",
-                "device": ready.device,
-                "kv": {"block_size": ready.block_size, "num_blocks": ready.num_blocks},
-            }
-        ],
-        "tiers": [],
+        "engines": engine_places(ready),
         "spec": None,
-        "router": None,
         "series": {"interval_s": interval_s, "columns": series.columns()},
     }
 
 
-def snapshot(seq: int, uptime_s: float, ready: Ready, report: Report | None, series: Series, row: Row) -> Json:
-    """All numbers of one tick but the requests, which the caller adds (null on the ticks that leave them out)."""
+def snapshot(
+    seq: int, uptime_s: float, ready: Ready, report: Report | None, series: Series, cluster: ClusterSeries, row: Row
+) -> Json:
+    """All numbers of one tick but the requests and routes, which the caller adds (requests are null on the ticks that
+    leave them out)."""
     usage = None if report is None else kv_usage(report.kv)
     return {
         "seq": seq,
@@ -133,49 +136,13 @@ def snapshot(seq: int, uptime_s: float, ready: Ready, report: Report | None, ser
         },
         "series": row,
         "prompt_tokens_by_source": series.by_source(),
-        "tiers": {},
+        "tiers": tier_rows(report, cluster),
         "spec_decode": None,
-        "engines": [
-            {
-                "id": ENGINE_ID,
-                "role": "mixed",
-                "num_requests_running": None if report is None else report.num_running,
-                "num_requests_waiting": None if report is None else report.num_waiting,
-                "kv_cache_usage_perc": usage,
-                "prompt_tokens_per_s": row["prompt_tokens_per_s"],
-                "generation_tokens_per_s": row["generation_tokens_per_s"],
-                "kv": _kv(ready, None if report is None else report.kv),
-            }
-        ],
-        "links": [],
-        "transfers": [],
-        "transfer_seconds_p95": None,
-        "transfer_failures_total": None,
+        "engines": engine_rows(ready, report, cluster),
+        "links": link_rows(report, cluster),
+        "handoffs": None if report is None else handoff_row(report.handoffs),
         "router": None,
         "requests": None,
-    }
-
-
-def kv_usage(kv: KVReport) -> float | None:
-    """Share of the blocks that requests hold, 0 to 1, as vLLM counts it."""
-    return round((kv.used + kv.shared + kv.filling) / kv.num_blocks, 6) if kv.num_blocks else None
-
-
-def _kv(ready: Ready, kv: KVReport | None) -> Json:
-    if kv is None:
-        states = dict.fromkeys(("used", "shared", "filling", "cached", "free"))
-        return {"block_size": ready.block_size, "num_blocks": ready.num_blocks, **states, "map": None}
-    return {
-        "block_size": kv.block_size,
-        "num_blocks": kv.num_blocks,
-        "used": kv.used,
-        "shared": kv.shared,
-        "filling": kv.filling,
-        "cached": kv.cached,
-        "free": kv.free,
-        "map": {"num_cells": kv.num_cells, "blocks_per_cell": kv.blocks_per_cell, "cells": kv.cells}
-        if kv.cells
-        else None,
     }
 
 
@@ -185,6 +152,7 @@ class SpanRow(msgspec.Struct):
     kind: str
     start_ts: float
     end_ts: float | None
+    tier: str | msgspec.UnsetType = msgspec.UNSET  # of a load
 
 
 class RequestRow(msgspec.Struct):
@@ -224,7 +192,7 @@ def request_row(track: Track, wall: float) -> RequestRow:
         track.num_prompt_tokens,
         None if record is None or record.admitted_s is None else record.cached_tokens,
         track.num_tokens,
-        ENGINE_ID,
+        (track.engine if record is None else record.engine) or ENGINE_ID,
         merged(spans, wall, finish_s),
     )
 
@@ -240,7 +208,8 @@ def merged(spans: Iterable[Span], wall: float, finish_s: float | None) -> list[S
         if near and last is not None and last.kind == span.kind:
             out[-1].end_ts = end_ts
         else:
-            out.append(SpanRow(span.kind, round(span.start_s + wall, 3), end_ts))
+            tier = span.place if span.kind == "load" else msgspec.UNSET
+            out.append(SpanRow(span.kind, round(span.start_s + wall, 3), end_ts, tier))
         last = span
     return out[-MAX_SPANS:]
 
@@ -275,7 +244,8 @@ def explain(track: Track, now: float) -> Json:
             "kind": span.kind,
             "start_s": round(max(0.0, span.start_s - base), 6),
             "end_s": round(max(0.0, (end_s if span.end_s is None else span.end_s) - base), 6),
-            "engine": ENGINE_ID,
+            "engine": record.engine or ENGINE_ID,
+            **({"tier" if span.kind == "load" else "from": span.place} if span.place else {}),
             **({"num_tokens": num_tokens} if num_tokens else {}),
         }
         for span in record.spans
@@ -286,9 +256,20 @@ def explain(track: Track, now: float) -> Json:
     return told
 
 
+def told_route(route: Mapping[str, Any], wall: float) -> Json:
+    """A router's decision, with its time on the wall."""
+    told = dict(route)
+    return {"ts": round(told.pop("at_s") + wall, 3), **told}
+
+
 def _prefix(record: RequestRecord) -> Json:
-    cut = record.cached_tokens
-    runs = [("device", 0, cut), ("compute", cut, record.prompt_tokens)]
+    runs, end = [], 0
+    for source, num_tokens in record.sources or [("device", record.cached_tokens)]:
+        runs.append((source, end, end + num_tokens))
+        end += num_tokens
+    if runs and runs[-1][0] == "compute":
+        end = runs.pop()[1]
+    runs.append(("compute", end, record.prompt_tokens))  # the rest is, or will be
     miss = record.miss
     return {
         "block_size": record.block_size,

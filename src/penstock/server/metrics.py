@@ -1,9 +1,9 @@
 """Prometheus metrics under vLLM's names: an observer of the front end that counts, and renders text when scraped.
 
 Names, labels, meanings and bucket boundaries are those of vLLM's V1 engine (vllm/v1/metrics/loggers.py and stats.py),
-so that its dashboards, routers and autoscalers work unchanged; `docs/page.md` has the table. Counting is plain
-integers and `bisect`: prometheus-client's `observe` costs several microseconds, and a token must cost far less than
-two. Prometheus-client does what must not be written by hand: the text format.
+so that its dashboards, routers and autoscalers work unchanged; `docs/page.md` has the table. A token must cost far
+less than two microseconds, so counting is plain integers (`metric_counts`); prometheus-client does what must not be
+written by hand: the text format.
 
 Knows the messages of the engine. Knows no HTTP, no prompt text, and not who scrapes.
 """
@@ -11,8 +11,7 @@ Knows the messages of the engine. Knows no HTTP, no prompt text, and not who scr
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterable, Sequence
-from itertools import accumulate
+from collections.abc import Callable, Iterable
 
 from prometheus_client import ProcessCollector
 from prometheus_client.core import (
@@ -24,77 +23,36 @@ from prometheus_client.core import (
 )
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
-from prometheus_client.utils import floatToGoString
 
 from penstock.config.schema import CacheOptions
-from penstock.core.request import FINISH_ABORT, FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, SamplingParams
+from penstock.core.request import SamplingParams
 from penstock.engine.messages import FromEngine, Ready, Report, RequestRecord
-
-TTFT_BUCKETS = (
-    0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75,
-    1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0,
-)  # fmt: skip
-TOKEN_TIME_BUCKETS = (
-    0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0,
-)  # fmt: skip
-REQUEST_TIME_BUCKETS = (
-    0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0,
-    40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0,
-)  # fmt: skip
-ITERATION_BUCKETS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
-PARAMS_N_BUCKETS = (1, 2, 5, 10, 20)
+from penstock.server.metric_cluster import cluster_families
+from penstock.server.metric_counts import TOKEN_TIME_BUCKETS, EngineCounts, Histogram, one_two_five
 
 # vLLM knows two reasons to wait: no room, or something the request needs is not there yet.
 ROOM_REASONS = frozenset({"capacity", "budget", "slots", "preempted"})
 # vLLM's name for a full queue; other reasons (loading, draining, dead) keep the front end's.
 REJECTIONS = {"queue_full": "max_num_queued_reqs"}
-# vLLM's names for where a prompt token's KV came from; the third needs another machine or tier.
-SOURCES = ("local_compute", "local_cache_hit", "external_kv_transfer")
+# vLLM's names for where a prompt token's KV came from, and ours.
+SOURCES = {
+    "local_compute": ("compute",),
+    "local_cache_hit": ("device",),
+    "external_kv_transfer": ("peer", "host", "disk", "remote"),
+}
+CACHED = ("device", *SOURCES["external_kv_transfer"])
+TIERS = {"host": "host", "disk": "disk", "external_unspecified": "remote"}
 
-
-def one_two_five(limit: int) -> tuple[int, ...]:
-    """vLLM's buckets for token counts: 1, 2, 5, 10, 20, 50 ... as far as `limit`.
-
-    >>> one_two_five(100)
-    (1, 2, 5, 10, 20, 50, 100)
-    """
-    buckets: list[int] = []
-    power = 1
-    while True:
-        for mantissa in (1, 2, 5):
-            if mantissa * power > limit:
-                return tuple(buckets)
-            buckets.append(mantissa * power)
-        power *= 10
-
-
-class Histogram:
-    """Counts per bucket, not cumulative, and the sum. An observation costs about 0.2 us."""
-
-    __slots__ = ("bounds", "counts", "total")
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self.bounds = tuple(bounds)
-        self.counts = [0] * (len(self.bounds) + 1)
-        self.total = 0.0
-
-    def observe(self, value: float) -> None:
-        """Count `value`; a value on a boundary belongs to the bucket that ends there (`le`)."""
-        self.counts[bisect_left(self.bounds, value)] += 1
-        self.total += value
-
-    def cumulative(self) -> list[tuple[str, float]]:
-        """(upper bound, observations up to it) pairs, the last one +Inf."""
-        names = [floatToGoString(bound) for bound in (*self.bounds, float("inf"))]  # type: ignore[no-untyped-call]
-        return list(zip(names, accumulate(self.counts), strict=True))
+Sample = tuple[dict[str, str], float]
 
 
 class _InFlight:
     """What is remembered of a request between its first and its last message. Times in seconds, engine's clock."""
 
-    __slots__ = ("first_s", "last_s", "max_tokens", "num_prompt_tokens", "num_tokens", "received_s")
+    __slots__ = ("counts", "first_s", "last_s", "max_tokens", "num_prompt_tokens", "num_tokens", "received_s")
 
-    def __init__(self, received_s: float, num_prompt_tokens: int, max_tokens: int | None) -> None:
+    def __init__(self, counts: EngineCounts, received_s: float, num_prompt_tokens: int, max_tokens: int | None) -> None:
+        self.counts = counts
         self.received_s = received_s
         self.num_prompt_tokens = num_prompt_tokens
         self.max_tokens = max_tokens
@@ -106,93 +64,90 @@ class _InFlight:
 class Metrics(Collector):
     """An observer of the front end, and a collector of prometheus-client's. One thread calls everything.
 
-    `model_name` is the first served name; `engine` the index of the engine, a string as in vLLM. The buckets of token
-    counts end at the model's length limit, so they are made when Ready says it.
+    `model_name` is the first served name; `engine` the index of the engine, a string as in vLLM. Where there are
+    several they count from 0 in the order in which Ready names them, and `engine_of` says which one a request is
+    decoded by. The buckets of token counts end at the model's length limit, so they are made when Ready says it.
     """
 
-    def __init__(self, model_name: str, cache: CacheOptions, prefix: str = "vllm", engine: str = "0") -> None:
+    def __init__(
+        self,
+        model_name: str,
+        cache: CacheOptions,
+        prefix: str = "vllm",
+        engine: str = "0",
+        engine_of: Callable[[str], str] = lambda request_id: "",
+    ) -> None:
         self.prefix = prefix
         self.cache = cache
-        self.labels = {"model_name": model_name, "engine": engine}
+        self._model_name = model_name
+        self._engine_of = engine_of
         self.ready: Ready | None = None
-        self.report: Report | None = None
-        self.generation_tokens = 0
-        self.engine_totals: dict[str, int] = {}  # counters that Reports carry, summed over restarts of the engine
-        self._reported: dict[str, int] = {}
-        self.success = dict.fromkeys((FINISH_STOP, FINISH_LENGTH, FINISH_ABORT, FINISH_ERROR), 0)
+        self._bounds = one_two_five(1 << 20)
+        self._default = self._new_counts(engine)  # for what belongs to no engine that is known
+        self._engines: dict[str, EngineCounts] = {"": self._default}
         self.rejections = dict.fromkeys(REJECTIONS.values(), 0)
-        self.ttft = Histogram(TTFT_BUCKETS)
-        self.itl = Histogram(TOKEN_TIME_BUCKETS)
-        self.tpot = Histogram(TOKEN_TIME_BUCKETS)
-        self.e2e = Histogram(REQUEST_TIME_BUCKETS)
-        self.queue = Histogram(REQUEST_TIME_BUCKETS)
-        self.prefill = Histogram(REQUEST_TIME_BUCKETS)
-        self.decode = Histogram(REQUEST_TIME_BUCKETS)
-        self.inference = Histogram(REQUEST_TIME_BUCKETS)
-        self.iteration_tokens = Histogram(ITERATION_BUCKETS)
-        self.params_n = Histogram(PARAMS_N_BUCKETS)
-        self._size_by_tokens(one_two_five(1 << 20))
         self._requests: dict[str, _InFlight] = {}
         self.registry = CollectorRegistry()
         self.registry.register(self)
         ProcessCollector(registry=self.registry)
 
-    def _size_by_tokens(self, bounds: Sequence[int]) -> None:
-        self.prompt_tokens = Histogram(bounds)
-        self.output_tokens = Histogram(bounds)
-        self.params_max_tokens = Histogram(bounds)
-        self.computed_tokens = Histogram(bounds)
+    def _new_counts(self, engine: str) -> EngineCounts:
+        return EngineCounts({"model_name": self._model_name, "engine": engine}, self._bounds)
 
     # ---- observer ----
 
     def received(self, request_id: str, num_prompt_tokens: int, params: SamplingParams, now: float) -> None:
         """A sample was sent to the engine; samples of one request share its parameters, and count once for `n`."""
-        self._requests[request_id] = _InFlight(now, num_prompt_tokens, params.max_tokens)
+        counts = self._engines.get(self._engine_of(request_id), self._default)
+        self._requests[request_id] = _InFlight(counts, now, num_prompt_tokens, params.max_tokens)
         if params.n == 1 or request_id.endswith(".0"):
-            self.params_n.observe(params.n)
+            counts.params_n.observe(params.n)
 
     def emitted(self, request_id: str, num_new_tokens: int, now: float) -> None:
         """Tokens of one step reached the front end. One gap is observed however many they are, as in vLLM."""
         if not num_new_tokens:
             return
-        self.generation_tokens += num_new_tokens
         live = self._requests.get(request_id)
         if live is None:
+            self._default.generation_tokens += num_new_tokens
             return
+        counts = live.counts
+        counts.generation_tokens += num_new_tokens
         if live.num_tokens:
             gap = now - live.last_s
-            itl = self.itl
+            itl = counts.itl
             itl.counts[bisect_left(TOKEN_TIME_BUCKETS, gap)] += 1
             itl.total += gap
         else:
             live.first_s = now
-            self.ttft.observe(now - live.received_s)
+            counts.ttft.observe(now - live.received_s)
         live.num_tokens += num_new_tokens
         live.last_s = now
 
     def finished(self, request_id: str, record: RequestRecord | None, finish_reason: str, now: float) -> None:
         """A request ended, with the engine's record where the engine lived to send one."""
-        self.success[finish_reason] = self.success.get(finish_reason, 0) + 1
         live = self._requests.pop(request_id, None)
+        counts = self._default if live is None else live.counts
+        counts.success[finish_reason] = counts.success.get(finish_reason, 0) + 1
         if live is None:
             return
-        self.e2e.observe(now - live.received_s)
-        self.prompt_tokens.observe(live.num_prompt_tokens)
-        self.output_tokens.observe(live.num_tokens)
+        counts.e2e.observe(now - live.received_s)
+        counts.prompt_tokens.observe(live.num_prompt_tokens)
+        counts.output_tokens.observe(live.num_tokens)
         if live.max_tokens:
-            self.params_max_tokens.observe(live.max_tokens)
+            counts.params_max_tokens.observe(live.max_tokens)
         if live.first_s is not None:
             decode_s = live.last_s - live.first_s
-            self.decode.observe(decode_s)
+            counts.decode.observe(decode_s)
             # The first token belongs to the prompt's time; 0 for a single token, as in vLLM.
-            self.tpot.observe(decode_s / (live.num_tokens - 1) if live.num_tokens > 1 else 0.0)
+            counts.tpot.observe(decode_s / (live.num_tokens - 1) if live.num_tokens > 1 else 0.0)
         if record is None or record.admitted_s is None:
             return
-        self.queue.observe(max(0.0, record.admitted_s - record.arrival_s))
-        self.computed_tokens.observe(record.prompt_tokens - record.cached_tokens)
+        counts.queue.observe(max(0.0, record.admitted_s - record.arrival_s))
+        counts.computed_tokens.observe(record.prompt_tokens - record.cached_tokens)
         if live.first_s is not None:
-            self.prefill.observe(max(0.0, live.first_s - record.admitted_s))
-            self.inference.observe(max(0.0, live.last_s - record.admitted_s))
+            counts.prefill.observe(max(0.0, live.first_s - record.admitted_s))
+            counts.inference.observe(max(0.0, live.last_s - record.admitted_s))
 
     def rejected(self, reason: str, now: float) -> None:
         """A request was turned away before it reached the engine."""
@@ -204,30 +159,27 @@ class Metrics(Collector):
         if type(message) is Report:
             self._take(message)
         elif type(message) is Ready:
-            self.ready = message
-            bounds = one_two_five(message.max_model_len)
-            if self.prompt_tokens.bounds != bounds and not any(self.prompt_tokens.counts):
-                self._size_by_tokens(bounds)
+            self._start(message)
+
+    def _start(self, ready: Ready) -> None:
+        first, self.ready = self.ready is None, ready
+        if not first:
+            return
+        self._bounds = one_two_five(ready.max_model_len)
+        names = [(each.peer.name, each.peer.role) for each in ready.engines if each.peer is not None]
+        if names:
+            self._engines = {name: self._new_counts(str(number)) for number, (name, _) in enumerate(names)}
+            self._default = next(self._engines[name] for name, role in names if role != "prefill")
+        else:
+            self._engines[""] = self._default = self._new_counts(self._default.labels["engine"])
 
     def _take(self, report: Report) -> None:
-        self.report = report
+        for each in report.engines or [report]:
+            counts = self._engines.get(each.name if report.engines else "", self._default)
+            counts.take(each)
+        newest = self._engines.get(report.name, self._default)
         for num_tokens in report.iteration_tokens:
-            self.iteration_tokens.observe(num_tokens)
-        for name, value in (
-            ("prompt_tokens", report.prompt_tokens_total),
-            ("prompt_tokens_cached", report.prompt_tokens_cached_total),
-            ("num_preemptions", report.num_preemptions_total),
-            ("prefix_cache_queries", report.prefix_queries_total),
-            ("prefix_cache_hits", report.prefix_hits_total),
-            ("handed_over", report.handoffs.num_received),
-            ("handoffs_failed", report.handoffs.num_failed),
-            ("handoffs_local", report.handoffs.num_local),
-            ("handoff_bytes", report.handoffs.num_bytes),
-        ):
-            # An engine that was started anew counts from 0 again; a Prometheus counter may never fall.
-            before = self._reported.get(name, 0)
-            self.engine_totals[name] = self.engine_totals.get(name, 0) + (value - before if value >= before else value)
-            self._reported[name] = value
+            newest.iteration_tokens.observe(num_tokens)
 
     # ---- output ----
 
@@ -241,121 +193,164 @@ class Metrics(Collector):
 
     def collect(self) -> Iterable[Metric]:
         """All families, as prometheus-client wants them."""
+        engines = list(self._engines.values())
         yield from self._gauges()
         yield from self._counters()
-        for name, text, histogram in self._histograms():
-            family = HistogramMetricFamily(f"{self.prefix}:{name}", text, labels=tuple(self.labels))
-            family.add_metric(tuple(self.labels.values()), histogram.cumulative(), histogram.total)
+        names = tuple(self._default.labels)
+        for name, text, attribute in HISTOGRAMS:
+            family = HistogramMetricFamily(f"{self.prefix}:{name}", text, labels=names)
+            for counts in engines:
+                histogram: Histogram = getattr(counts, attribute)
+                family.add_metric(tuple(counts.labels.values()), histogram.cumulative(), histogram.total)
             yield family
+        yield from cluster_families(engines, self.prefix)
 
-    def _gauge(self, name: str, text: str, values: Iterable[tuple[dict[str, str], float]]) -> Metric:
+    def _gauge(self, name: str, text: str, values: Callable[[EngineCounts], Iterable[Sample]]) -> Metric:
         family = GaugeMetricFamily(f"{self.prefix}:{name}", text)
-        for labels, value in values:
-            family.add_sample(family.name, {**self.labels, **labels}, value)
+        for counts in self._engines.values():
+            for labels, value in values(counts):
+                family.add_sample(family.name, {**counts.labels, **labels}, value)
         return family
 
-    def _counter(self, name: str, text: str, values: Iterable[tuple[dict[str, str], float]]) -> Metric:
+    def _counter(self, name: str, text: str, values: Callable[[EngineCounts], Iterable[Sample]]) -> Metric:
         family = CounterMetricFamily(f"{self.prefix}:{name}", text)
-        for labels, value in values:
-            family.add_sample(family.name + "_total", {**self.labels, **labels}, value)
+        for counts in self._engines.values():
+            for labels, value in values(counts):
+                family.add_sample(family.name + "_total", {**counts.labels, **labels}, value)
         return family
 
     def _gauges(self) -> Iterable[Metric]:
-        report, ready = self.report, self.ready
-        if report is not None:
-            kv = report.kv
-            held = kv.used + kv.shared + kv.filling
-            reasons = {"capacity": 0, "deferred": 0}
-            for reason, number in report.waiting_by_reason.items():
-                reasons["capacity" if reason in ROOM_REASONS else "deferred"] += number
-            yield self._gauge(
-                "num_requests_running", "Number of requests in model execution batches.", [({}, report.num_running)]
-            )
-            yield self._gauge(
-                "num_requests_waiting", "Number of requests waiting to be processed.", [({}, report.num_waiting)]
-            )
-            yield self._gauge(
-                "num_requests_waiting_by_reason",
-                "Number of waiting requests: for lack of room (capacity), or of something they need (deferred).",
-                [({"reason": reason}, number) for reason, number in reasons.items()],
-            )
-            yield self._gauge(
-                "kv_cache_usage_perc",
-                "KV-cache usage. 1 means 100 percent usage.",
-                [({}, held / kv.num_blocks if kv.num_blocks else 0.0)],
-            )
-        if ready is not None:
+        if any(counts.report is not None for counts in self._engines.values()):
+            for name, text, values in GAUGES:
+                yield self._gauge(name, text, values)
+        ready = self.ready
+        if ready is None:
+            return
+        family = GaugeMetricFamily(f"{self.prefix}:cache_config_info", "Information of the KV cache's configuration.")
+        for counts, each in zip(self._engines.values(), ready.engines or [ready], strict=False):
             labels = {
-                "block_size": str(ready.block_size),
+                "block_size": str(each.block_size),
                 "cache_dtype": self.cache.kv_cache_dtype,
                 "enable_prefix_caching": str(self.cache.enable_prefix_caching),
                 "gpu_memory_utilization": str(self.cache.gpu_memory_utilization),
-                "num_gpu_blocks": str(ready.num_blocks),
+                "num_gpu_blocks": str(each.num_blocks),
             }
-            yield self._gauge("cache_config_info", "Information of the KV cache's configuration.", [(labels, 1)])
+            family.add_sample(family.name, {**counts.labels, **labels}, 1)
+        yield family
 
     def _counters(self) -> Iterable[Metric]:
-        totals = self.engine_totals
         for name, text in (
             ("prompt_tokens", "Number of prefill tokens processed."),
-            ("prompt_tokens_cached", "Number of prompt tokens that came from a cache."),
             ("num_preemptions", "Cumulative number of preemptions."),
             ("prefix_cache_queries", "Prefix cache queries, in terms of number of queried tokens."),
             ("prefix_cache_hits", "Prefix cache hits, in terms of number of cached tokens."),
         ):
-            yield self._counter(name, text, [({}, totals.get(name, 0))])
-        cached = totals.get("prompt_tokens_cached", 0)
-        by_source = (totals.get("prompt_tokens", 0) - cached, cached, 0)
+            yield self._counter(name, text, lambda c, name=name: [({}, c.total(name))])  # type: ignore[misc]
+        yield self._counter(
+            "prompt_tokens_cached",
+            "Number of cached prompt tokens (local + external).",
+            lambda c: [({}, _from(c, CACHED))],
+        )
         yield self._counter(
             "prompt_tokens_by_source",
             "Number of prompt tokens by where their keys and values came from.",
-            [({"source": source}, number) for source, number in zip(SOURCES, by_source, strict=True)],
+            lambda c: [({"source": name}, _from(c, places)) for name, places in SOURCES.items()],
         )
-        outcomes = {"handed_over": "handed_over", "failed": "handoffs_failed", "local": "handoffs_local"}
+        outcomes = {"handed_over": "received", "failed": "failed", "local": "local"}
         yield self._counter(
             "pd_handoffs",
             "Prompts handed from prefill to decode engines; tries that failed; prompts computed where decoded.",
-            [({"outcome": outcome}, totals.get(name, 0)) for outcome, name in outcomes.items()],
+            lambda c: [({"outcome": outcome}, c.total("handoffs", name)) for outcome, name in outcomes.items()],
         )
         yield self._counter(
-            "pd_handoff_bytes", "Bytes of KV sent for hand-offs.", [({}, totals.get("handoff_bytes", 0))]
+            "prompt_tokens_cached_by_source",
+            "Number of cached prompt tokens by the tier that supplied them; p2p: another engine.",
+            _cached_by_source,
         )
         yield self._counter(
-            "generation_tokens", "Number of generation tokens processed.", [({}, self.generation_tokens)]
+            "generation_tokens", "Number of generation tokens processed.", lambda c: [({}, c.generation_tokens)]
         )
         yield self._counter(
             "request_success",
             "Count of finished requests by reason.",
-            [({"finished_reason": reason}, number) for reason, number in self.success.items()],
+            lambda c: [({"finished_reason": reason}, number) for reason, number in c.success.items()],
         )
+        rejections = [({"reason": reason}, float(number)) for reason, number in self.rejections.items()]
         yield self._counter(
             "admission_rejections",
             "Number of requests refused at admission, by reason.",
-            [({"reason": reason}, number) for reason, number in self.rejections.items()],
+            lambda c: rejections if c is self._default else [],
         )
 
-    def _histograms(self) -> Iterable[tuple[str, str, Histogram]]:
-        return (
-            ("time_to_first_token_seconds", "Histogram of time to first token in seconds.", self.ttft),
-            ("inter_token_latency_seconds", "Histogram of inter-token latency in seconds.", self.itl),
-            (
-                "request_time_per_output_token_seconds",
-                "Histogram of time per output token of a request in seconds, the first token left out.",
-                self.tpot,
-            ),
-            ("e2e_request_latency_seconds", "Histogram of e2e request latency in seconds.", self.e2e),
-            ("request_queue_time_seconds", "Histogram of time spent in WAITING phase for request.", self.queue),
-            ("request_prefill_time_seconds", "Histogram of time spent in PREFILL phase for request.", self.prefill),
-            ("request_decode_time_seconds", "Histogram of time spent in DECODE phase for request.", self.decode),
-            ("request_inference_time_seconds", "Histogram of time spent in RUNNING phase for request.", self.inference),
-            ("request_prompt_tokens", "Number of prefill tokens processed, per request.", self.prompt_tokens),
-            ("request_generation_tokens", "Number of generation tokens processed, per request.", self.output_tokens),
-            ("request_params_n", "Histogram of the n request parameter.", self.params_n),
-            ("request_params_max_tokens", "Histogram of the max_tokens request parameter.", self.params_max_tokens),
-            ("iteration_tokens_total", "Histogram of number of tokens per engine_step.", self.iteration_tokens),
-            (
-                "request_prefill_kv_computed_tokens",
-                "Histogram of prompt tokens whose KV was computed, not taken from a cache, per request.",
-                self.computed_tokens,
-            ),
-        )
+
+def _waiting_by_reason(counts: EngineCounts) -> list[Sample]:
+    reasons = {"capacity": 0, "deferred": 0}
+    if counts.report is None:
+        return []
+    for reason, number in counts.report.waiting_by_reason.items():
+        reasons["capacity" if reason in ROOM_REASONS else "deferred"] += number
+    return [({"reason": reason}, number) for reason, number in reasons.items()]
+
+
+def _usage(counts: EngineCounts) -> list[Sample]:
+    if counts.report is None:
+        return []
+    kv = counts.report.kv
+    return [({}, (kv.used + kv.shared + kv.filling) / kv.num_blocks if kv.num_blocks else 0.0)]
+
+
+def _from(counts: EngineCounts, places: Iterable[str]) -> float:
+    return sum(counts.total("source", place) for place in places)
+
+
+def _cached_by_source(counts: EngineCounts) -> list[Sample]:
+    """Of what came from tiers, as many tokens as the blocks have that each says it gave."""
+    size = 0 if counts.report is None else counts.report.kv.block_size
+    tiers = {name: size * counts.total("tier", "hit_blocks", tier) for name, tier in TIERS.items()}
+    numbers = {"device": counts.total("source", "device"), "p2p": counts.total("source", "peer"), **tiers}
+    return [({"source": name}, number) for name, number in numbers.items()]
+
+
+GAUGES: tuple[tuple[str, str, Callable[[EngineCounts], list[Sample]]], ...] = (
+    (
+        "num_requests_running",
+        "Number of requests in model execution batches.",
+        lambda c: [] if c.report is None else [({}, c.report.num_running)],
+    ),
+    (
+        "num_requests_waiting",
+        "Number of requests waiting to be processed.",
+        lambda c: [] if c.report is None else [({}, c.report.num_waiting)],
+    ),
+    (
+        "num_requests_waiting_by_reason",
+        "Number of waiting requests: for lack of room (capacity), or of something they need (deferred).",
+        _waiting_by_reason,
+    ),
+    ("kv_cache_usage_perc", "KV-cache usage. 1 means 100 percent usage.", _usage),
+)
+
+HISTOGRAMS = (
+    ("time_to_first_token_seconds", "Histogram of time to first token in seconds.", "ttft"),
+    ("inter_token_latency_seconds", "Histogram of inter-token latency in seconds.", "itl"),
+    (
+        "request_time_per_output_token_seconds",
+        "Histogram of time per output token of a request in seconds, the first token left out.",
+        "tpot",
+    ),
+    ("e2e_request_latency_seconds", "Histogram of e2e request latency in seconds.", "e2e"),
+    ("request_queue_time_seconds", "Histogram of time spent in WAITING phase for request.", "queue"),
+    ("request_prefill_time_seconds", "Histogram of time spent in PREFILL phase for request.", "prefill"),
+    ("request_decode_time_seconds", "Histogram of time spent in DECODE phase for request.", "decode"),
+    ("request_inference_time_seconds", "Histogram of time spent in RUNNING phase for request.", "inference"),
+    ("request_prompt_tokens", "Number of prefill tokens processed, per request.", "prompt_tokens"),
+    ("request_generation_tokens", "Number of generation tokens processed, per request.", "output_tokens"),
+    ("request_params_n", "Histogram of the n request parameter.", "params_n"),
+    ("request_params_max_tokens", "Histogram of the max_tokens request parameter.", "params_max_tokens"),
+    ("iteration_tokens_total", "Histogram of number of tokens per engine_step.", "iteration_tokens"),
+    (
+        "request_prefill_kv_computed_tokens",
+        "Histogram of prompt tokens whose KV was computed, not taken from a cache, per request.",
+        "computed_tokens",
+    ),
+)

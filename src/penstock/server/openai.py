@@ -287,7 +287,11 @@ async def _explained(state: ServerState, request: LiveRequest) -> Json | None:
         record.finish_reason,
         record,
     )
-    return live_shapes.explain(track, state.now())
+    told = live_shapes.explain(track, state.now())
+    route = state.explain_route(request.sample_id(0))
+    if route is not None:
+        told["route"] = live_shapes.told_route(route, time.time() - state.now())
+    return told
 
 
 async def _collect(

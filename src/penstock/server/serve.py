@@ -144,14 +144,15 @@ class _Server:
         self.backend, self.load = backend, load
         self.on_ready = on_ready or _log_ready
         name = model_names(config)[0]
-        self.metrics = Metrics(name, config.cache, options.metrics_prefix)
-        self.live = Live(config, name, backend.send)
+        self.metrics = Metrics(name, config.cache, options.metrics_prefix, engine_of=backend.engine_of)
+        self.live = Live(config, name, backend.send, routes=backend)
         self.state = ServerState(
             options,
             backend.send,
             observers=(self.metrics, self.live),
             seeds=_seeds(config),
             is_clogged=lambda: backend.is_full,
+            explain_route=backend.explain_route,
         )
         app = create_app(
             self.state,

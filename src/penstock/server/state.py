@@ -89,6 +89,7 @@ class Stream:
 
 class ServerState:
     """One server. `send` takes a message to the engine, `is_clogged` says that the engine does not read them.
+    `explain_route`: why a request went to its engine, where there are several.
 
     Until `open` is called the model's texts are not loaded, and until the engine says Ready nothing is taken:
     `check_open` raises 503 then.
@@ -102,11 +103,13 @@ class ServerState:
         observers: tuple[Observer, ...] = (),
         seeds: Callable[[], int] | None = None,
         is_clogged: Callable[[], bool] = lambda: False,
+        explain_route: Callable[[str], dict[str, Any] | None] = lambda request_id: None,
         now: Callable[[], float] = time.monotonic,
     ) -> None:
         self.options = options
         self.send = send
         self.now = now
+        self.explain_route = explain_route
         self.created = int(time.time())
         self._observers = observers
         self._seeds = seeds

@@ -135,8 +135,10 @@ def parse_runs(raw: bytes, layer_bytes: Sequence[int]) -> tuple[NDArray[np.int64
         raise ProtocolError(f"{len(raw)} bytes of runs")
     runs = np.frombuffer(raw, "<i4").reshape(-1, 3).astype(np.int64)
     layers, first, counts = runs.T
-    if layers.min() < 0 or layers.max() >= len(layer_bytes) or first.min() < 0 or counts.min() < 1:
+    if layers.min() < 0 or layers.max() >= len(layer_bytes) or first.min() < 0:
         raise ProtocolError("runs outside any pool")
+    if counts.min() < 1 or counts.max() > MAX_FRAME_BYTES:  # beyond, the sum below might pass 2^63
+        raise ProtocolError("runs of no blocks, or of more than a frame holds")
     num_bytes = int((np.asarray(layer_bytes, np.int64)[layers] * counts).sum())
     if num_bytes > MAX_FRAME_BYTES and counts.sum() > 1:
         raise ProtocolError(f"a frame of {num_bytes} bytes")

@@ -18,7 +18,7 @@ from penstock.transfer.streams import Greeting, Incoming
 
 log = logging.getLogger("penstock.transfer")
 
-MAX_CONNECTIONS = 256  # of one listener; more are closed unheard
+MAX_CONNECTIONS = {"tcp": 256, "shm": 32}  # of one listener, the latter of a ring each; more are closed unheard
 
 
 class Listener:
@@ -31,6 +31,7 @@ class Listener:
         self._identity, self._receipts, self._ring_bytes = identity, receipts, ring_bytes
         self._directory: str | None = None
         self._is_shm = address.startswith("shm://")
+        self._max_connections = MAX_CONNECTIONS["shm" if self._is_shm else "tcp"]
         if address == "shm://":
             self._directory = tempfile.mkdtemp(prefix="penstock-")
             address = "shm://" + os.path.join(self._directory, "link")
@@ -88,7 +89,7 @@ class Listener:
                     self._wake.recv(1)
                 continue
             with self._lock:
-                if self._closing or len(self._connections) >= MAX_CONNECTIONS:
+                if self._closing or len(self._connections) >= self._max_connections:
                     sock.close()
                     continue
                 thread = threading.Thread(target=self._serve, args=(sock,), name=f"at {self.address}", daemon=True)

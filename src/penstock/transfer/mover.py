@@ -95,6 +95,7 @@ class LinkMover:
             with self._lock:
                 sender = self._senders.get(move.dst.where)
                 if sender is None:
+                    self._forget_lost()
                     sender = self._senders[move.dst.where] = self._new_sender(move.dst.where)
                     if self._closed:
                         sender.close()
@@ -124,14 +125,14 @@ class LinkMover:
         return ended
 
     def stats(self) -> dict[str, PeerStats]:
-        """Per peer address, since the beginning."""
+        """Per peer address, since the beginning; a peer that was lost may be left out."""
         with self._lock:
             senders = list(self._senders.values())
         return {sender.address: sender.stats() for sender in senders}
 
     def received(self) -> Counter[str]:
         """Frames that came, by what became of them: whole, or dropped as unknown, duplicate, late, abandoned..."""
-        return Counter(self._receipts.counts)
+        return self._receipts.counts()
 
     def close(self) -> None:
         """End every move with an error, hang up and free the addresses. Safe to call twice."""
@@ -180,6 +181,11 @@ class LinkMover:
             if ids and not (min(ids) >= 0 and max(ids) < limit):
                 return f"block ids of KV group {group.index} outside its pool of {limit}"
         return None
+
+    def _forget_lost(self) -> None:
+        """Let go of peers that are gone, so that those who come back under other addresses add up to no crowd."""
+        for address in [address for address, sender in self._senders.items() if sender.is_lost]:
+            self._senders.pop(address).close()
 
     def _new_sender(self, address: str) -> Sender:
         scheme = scheme_of(address)

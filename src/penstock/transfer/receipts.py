@@ -142,7 +142,7 @@ class Receipts:
         self._by_transfer: dict[tuple[str, int], Receipt] = {}
         self._by_move: dict[int, Receipt] = {}
         self._lock = threading.Lock()  # never held while anything waits
-        self.counts: Counter[str] = Counter()  # frames by what became of them
+        self._counts: Counter[str] = Counter()
 
     def start(self, move: KVMove) -> None:
         """Await a move. One that cannot be awaited ends at once."""
@@ -170,8 +170,14 @@ class Receipts:
             receipt.fail(reason)
 
     def note(self, what: str) -> None:
+        """Count a frame."""
         with self._lock:
-            self.counts[what] += 1
+            self._counts[what] += 1
+
+    def counts(self) -> Counter[str]:
+        """Frames so far, by what became of them."""
+        with self._lock:
+            return Counter(self._counts)
 
     def _ended(self, result: MoveResult) -> None:
         with self._lock:

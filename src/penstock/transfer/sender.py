@@ -29,7 +29,7 @@ log = logging.getLogger("penstock.transfer")
 MODES = ("coalesced", "layerwise", "whole")
 SLICE_BYTES = 1 << 20  # offered to a stream at once
 PINGS = 8
-PROBE_S = 2e-3  # a bandwidth is believed when it was measured for so long, or over MAX_PING_BYTES
+PROBE_S = 5e-3  # a bandwidth is believed when it was measured for so long, or over MAX_PING_BYTES
 WINDOW_BYTES = 32 << 20  # sent without a pause before the bandwidth is corrected: several times what buffers swallow
 _filler = memoryview(bytes(SLICE_BYTES))
 
@@ -93,6 +93,7 @@ class Sender:
         self._current: Sending | None = None  # its pool memory may be being read
         self._stats = PeerStats()
         self._closing = False
+        self._was_lost = False
         self._wake, self._waker = socket.socketpair()
         self._wake.setblocking(False)
         self._waker.setblocking(False)
@@ -121,6 +122,12 @@ class Sender:
                         self._end(sending, "cancelled")
                     break
         self._rouse()
+
+    @property
+    def is_lost(self) -> bool:
+        """It has no connection any more and nothing to send."""
+        with self._lock:
+            return self._was_lost and not self._sendings
 
     def stats(self) -> PeerStats:
         with self._lock:
@@ -197,6 +204,7 @@ class Sender:
             self._stream = None
         with self._lock:
             self._current = None
+            self._was_lost = True
             if self._sendings:
                 log.warning("link to %s: %s", self.address, reason)
             for sending in list(self._sendings):
@@ -210,9 +218,11 @@ class Sender:
         while seconds - message_s < PROBE_S and num_bytes < MAX_PING_BYTES:
             num_bytes *= 4
             seconds = self._ping(num_bytes)
+        seconds = min(seconds, self._ping(num_bytes))
         with self._lock:
             self._cost = LinkCost(num_bytes / max(seconds - message_s, 1e-9), message_s / 2)
             self._stats.cost = self._cost
+            self._was_lost = False
             self._stats.num_connections += 1
         log.info("link to %s: %.2f GB/s, %.0f us", self.address, self._cost.bytes_per_s / 1e9, 5e5 * message_s)
 

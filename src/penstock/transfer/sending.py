@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -58,9 +59,7 @@ class Sending:
         """How many of `layers` may be sent."""
         total = len(self.layers)
         if self.move.after_step >= 0:
-            done = counter.layers_done(self.move.after_step)
-            while total > self.num_layers_sent and self.layers[total - 1] >= done:
-                total -= 1
+            total = bisect.bisect_left(self.layers, counter.layers_done(self.move.after_step))
         if total == len(self.layers) and self.computed_at is None:
             self.computed_at = now
         return total

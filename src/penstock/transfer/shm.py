@@ -87,7 +87,12 @@ def make_ring(num_bytes: int) -> tuple[int, mmap.mmap]:
         with tempfile.TemporaryFile() as file:
             descriptor = os.dup(file.fileno())
         os.ftruncate(descriptor, num_bytes)
-    return descriptor, mmap.mmap(descriptor, num_bytes)
+    return descriptor, _map(descriptor, num_bytes)
+
+
+def _map(descriptor: int, num_bytes: int) -> mmap.mmap:
+    """Shared, its pages there from the beginning: else the first round, by which a link is measured, is the slowest."""
+    return mmap.mmap(descriptor, num_bytes, mmap.MAP_SHARED | getattr(mmap, "MAP_POPULATE", 0))
 
 
 def _receive_ring(sock: socket.socket) -> mmap.mmap:
@@ -102,7 +107,7 @@ def _receive_ring(sock: socket.socket) -> mmap.mmap:
         # What could shrink would kill this process at the next access.
         if hasattr(fcntl, "F_GET_SEALS") and not fcntl.fcntl(descriptors[0], fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
             raise ProtocolError("a ring that is not sealed")
-        return mmap.mmap(descriptors[0], size)
+        return _map(descriptors[0], size)
     finally:
         for descriptor in descriptors:
             os.close(descriptor)

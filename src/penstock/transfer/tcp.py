@@ -10,7 +10,6 @@ from penstock.transfer.frames import Identity, LinkError
 from penstock.transfer.streams import PONG, Greeting, WordLine, wait_for
 
 CONNECT_S = 5.0
-SEND_BUFFER_BYTES = 4 << 20  # the receiver's buffer is left to the kernel, which adapts it to bandwidth and delay
 LOST_S = 10  # silence after which a peer whose machine has vanished counts as gone
 
 
@@ -50,7 +49,6 @@ def dial(address: str, identity: Identity) -> TcpOutgoing:
         raise LinkError(str(error)) from None
     try:
         prepare(sock)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
         Greeting(sock, identity, address).dial()
     except BaseException:
         sock.close()
@@ -59,7 +57,11 @@ def dial(address: str, identity: Identity) -> TcpOutgoing:
 
 
 def prepare(sock: socket.socket) -> None:
-    """Small messages at once; a peer that vanished without a word is noticed, while sending and while idle."""
+    """Small messages at once; a peer that vanished without a word is noticed, while sending and while idle.
+
+    Buffers are left to the kernel, which adapts them to bandwidth and delay up to megabytes: a size set by hand ends
+    that, is cut to net.core.wmem_max (often 208 KiB), and made no difference here where it was not.
+    """
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     if sys.platform == "linux":

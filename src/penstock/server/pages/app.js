@@ -3,10 +3,9 @@
 import { $, $$, el, since } from './dom.js';
 import { live } from './state.js';
 import { hasKey, listen, setKey } from './source.js';
-import {
-  buildScene, drawLinks, flipOrder, readColours, setOrder, startScene, stopScene, updateScene,
-} from './scene.js';
-import { buildCharts, buildFlow, buildSpec, updateCharts, updateFleet, updateFlow, updateSpec } from './charts.js';
+import { buildScene, flipOrder, readColours, setOrder, startScene, stopScene, updateScene } from './scene.js';
+import { buildCharts, buildFlow, buildSpec, updateCharts, updateFlow, updateSpec } from './charts.js';
+import { drawLinks, updateFleet } from './cluster.js';
 import { forgetOpen, openRequest, startRequests, toggle, updateRequests } from './requests.js';
 import { explainLast, startChat, stopAnswer } from './chat.js';
 
@@ -25,7 +24,6 @@ function onHello(hello) {
   document.title = `${hello.model.id} · penstock`;
   $('#f-set').textContent = `${hello.config.filter(isSet).length} set`;
   $('#newer').hidden = hello.schema <= SCHEMA;
-  $('#fleet').hidden = !hello.router;
   document.body.classList.toggle('one-engine', hello.engines.length === 1);
   document.body.classList.remove('no-data');
   drawConfig();

@@ -2,7 +2,7 @@
 // uPlot draws the charts and nothing else does. Null is a gap, never a zero.
 /* global uPlot */
 
-import { $, $$, bytes, css, el, int, missing, ms, pct, short, svg } from './dom.js';
+import { $, $$, css, el, int, missing, ms, pct, short, svg } from './dom.js';
 import { SOURCES, SOURCE_NAME, live } from './state.js';
 
 const WINDOW_S = 240;
@@ -124,8 +124,8 @@ export function buildFlow() {
 export function updateFlow() {
   const data = live.snap.prompt_tokens_by_source, width = $('#flow').clientWidth;
   if (!width) return;
-  const total = SOURCES.reduce((sum, source) => sum + (data[source] || 0), 0), { tiers } = live.hello;
-  const shown = SOURCES.filter(s => s === 'compute' || s === 'device' || tiers.some(tier => tier.name === s));
+  const total = SOURCES.reduce((sum, source) => sum + (data[source] || 0), 0), { tiers } = live.snap;
+  const shown = SOURCES.filter(s => s === 'compute' || s === 'device' || !missing(data[s]));
   const height = 22 + Math.max(118, 46 * shown.length), bed = Math.min(128, height - 78);
   flow.picture.setAttribute('viewBox', `0 0 ${width} ${height}`);
   flow.picture.style.height = height + 'px';
@@ -142,14 +142,12 @@ export function updateFlow() {
       `M6 ${y}C${m} ${y} ${m} ${a} ${x1} ${a}V${a + thick}C${m} ${a + thick} ${m} ${y + thick} 6 ${y + thick}Z`);
     place(row.from, 0, y, thick);
     place(row.bar, x1, a, thick);
-    const tier = tiers.find(item => item.name === source), use = live.snap.tiers[source];
+    const tier = tiers[source];
     row.name.setAttribute('x', x1 + 14); row.name.setAttribute('y', center - 2);
     row.name.textContent = `${SOURCE_NAME[source]}  ${total ? pct(share) : '–'}`;
     row.detail.setAttribute('x', x1 + 14); row.detail.setAttribute('y', center + 12);
     row.detail.textContent = total ? `${short(data[source] / data.window_s)} tok/s` : '';
-    if (tier && use) {
-      row.detail.textContent += ` · ${bytes(use.used_bytes).replace(/ .iB/, '')} of ${bytes(tier.capacity_bytes)}`;
-    }
+    if (tier?.capacity_blocks) row.detail.textContent += ` · ${pct(tier.used_blocks / tier.capacity_blocks)} full`;
     y += thick;
   }
   const kept = total ? 1 - (data.compute || 0) / total : 0;
@@ -190,28 +188,4 @@ export function updateSpec() {
   $('#sp-len').textContent = missing(data.mean_accepted_length) ? '–' : data.mean_accepted_length.toFixed(2);
   $('#sp-gain').textContent = missing(data.measured_speedup) ? '–' : data.measured_speedup.toFixed(2) + '×';
   $('#sp-on').textContent = `${int(data.num_requests_drafting)} of ${int(live.snap.totals.num_requests_running)}`;
-}
-
-// ---- router and transfers: only with several engines ----
-export function updateFleet() {
-  const { hello, snap } = live;
-  if (!hello.router || !snap.router) return;
-  const { decisions, decisions_per_s: rate, decision_seconds_p99: p99 } = snap.router;
-  $('#router-sub').textContent = `${hello.router.policy}, ${short(rate)} per s, ${ms(p99)} p99`;
-  $('#decisions tbody').replaceChildren(...decisions.slice(0, 7).map(d => el('tr', {},
-    el('td', { class: 'mono' }, d.request_id.slice(-8)), el('td', { class: 'route' }, d.prefill, ' → ', d.decode),
-    el('td', { class: 'why-cell' }, d.reason), el('td', { class: 'num' }, ms(d.predicted_ttft_s)),
-    el('td', { class: 'num' }, el('small', {}, `${d.runner_up} ${ms(d.runner_up_ttft_s)}`)))));
-  const sum = snap.links.reduce((a, link) => a + link.bytes_per_s, 0);
-  const most = Math.max(...snap.links.map(link => link.bytes_per_s), 1);
-  const failed = int(snap.transfer_failures_total);
-  $('#xfer-sub').textContent = `${bytes(sum)}/s, ${ms(snap.transfer_seconds_p95)} p95, ${failed} failed`;
-  const line = (name, share, text, kind) => el('li', {}, el('span', { class: kind }, name),
-    el('div', { class: 'bar' }, el('i', { style: `width:${100 * share}%` })), el('span', {}, text));
-  $('#links-list').replaceChildren(...snap.links.map(link =>
-    line(`${link.src} → ${link.dst}`, link.bytes_per_s / most, `${bytes(link.bytes_per_s)}/s`, 'nm')));
-  const moving = snap.transfers.slice(0, 3).map(x =>
-    line(x.request_id.slice(-8), x.bytes_done / x.bytes, `${x.src} → ${x.dst} ${bytes(x.bytes)}`, 'mono'));
-  if (!moving.length) moving.push(el('li', { class: 'empty block' }, 'No transfer at this moment.'));
-  $('#xfers').replaceChildren(...moving);
 }

@@ -2,6 +2,7 @@
 
 import { $, $$, el, int, missing, ms, plural } from './dom.js';
 import { SOURCE_NAME, live, spanName, spanVar } from './state.js';
+import { routeView } from './cluster.js';
 import { prefixView } from './requests.js';
 import { chat, explain } from './source.js';
 
@@ -62,7 +63,7 @@ function drawer(x) {
   const name = part => part.span.kind === 'load' ? `${SOURCE_NAME[part.span.tier]} load` : spanName(part.span);
   const tokens = part => part.tokens ? `${int(part.tokens)} tok` : '';
   const note = {
-    queue: () => x.queue_reason, load: tokens, decode: tokens, transfer: () => 'while prefill ran',
+    queue: () => x.queue_reason, load: tokens, decode: tokens, transfer: part => [tokens(part), part.span.from && `by ${part.span.from}`].filter(Boolean).join(' '),
     prefill: part => `${tokens(part)} in ${plural(part.steps, 'step')}`,
   };
   return el('div', { class: 'explain' },
@@ -72,7 +73,7 @@ function drawer(x) {
     el('div', { class: 'rows' }, parts.flatMap(p => [
       el('i', { style: `background:var(${spanVar(p.span)})` }), name(p),
       el('span', {}, (note[p.span.kind] || tokens)(p)), el('b', {}, ms(p.seconds))])),
-    el('div', { class: 'space' }), prefixView(x));
+    el('div', { class: 'space' }), prefixView(x), routeView(x));
 }
 
 function emptyChat() {

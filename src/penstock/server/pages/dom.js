@@ -46,11 +46,12 @@ export function ms(s) {
   return (s * 1e3).toFixed(s >= .01 ? 0 : 1) + ' ms';
 }
 
-export function bytes(b) {
+export function rate(b) { // bytes per second
   if (missing(b)) return '–';
-  if (b >= 2 ** 40) return (b / 2 ** 40).toFixed(1) + ' TiB';
-  if (b >= 2 ** 30) return (b / 2 ** 30).toFixed(b < 2 ** 34 ? 1 : 0) + ' GiB';
-  return (b / 2 ** 20).toFixed(0) + ' MiB';
+  for (const [size, unit] of [[1e9, 'GB/s'], [1e6, 'MB/s'], [1e3, 'kB/s']]) {
+    if (b >= size) return `${b >= 100 * size ? (b / size).toFixed(0) : (b / size).toFixed(1)} ${unit}`;
+  }
+  return `${b.toFixed(0)} B/s`;
 }
 
 export function since(s) {

@@ -2,6 +2,7 @@
 
 import { $, $$, el, int, missing, ms, pct } from './dom.js';
 import { MISS, SOURCE_NAME, live, spanName, spanVar } from './state.js';
+import { routeView } from './cluster.js';
 import { explain } from './source.js';
 
 const STATE_VAR = {
@@ -118,7 +119,7 @@ function gantt(x) {
       'Output', el('b', {}, x.tokens_per_s ? `${x.tokens_per_s.toFixed(1)} tok/s` : '–'),
       'Finish', el('b', {}, x.finish_reason || 'still running')),
     x.queue_reason ? el('p', { class: 'why queued' }, el('strong', {}, 'It waited'), sentence(x.queue_reason)) : null,
-    prefixView(x));
+    prefixView(x), routeView(x));
   const none = el('p', { class: 'empty' }, 'No timeline: the engine sent none.');
   return el('div', { class: 'gantt' }, x.spans.length ? lanes(x) : none, side);
 }
@@ -127,7 +128,8 @@ function lanes(x) {
   const end = Math.max(...x.spans.map(s => s.end_s), 1e-6), byLane = new Map(), first = x.time_to_first_token_s;
   const several = live.hello.engines.length > 1;
   for (const s of x.spans) {
-    const key = `${spanName(s)}|${s.kind === 'load' ? SOURCE_NAME[s.tier] : several && s.engine || ''}`;
+    const where = s.kind === 'load' ? SOURCE_NAME[s.tier] : s.from ? `from ${s.from}` : several && s.engine || '';
+    const key = `${spanName(s)}|${where}`;
     byLane.set(key, [...byLane.get(key) || [], s]);
   }
   // Decode dwarfs all else: the first 40 % of the axis is the time to the first token, the rest is decode, each linear.

@@ -1,7 +1,8 @@
 // The engine as a picture: requests wait at the intake, blocks are water in a pipe, a runner turns as tokens leave.
 // Only areas and speed carry the picture: the waves have mean zero, so it never lies about counts.
 
-import { $, $$, bytes, calm, css, el, int, missing, pct, short, svg, tip } from './dom.js';
+import { $, $$, calm, css, el, int, missing, pct, short, svg, tip } from './dom.js';
+import { drawLinks } from './cluster.js';
 import { LETTER, REASON, STATES, STATE_NAME, STATE_TIP, live } from './state.js';
 
 const MAX_CELLS = 1640, BLADE = 'M20 15.5c4-1 6.5-4.5 6.2-9.5';
@@ -51,11 +52,15 @@ export function buildScene() {
       el('div', { class: 'eh' },
         el('strong', {}, engine.id), el('span', {}, `${engine.role} · ${engine.device}`), el('em')),
       pool(engine, false), el('div', { class: 'ef' }, el('span'), el('span')));
-    const of = role => engines.filter(engine => engine.role === role);
-    const column = role => el('div', { class: 'col' }, of(role).map(card));
-    const links = el('div', { class: 'links', id: 'links' }, svg('svg'));
-    scene.append(intake, column('prefill'), links, column('decode'), out);
-    $('#scene-sub').textContent = `${of('prefill').length} prefill, ${of('decode').length} decode`;
+    const prefill = engines.filter(engine => engine.role === 'prefill');
+    const decode = engines.filter(engine => engine.role !== 'prefill');
+    const column = part => el('div', { class: 'col' }, part.map(card));
+    const links = el('div', { class: 'links', id: 'links' }, svg('svg'), el('div', { class: 'flow-facts' }));
+    scene.classList.toggle('alike', !prefill.length); // engines that do both: nothing flows between columns
+    scene.append(intake, ...prefill.length ? [column(prefill), links] : [], column(decode), out);
+    const count = (part, name) => part.length ? `${part.length} ${name}` : '';
+    $('#scene-sub').textContent = [count(prefill, 'prefill'), count(decode, prefill.length ? 'decode' : 'engines')]
+      .filter(Boolean).join(', ');
   }
   spin = calm.matches ? null : $('.runner', scene).animate(
     [{ transform: 'rotate(0)' }, { transform: 'rotate(360deg)' }], { duration: 6000, iterations: Infinity });
@@ -113,9 +118,10 @@ function updatePool(engine) {
   }
   const card = $(`.eng[data-id="${engine.id}"]`);
   if (!card) return;
-  $('.eh em', card).textContent = pct(usage) + ' in use';
+  card.classList.toggle('gone', !engine.is_alive);
+  $('.eh em', card).textContent = engine.is_alive ? pct(usage) + ' in use' : 'not running';
   const [load, rate] = $$('.ef span', card), prefill = engine.role === 'prefill';
-  const waiting = prefill ? `, ${int(engine.num_requests_waiting)} waiting` : '';
+  const waiting = `, ${int(engine.num_requests_waiting)} waiting`;
   load.textContent = `${int(engine.num_requests_running)} running${waiting}`;
   rate.textContent = prefill ? `${short(engine.prompt_tokens_per_s)} tok/s in`
     : `${short(engine.generation_tokens_per_s)} tok/s out`;
@@ -208,36 +214,3 @@ export function setOrder(name) {
 export const stopScene = () => spin?.pause();
 export const flipOrder = () => setOrder(order === 'level' ? 'address' : 'level');
 export const startScene = () => requestAnimationFrame(frame);
-
-// Links between engines, where there are several.
-export function drawLinks() {
-  const box = $('#links');
-  if (!box) return;
-  const picture = $('svg', box), b = box.getBoundingClientRect();
-  if (!b.width) return;
-  const tall = matchMedia('(max-width: 900px)').matches, key = JSON.stringify([b.width, b.height, tall]);
-  const at = id => {
-    const r = $(`.eng[data-id="${id}"] .bore`).getBoundingClientRect();
-    return tall ? r.left + r.width / 2 - b.left : r.top + r.height / 2 - b.top;
-  };
-  if (picture.dataset.key !== key) {
-    picture.dataset.key = key;
-    picture.textContent = '';
-    for (const link of live.snap.links) {
-      const a = at(link.src), z = at(link.dst), w = b.width + 4, h = b.height;
-      const d = tall ? `M${a} 0C${a} ${h * .5} ${z} ${h * .5} ${z} ${h}`
-        : `M-6 ${a}C${w * .5} ${a} ${w * .5} ${z} ${w} ${z}`;
-      const flow = svg('path', { d, class: 'flow', 'data-l': link.src + link.dst });
-      flow.append(svg('title'));
-      picture.append(svg('path', { d, class: 'bed' }), flow);
-    }
-  }
-  for (const link of live.snap.links) {
-    const flow = $(`[data-l="${link.src + link.dst}"]`, picture);
-    if (!flow) continue;
-    flow.style.strokeWidth = link.bytes_per_s ? 1.5 + Math.min(6, link.bytes_per_s / 2 ** 30 * 1.5) : 0;
-    flow.style.opacity = link.bytes_per_s ? .9 : 0;
-    const load = `${bytes(link.bytes_per_s)}/s, ${link.num_in_flight} in flight`;
-    flow.firstChild.textContent = `${link.src} to ${link.dst}: ${load}`;
-  }
-}

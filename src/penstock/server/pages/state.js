@@ -25,8 +25,10 @@ export const REASON = {
   preempted: 'preempted', kv_load: 'tier load', kv_transfer: 'transfer', grammar: 'grammar', media: 'images',
 };
 
-export const SOURCES = ['device', 'host', 'disk', 'remote', 'compute'];
-export const SOURCE_NAME = { device: 'Device', host: 'Host', disk: 'Disk', remote: 'Remote', compute: 'Recompute' };
+export const SOURCES = ['device', 'peer', 'host', 'disk', 'remote', 'compute'];
+export const SOURCE_NAME = {
+  device: 'Device', peer: 'Other engine', host: 'Host', disk: 'Disk', remote: 'Remote', compute: 'Recompute',
+};
 
 const SPAN = {
   queue: ['--queue', 'Queue'], load: ['--host', 'Tier load'], prefill: ['--compute', 'Prefill'],

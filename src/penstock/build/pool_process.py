@@ -1,0 +1,42 @@
+"""The process of a machine's KV pool: `python -m penstock.build.pool_process DIRECTORY`. Imports no torch.
+
+It reads its settings from standard input, and leaves when that ends.
+"""
+
+from __future__ import annotations
+
+import logging
+import signal
+import sys
+import threading
+from pathlib import Path
+
+import msgspec
+
+from penstock.cluster.pool import PoolServer
+from penstock.config.schema import CacheOptions
+
+
+def main(directory: str) -> int:
+    logging.basicConfig(format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+    options = msgspec.msgpack.decode(sys.stdin.buffer.read(int.from_bytes(sys.stdin.buffer.read(8), "little")),
+                                     type=CacheOptions)  # fmt: skip
+    gone = threading.Event()
+
+    def hear() -> None:
+        sys.stdin.buffer.read(1)
+        gone.set()
+
+    threading.Thread(target=hear, name="penstock-parent", daemon=True).start()
+    server = PoolServer(options, Path(directory))
+    try:
+        server.run(gone.is_set)
+    finally:
+        server.close()
+    return 0
+
+
+if __name__ == "__main__":
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    sys.exit(main(sys.argv[1]))

@@ -1,0 +1,77 @@
+"""The tiers of an engine: the pool in this process, or the way to the one that its machine's engines share."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from penstock.cluster.pool import PoolWire
+from penstock.config.model import KVLayout
+from penstock.config.schema import CacheOptions
+from penstock.core.scheduler import Scheduler
+from penstock.core.tier_client import TierClient
+from penstock.core.tier_costs import PrefillRate
+from penstock.core.tiering import ClientSettings, ToEngine, ToPool
+from penstock.engine.tier_source import TierSource
+from penstock.tiers.arena import Arena
+from penstock.tiers.driver import PoolDriver
+from penstock.tiers.mover import TierMover
+from penstock.tiers.open import host_slots, open_pool
+
+ENGINE = "engine"  # this process's name to its own pool
+
+
+class LocalPool:
+    """A PoolLine to a pool in this process."""
+
+    def __init__(self, driver: PoolDriver) -> None:
+        self.driver = driver
+        self._answers: list[ToEngine] = []
+
+    def send(self, message: ToPool, now: float) -> None:
+        self._answers += [answer for _, answer in self.driver.handle(ENGINE, message, now)]
+
+    def receive(self, now: float) -> Sequence[ToEngine]:
+        answers, self._answers = self._answers, []
+        return answers + [answer for _, answer in self.driver.poll(now)]
+
+    def close(self) -> None:
+        self.driver.close()
+
+
+@dataclass(slots=True)
+class Tiers:
+    """What an engine needs of its tiers. `close` when it has ended."""
+
+    line: LocalPool | PoolWire
+    mover: TierMover
+    prefill: PrefillRate
+
+    def source(self, options: CacheOptions, layout: KVLayout, scheduler: Scheduler) -> TierSource:
+        settings = ClientSettings(write=options.kv_write_policy, min_tokens=2 * layout.block_size)
+        return TierSource(scheduler, TierClient(layout, settings, self.prefill), self.line)
+
+    def close(self) -> None:
+        self.mover.close()
+        self.line.close()
+
+
+def open_tiers(
+    options: CacheOptions, layout: KVLayout, pools: Sequence[NDArray[np.uint8]], directory: str | None
+) -> Tiers:
+    """`pools`: the device's memory by layer; `directory`: where the machine's shared pool is, None for one of its own.
+
+    Raises ConfigError, OSError, ValueError.
+    """
+    if directory is None:
+        arena = Arena.private(layout, host_slots(options, layout))
+        line: LocalPool | PoolWire = LocalPool(open_pool(options, layout, arena))
+    else:
+        line = PoolWire(directory)
+        welcome = line.hello(layout)
+        arena = Arena.attach(Path(welcome.arena), layout, welcome.num_slots)
+    return Tiers(line, TierMover(layout, pools, arena), PrefillRate())

@@ -1,0 +1,152 @@
+"""The pool of a machine's KV tiers in a process of its own, and the line that engines speak to it by. Knows zmq.
+
+Messages are those of `core/tiering.py`. The arena's memory is a file that engines map: only slots' numbers travel.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+
+from penstock.config.model import KVLayout
+from penstock.config.schema import CacheOptions
+from penstock.core import tiering
+from penstock.core.tiering import ToEngine, ToPool
+from penstock.tiers.arena import Arena
+from penstock.tiers.driver import PoolDriver
+from penstock.tiers.open import host_slots, open_pool
+
+BUSY_WAIT_MS, IDLE_WAIT_MS = 1, 50
+HELLO_S = 60.0  # for the pool to open its stores and recover what the disk holds
+
+
+@dataclass(frozen=True, slots=True)
+class Hello:
+    """An engine's first word: how it keeps KV. The first engine's layout is the pool's."""
+
+    layout: KVLayout
+
+
+@dataclass(frozen=True, slots=True)
+class Welcome:
+    """Where the arena is; or why the engine cannot share it."""
+
+    arena: str = ""
+    num_slots: tuple[int, ...] = ()
+    refusal: str = ""
+
+
+_TYPES: dict[str, Any] = {
+    each.__name__: each
+    for each in (Hello, Welcome, tiering.Match, tiering.Fetch, tiering.Release, tiering.Reserve, tiering.Filled,
+                 tiering.Matched, tiering.Fetched, tiering.Reserved, tiering.Expired)
+}  # fmt: skip
+_DECODERS = {name: msgspec.msgpack.Decoder(type_) for name, type_ in _TYPES.items()}
+_encode = msgspec.msgpack.Encoder().encode
+
+
+def encode(message: Any) -> list[bytes]:
+    return [type(message).__name__.encode(), _encode(message)]
+
+
+def decode(name: bytes, body: bytes) -> Any:
+    """Raises KeyError or msgspec.DecodeError for what no version of this file says."""
+    return _DECODERS[name.decode()].decode(body)
+
+
+class PoolServer:
+    """Serves the engines of one machine at `directory`/pool until `stop` says so."""
+
+    def __init__(self, options: CacheOptions, directory: Path) -> None:
+        self.options, self.directory = options, directory
+        self._context = zmq.Context(io_threads=1)
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.bind(f"ipc://{directory}/pool")
+        self._arena: Arena | None = None
+        self._layout: KVLayout | None = None
+        self._driver: PoolDriver | None = None
+
+    def run(self, stop: Callable[[], bool]) -> None:
+        while not stop():
+            is_busy = self._driver is not None and self._driver.pool.num_held > 0
+            self._socket.poll(BUSY_WAIT_MS if is_busy else IDLE_WAIT_MS)
+            self.turn()
+
+    def turn(self) -> None:
+        """Take in what has come, answer what can be answered."""
+        now = time.monotonic()
+        for _ in range(256):
+            try:
+                source, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
+            except zmq.Again:
+                break
+            message = decode(*frames)
+            if isinstance(message, Hello):
+                self._send(source, self._hello(message))
+            elif self._driver is not None:
+                for to, answer in self._driver.handle(source.hex(), message, now):
+                    self._send(bytes.fromhex(to), answer)
+        if self._driver is not None:
+            for to, answer in self._driver.poll(now):
+                self._send(bytes.fromhex(to), answer)
+
+    def _hello(self, message: Hello) -> Welcome:
+        path = self.directory / "arena"
+        if self._driver is None:
+            try:
+                self._arena = Arena.create(path, message.layout, host_slots(self.options, message.layout))
+                self._driver = open_pool(self.options, message.layout, self._arena)
+            except Exception as error:
+                return Welcome(refusal=str(error))
+            self._layout = message.layout
+        assert self._arena is not None and self._layout is not None
+        if message.layout.format != self._layout.format:
+            return Welcome(refusal=f"the pool keeps KV as {self._layout.format}, the engine as {message.layout.format}")
+        return Welcome(str(path), self._arena.num_slots)
+
+    def _send(self, to: bytes, message: Any) -> None:
+        self._socket.send_multipart([to, *encode(message)])  # one that is gone costs nothing: ROUTER drops it
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+        self._context.term()
+        if self._driver is not None:
+            self._driver.close()
+
+
+class PoolWire:
+    """A PoolLine to a PoolServer. One thread calls it."""
+
+    def __init__(self, directory: str) -> None:
+        self._context = zmq.Context(io_threads=1)
+        self._socket = self._context.socket(zmq.DEALER)
+        self._socket.connect(f"ipc://{directory}/pool")
+
+    def hello(self, layout: KVLayout) -> Welcome:
+        """Join the pool. Raises OSError if it does not answer, ValueError if it refuses."""
+        self._socket.send_multipart(encode(Hello(layout)))
+        if not self._socket.poll(int(HELLO_S * 1000)):
+            raise OSError(f"the pool of KV tiers did not answer within {HELLO_S:g} s")
+        welcome: Welcome = decode(*self._socket.recv_multipart())
+        if welcome.refusal:
+            raise ValueError(welcome.refusal)
+        return welcome
+
+    def send(self, message: ToPool, now: float) -> None:
+        self._socket.send_multipart(encode(message))
+
+    def receive(self, now: float) -> Sequence[ToEngine]:
+        received = []
+        while self._socket.poll(0):
+            received.append(decode(*self._socket.recv_multipart(zmq.NOBLOCK)))
+        return received
+
+    def close(self) -> None:
+        self._socket.close(linger=0)
+        self._context.term()

@@ -1,0 +1,111 @@
+"""An engine's KV tiers: what its requests load instead of computing, and which of its blocks are saved below.
+
+Joins the tiers' client (`core/tier_client.py`) to scheduler and engine: a KVSource that offers what lies in host
+memory. Knows messages of the pool by their door; no store, memory or thread.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Protocol
+
+from penstock.core.moves import KVMove, MoveResult
+from penstock.core.plan import Row
+from penstock.core.request import Request
+from penstock.core.scheduler import Scheduler
+from penstock.core.tier_client import TierClient
+from penstock.core.tiering import HOST, WRITE_BACK, ToEngine, ToPool
+from penstock.core.traffic import Offer
+
+log = logging.getLogger("penstock.tiers")
+
+COOL_SHARE = 16  # of write-back: blocks are saved when less than one in so many is free
+MAX_OTHER_ROWS = 4  # of a step whose time is taken for that of its prompt's piece
+WAITING = "tier"  # the reason of waiting
+
+
+class PoolLine(Protocol):
+    """The way to the machine's pool, in this process or another. Neither method waits."""
+
+    def send(self, message: ToPool, now: float) -> None: ...
+
+    def receive(self, now: float) -> Sequence[ToEngine]: ...
+
+
+class TierSource:
+    """Called by its engine, in the engine's thread: `turn` before each plan, the others as things happen."""
+
+    def __init__(self, scheduler: Scheduler, client: TierClient, line: PoolLine) -> None:
+        self.scheduler = scheduler
+        self.client = client
+        self.line = line
+        self._loads: dict[str, tuple[int, int]] = {}  # request id -> (first block, blocks) of the offer it took
+        scheduler.kv.on_published = client.saving.published
+
+    @property
+    def is_busy(self) -> bool:
+        """Are answers of the pool, or moves, awaited?"""
+        return self.client.num_open > 0
+
+    def arrived(self, request: Request, now: float) -> None:
+        """A request was queued: what the tiers have of it is brought into host memory while it waits."""
+        hit, hashes = self.scheduler.kv.ask(request)
+        if len(hashes) > hit.num_blocks:
+            self.client.arrived(request.id, hashes, hit.num_blocks, now)
+            self._tell(now)
+
+    def ended(self, request_id: str) -> None:
+        """The request is over."""
+        self._loads.pop(request_id, None)
+        self.client.ended(request_id)
+
+    def offer(self, request: Request, num_blocks: int, now: float) -> Offer | str | None:
+        """See KVSource."""
+        found = self.client.offer(request.id, num_blocks, now)
+        if found.wait_until_s is not None:
+            return WAITING
+        if not found.num_blocks or found.place is None:
+            return None
+        self._loads[request.id] = (num_blocks, found.num_blocks)
+        num_tokens = (num_blocks + found.num_blocks) * self.scheduler.block_size
+        return Offer(num_tokens, found.place, request.id, is_cache=True)
+
+    def started(self, move: KVMove) -> None:
+        """A move has begun."""
+        if move.src.where == HOST and move.request_id in self._loads:
+            self.client.load_started(move.request_id, *self._loads.pop(move.request_id), move.id)
+
+    def stepped(self, num_rows: int, chunks: Sequence[tuple[Request, Row]], seconds: float) -> None:
+        """A step ended: one that did little else than a piece of one prompt tells what computing costs."""
+        if len(chunks) == 1 and num_rows <= MAX_OTHER_ROWS:
+            row = chunks[0][1]
+            self.client.prefill.observe(row.start, row.start + row.num_tokens, seconds)
+
+    def ended_move(self, result: MoveResult) -> None:
+        """A move has ended."""
+        self.client.moved(result)
+
+    def turn(self, now: float) -> None:
+        """Take the pool's answers in, start saves, tell the pool what is new."""
+        for message in self.line.receive(now):
+            self.client.handle(message, now)
+        for event in self.client.tick(now):
+            log.warning("%s", event.text)
+        saving, kv = self.client.saving, self.scheduler.kv
+        if saving.settings.write == WRITE_BACK:
+            for pool in self.scheduler.pools:
+                if pool.num_free * COOL_SHARE < pool.num_blocks:
+                    saving.cooling(pool.coldest(COOL_SHARE))
+        for save in saving.ready():
+            places = save.places(kv.find, len(kv.pools))
+            if places is None:
+                saving.dropped(save)
+                continue
+            src, dst, indices = places
+            saving.started(save, self.scheduler.traffic.save(src, dst).id, indices)
+        self._tell(now)
+
+    def _tell(self, now: float) -> None:
+        for message in self.client.messages():
+            self.line.send(message, now)
