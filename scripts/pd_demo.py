@@ -75,13 +75,18 @@ def _handed_over(server: ServerProcess) -> tuple[float, float]:
     while True:
         with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as response:
             text = response.read().decode()
-        prompts = re.search(r'^vllm:pd_handoffs_total\{.*outcome="handed_over".*\} (\S+)$', text, re.M)
-        num_bytes = re.search(r"^vllm:pd_handoff_bytes_total\{.*\} (\S+)$", text, re.M)
-        assert prompts is not None and num_bytes is not None
-        found = float(prompts.group(1)), float(num_bytes.group(1))
+        found = (
+            _sum(r'^vllm:pd_handoffs_total\{.*outcome="handed_over".*\} (\S+)$', text),
+            _sum(r"^penstock:kv_transfer_bytes_total\{.*\} (\S+)$", text),
+        )
         if all(found) or time.monotonic() > until_s:
             return found
         time.sleep(0.1)
+
+
+def _sum(pattern: str, text: str) -> float:
+    """Over engines."""
+    return sum(map(float, re.findall(pattern, text, re.M)))
 
 
 def _compare(conversation: list[dict[str, str]]) -> int:

@@ -22,6 +22,7 @@ from penstock.engine.messages import (
     Peers,
     Progress,
     Ready,
+    Report,
     Stopped,
     TokenDelta,
     Tokens,
@@ -59,7 +60,8 @@ def test_a_request_waits_for_the_only_engine_that_decodes() -> None:
     assert engine == "decode-0" and sent.prefill_at == ("prefill-0",)
     router.receive("decode-0", tokens(1, 2), 1.0)
     told, post = router.restarting("decode-0", 2.0)
-    assert told == [] and [(name, len(m.peers)) for name, m in post if isinstance(m, Peers)] == [("prefill-0", 1)]
+    assert [type(message) for message in told] == [Report]
+    assert [(name, len(m.peers)) for name, m in post if isinstance(m, Peers)] == [("prefill-0", 1)]
     assert router.submit(add("s"), 2.0) == ([], [])  # nobody is there to refuse it either
     assert router.receive("decode-0", Progress("loading", 0, 0), 2.0) == ([], [])
     told, post = router.receive("decode-0", ready("decode-0"), 3.0)
@@ -119,7 +121,7 @@ def test_an_engine_that_has_stopped_gets_nothing_of_one_that_dies() -> None:
     [other] = {"decode-0", "decode-1"} - {engine}
     router.submit(Drain(9.0), 1.0)
     router.receive(other, Stopped(), 1.0)
-    [failed], post = router.lost(engine, "why", 2.0)
+    [_, failed], post = router.lost(engine, "why", 2.0)
     assert isinstance(failed, Failed) and failed.code == 503
     assert [(name, type(m)) for name, m in post if not isinstance(m, Peers)] == [("prefill-0", Drain)]
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -160,10 +161,10 @@ def ask(server: RealServer, request: Asked) -> list[Answer]:
 
 def handoffs(server: RealServer) -> dict[str, int]:
     """How many prompts were handed over, tries failed, prompts were computed where they are decoded."""
-    found = {}
+    found: Counter[str] = Counter()
     for line in server.http.get("/metrics").text.splitlines():
         if line.startswith("vllm:pd_handoffs_total"):
-            found[line.split('outcome="')[1].split('"')[0]] = int(float(line.rsplit(" ", 1)[1]))
+            found[line.split('outcome="')[1].split('"')[0]] += int(float(line.rsplit(" ", 1)[1]))
     return found
 
 

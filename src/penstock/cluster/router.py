@@ -113,6 +113,7 @@ class Router:
                 return [], [(live.engine, message)]
             if live is not None and isinstance(message, CancelRequest):
                 del self._live[message.request_id]
+                self.decisions.ended(message.request_id, message.finish_reason)
                 delta = TokenDelta(message.request_id, [], message.finish_reason, message.stop_reason)
                 return [Tokens([delta], now)], []
             return ([Failed(message.request_id, 404, "no such request")] if isinstance(message, Explain) else []), []
