@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from penstock.config.foreign import FOREIGN
 from penstock.config.load import (
     config_rows,
     first_api_key,
@@ -16,7 +17,7 @@ from penstock.config.load import (
     read_config_file,
     resolve,
 )
-from penstock.config.schema import FOREIGN, settings
+from penstock.config.schema import settings
 from penstock.config.values import ConfigError
 
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from penstock.config.foreign import FOREIGN
 from penstock.config.reference import reference
-from penstock.config.schema import FOREIGN, settings
+from penstock.config.schema import settings
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "configuration.md"
 

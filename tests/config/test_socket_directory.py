@@ -9,15 +9,22 @@ from pathlib import Path
 
 import pytest
 
+from penstock.config import socket_directory
 from penstock.config.socket_directory import SocketDirectory, remove_stale
 
-OWNER = "from penstock.config.socket_directory import SocketDirectory as D; d = D(); print(d.path, flush=True); input()"
+OWNER = """
+import sys
+from penstock.config import socket_directory
+socket_directory.MEMORY = sys.argv[1]
+directory = socket_directory.SocketDirectory()
+print(directory.path, flush=True)
+input()
+"""
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
-    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(socket_directory, "MEMORY", str(tmp_path))
     return tmp_path
 
 
@@ -31,12 +38,24 @@ def test_it_is_private_and_goes_with_its_owner(place: Path) -> None:
     assert not path.exists()
 
 
+def test_where_the_system_has_no_such_place(
+    place: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    other = tmp_path_factory.mktemp("other")
+    monkeypatch.setattr(socket_directory, "MEMORY", str(place / "nothing"))
+    monkeypatch.setattr(tempfile, "tempdir", str(other))
+    directory = SocketDirectory()
+    assert Path(directory.path).parent == other
+    directory.close()
+
+
 def test_only_what_nobody_owns_is_removed(place: Path) -> None:
     mine = SocketDirectory()
     for name in ("penstock-demo-1", "penstock-x", "other"):
         (place / name).mkdir()
     (place / "other" / "owner").touch()
-    with subprocess.Popen([sys.executable, "-c", OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+    command = [sys.executable, "-c", OWNER, str(place)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         theirs = Path(process.stdout.readline().decode().strip())
         assert remove_stale(str(place)) == 0 and theirs.is_dir()

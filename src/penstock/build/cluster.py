@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from penstock.build.launch import EngineProcess, PoolProcess
 from penstock.build.start import import_server
-from penstock.cluster.seat import Seat, chosen_link, parse_roles
+from penstock.cluster.seat import Seat, chosen_link, make_roles
 from penstock.config.complete import Resolved, complete
 from penstock.config.hardware import Machine, probe
 from penstock.config.memory import MemoryPlanError
@@ -27,8 +27,7 @@ def serve_cluster(
     on_resolved: Callable[[Resolved], None] | None = None,
 ) -> int:
     """As `build.serve.serve`, for a configuration with `pd`."""
-    assert config.cluster.pd is not None
-    roles = parse_roles(config.cluster.pd)
+    roles = make_roles(config.cluster.pd, config.cluster.data_parallel_size)
     machine = probe()
     try:
         resolved = complete(config, share_of(machine, len(roles)))

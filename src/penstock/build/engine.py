@@ -205,6 +205,9 @@ def _build(
         device=f"cpu, {config.runtime.num_threads} threads, {kernels}{' kernels' if weights else ''}",
         memory=list(resolved.memory.rows),
         timeline=stages.rows,
+        cache_model=setup.model_id,
+        cache_format=layout.format,
+        block_bytes=sum(group.block_bytes for group in layout.groups),
     )
     return BuiltEngine(engine, executor, runner, ready, links, tiers)
 

@@ -6,10 +6,13 @@ import socket
 from collections.abc import Callable
 
 from penstock.build.launch import EngineProcess
+from penstock.cluster.placement import PolicyPlacement
 from penstock.cluster.restarts import Restarts
-from penstock.cluster.router import LeastLoaded, Router
+from penstock.cluster.roles import RoleKeeper
+from penstock.cluster.router import Router
 from penstock.config.complete import Resolved
 from penstock.config.load import model_directory
+from penstock.core.route_modes import ModeLimits
 from penstock.engine.messages import Ready
 from penstock.engine.tokenizer import load_tokenizer
 from penstock.server.backend import ManyEngines, OneEngine
@@ -26,7 +29,14 @@ def run_cluster(
 ) -> int:
     """As `run`, with a router before engines. `launch(name, address)` starts one, or one more time."""
     options = resolved.config.cluster
-    router = Router(roles, LeastLoaded(roles, options.pd_min_tokens))
+    limits = ModeLimits(
+        max_output_on_p=options.pd_max_short_output,
+        max_total_on_p=ModeLimits().max_total_on_p if options.pd_max_short_output else 0,
+        max_new_on_d=options.pd_min_tokens,
+    )
+    placement = PolicyPlacement(roles, options.route_policy, options.decode_policy, limits)
+    keeper = RoleKeeper(placement.cost) if options.pd is not None and options.pd_scaling else None
+    router = Router(roles, placement, keeper)
     backend = ManyEngines(router, launch, Restarts(options.engine_restarts))
     return int(run_server(resolved.config, backend, lambda: _served(resolved), on_ready=on_ready, sock=sock))
 

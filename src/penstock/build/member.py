@@ -27,7 +27,7 @@ def member_loop(built: BuiltEngine, seat: Seat, front: ZmqWire) -> Callable[[], 
     layout, link = built.engine.scheduler.layout, links.addresses[0]
     incarnation = f"{seat.name}.{secrets.token_hex(4)}"
     decode = DecodeSide(seat.name, link, incarnation, seat.lease_s, seat.min_tokens)
-    member = Member(built.engine, decode, PrefillSide(layout.format))
+    member = Member(built.engine, decode, PrefillSide(layout.format), life=time.time_ns())
     peers = PeerWire(seat.name, seat.directory)
     front.send(msgspec.structs.replace(built.ready, peer=Peer(seat.name, seat.role, peers.address, link)))
     loop = MemberLoop(member, built.executor, front, peers, time.monotonic)

@@ -28,7 +28,7 @@ def serve(
 
     Raises ConfigError for what is wrong with the configuration, the model's shape, the memory or the port.
     """
-    if config.cluster.pd is not None:
+    if config.cluster.pd is not None or config.cluster.data_parallel_size > 1:
         return serve_cluster(config, on_ready=on_ready, on_resolved=on_resolved)
     resolved = complete(config, probe())
     with listening_socket(resolved.config.server) as sock:

@@ -14,10 +14,22 @@ import msgspec
 from penstock.cluster.decode_side import DecodeSide
 from penstock.cluster.messages import Ack, Prefill, Refused, Stop, ToPeer
 from penstock.cluster.prefill_side import PrefillSide
+from penstock.core.kv_events import KVEventSource
 from penstock.core.moves import KVMove, MoveResult
 from penstock.core.plan import StepResult
 from penstock.engine.engine import Engine
-from penstock.engine.messages import AddRequest, Failed, FromEngine, HandOffs, Peers, ToEngine, Tokens
+from penstock.engine.messages import (
+    AddRequest,
+    CacheEvents,
+    CacheSnapshot,
+    Failed,
+    FromEngine,
+    HandOffs,
+    Peers,
+    ToEngine,
+    Tokens,
+    WantSnapshot,
+)
 
 FRONT = ""  # the front end's name among sources and destinations
 
@@ -25,9 +37,12 @@ Post = list[tuple[str, Any]]  # (to whom, message)
 
 
 class Member:
-    """Messages in, messages out; `launch` and `complete` around each step, as with an Engine."""
+    """Messages in, messages out; `launch` and `complete` around each step, as with an Engine.
 
-    def __init__(self, engine: Engine, decode: DecodeSide, prefill: PrefillSide) -> None:
+    `life`: larger than that of any process that had this engine's name before.
+    """
+
+    def __init__(self, engine: Engine, decode: DecodeSide, prefill: PrefillSide, life: int = 0) -> None:
         assert engine.mover is not None
         self.engine = engine
         self.mover = engine.mover
@@ -35,6 +50,9 @@ class Member:
         self.prefill = prefill
         engine.watcher = self
         engine.reporter.handoffs = self.handoffs
+        engine.reporter.tells_steps = True
+        self.events = KVEventSource(decode.name, life, engine.scheduler.kv.events_pool.index.keys)
+        engine.scheduler.kv.tell(self.events)
         decode.attach(engine.scheduler)
 
     # ---- messages ----
@@ -48,6 +66,8 @@ class Member:
     def _from_front(self, message: ToEngine, now: float) -> Post:
         if isinstance(message, AddRequest) and message.prefill_at:
             self.decode.want(message)
+        elif isinstance(message, WantSnapshot):
+            return [(FRONT, CacheSnapshot(self.events.snapshot()))]
         elif isinstance(message, Peers):
             names = {peer.name for peer in message.peers}
             for move_id in self.decode.only(names):
@@ -80,6 +100,9 @@ class Member:
         for move_id in self.decode.expired(now):
             self.mover.cancel(move_id)
         out = self._out(self.engine.launch(now), now)
+        events = self.events.take(now)
+        if events is not None:
+            out.append((FRONT, CacheEvents(events)))
         return out + self._flush(now)
 
     def complete(self, result: StepResult, now: float) -> Post:

@@ -14,9 +14,13 @@ import msgspec
 
 from penstock.cluster.decisions import NO_FORECAST, Decisions, Forecast
 from penstock.cluster.merge import merged_ready, merged_report, without_gauges
+from penstock.cluster.roles import PROBE, RoleKeeper
+from penstock.core.kv_events import KVEvents, KVSnapshot, SnapshotRequest
 from penstock.core.request import FINISH_ERROR
 from penstock.engine.messages import (
     AddRequest,
+    CacheEvents,
+    CacheSnapshot,
     CancelRequest,
     Drain,
     Explain,
@@ -31,6 +35,7 @@ from penstock.engine.messages import (
     ToEngine,
     TokenDelta,
     Tokens,
+    WantSnapshot,
 )
 
 MAX_REPLAYS = 3  # times that a request may survive its engine
@@ -54,15 +59,29 @@ class Placement(Protocol):
 
     def left(self, name: str) -> None: ...
 
+    def assign(self, name: str, role: str) -> None:
+        """The engine has this role from when it joins next."""
+        ...
+
+    def tick(self, now: float) -> list[SnapshotRequest]:
+        """What has to be asked of engines now."""
+        ...
+
     def place(self, request: AddRequest, now: float) -> Placed | None:
         """None: there is no engine left for it."""
         ...
 
     def told(self, name: str, report: Report, now: float) -> None: ...
 
-    def first_token(self, request_id: str, now: float) -> None: ...
+    def changed(self, events: KVEvents, now: float) -> SnapshotRequest | None:
+        """An engine's cache has changed. Gives what must be asked of it, if something was missed."""
+        ...
 
-    def ended(self, request_id: str, now: float) -> None: ...
+    def restored(self, snapshot: KVSnapshot, now: float) -> SnapshotRequest | None: ...
+
+    def first_token(self, request_id: str, num_cached: int, now: float) -> None: ...
+
+    def ended(self, request_id: str, num_output: int, now: float) -> None: ...
 
 
 @dataclass(slots=True)
@@ -91,8 +110,9 @@ Post = list[tuple[str, ToEngine]]
 class Router:
     """`submit` takes the front end's messages, `receive` the engines'. Both give what goes out on either side."""
 
-    def __init__(self, roles: dict[str, str], placement: Placement) -> None:
+    def __init__(self, roles: dict[str, str], placement: Placement, keeper: RoleKeeper | None = None) -> None:
         self.placement = placement
+        self.keeper = keeper
         self.engines = {name: Engine(name, role) for name, role in roles.items()}
         self.num_replayed = 0
         self.decisions = Decisions()
@@ -192,6 +212,12 @@ class Router:
             engine.ready = message
             self.placement.joined(name, message)
             return self._joined(now)
+        if isinstance(message, CacheEvents | CacheSnapshot):
+            if isinstance(message, CacheEvents):
+                asked = self.placement.changed(message.events, now)
+            else:
+                asked = self.placement.restored(message.snapshot, now)
+            return [], [] if asked is None else [(asked.engine, WantSnapshot())]
         if isinstance(message, Stopped):
             engine.stopped = True
             self.placement.left(name)
@@ -221,11 +247,14 @@ class Router:
     def _tokens(self, name: str, message: Tokens, now: float) -> list[FromEngine]:
         deltas: list[TokenDelta] = []
         for delta in message.deltas:
+            if self.keeper is not None and delta.request_id.startswith(PROBE):
+                self.keeper.answered(delta.request_id)
+                continue
             live = self._live.get(delta.request_id)
             if live is None or live.engine != name:
                 continue
             if delta.token_ids and not live.token_ids:
-                self.placement.first_token(delta.request_id, now)
+                self.placement.first_token(delta.request_id, delta.num_cached, now)
                 self.decisions.first_token(delta.request_id, now)
             live.token_ids += delta.token_ids
             if delta.finish_reason is not None:
@@ -236,13 +265,35 @@ class Router:
         return [msgspec.structs.replace(message, deltas=deltas)] if deltas else []
 
     def _end(self, request_id: str, outcome: str, now: float) -> None:
-        del self._live[request_id]
+        live = self._live.pop(request_id)
         self.decisions.ended(request_id, outcome)
-        self.placement.ended(request_id, now)
+        self.placement.ended(request_id, len(live.token_ids), now)
 
     def _merged(self, now: float, newest: Report | None = None) -> Report:
         reports = [each.report for each in self.engines.values() if each.report is not None]
         return merged_report(reports, now, newest, self._past)
+
+    # ---- roles ----
+
+    def tick(self, now: float) -> tuple[list[FromEngine], Post]:
+        """Some ten times a second: what nobody's message brings about."""
+        post: Post = [(ask.engine, WantSnapshot()) for ask in self.placement.tick(now)]
+        if self.keeper is None or not self.is_ready:
+            return [], post
+        for moved in self.keeper.tick(self.engines, now):
+            engine = self.engines[moved.engine]
+            if moved.what == "leave":
+                self.placement.left(engine.name)
+            elif moved.probe is not None:
+                post.append((engine.name, moved.probe))
+            elif engine.ready is not None and engine.ready.peer is not None:
+                engine.role = moved.role
+                peer = msgspec.structs.replace(engine.ready.peer, role=moved.role)
+                engine.ready = msgspec.structs.replace(engine.ready, peer=peer)
+                self.placement.assign(engine.name, moved.role)
+                self.placement.joined(engine.name, engine.ready)
+                post += self._joined(now)[1]
+        return [], post
 
     # ---- engines that die ----
 
@@ -265,13 +316,15 @@ class Router:
         """Go on without an engine, as long as it takes."""
         name = engine.name
         self.placement.left(name)
+        if self.keeper is not None:
+            self.keeper.lost(name)
         if engine.report is not None:
             self._past.append(without_gauges(engine.report))
         out: list[FromEngine] = [self._merged(now)]
         peers = [e.ready.peer for e in self.engines.values() if e.ready is not None and e.ready.peer is not None]
         post: Post = [(other.name, Peers(peers)) for other in self.engines.values() if other.ready is not None]
         for request_id, live in [item for item in self._live.items() if item[1].engine == name]:
-            self.placement.ended(request_id, now)
+            self.placement.ended(request_id, 0, now)
             live.num_replays += 1
             if live.num_replays > MAX_REPLAYS:
                 del self._live[request_id]
@@ -322,17 +375,30 @@ class LeastLoaded:
         runner_ups = tuple((name, loads[name]) for name in decoding[1:3])
         return Placed(engine, tuple(peers), Forecast(reason, None, terms, runner_ups))
 
+    def assign(self, name: str, role: str) -> None:
+        self._roles[name] = role
+
+    def tick(self, now: float) -> list[SnapshotRequest]:
+        return []
+
     def told(self, name: str, report: Report, now: float) -> None:
         """Its own count is enough."""
 
-    def first_token(self, request_id: str, now: float) -> None:
+    def changed(self, events: KVEvents, now: float) -> SnapshotRequest | None:
+        """Caches do not count."""
+        return None
+
+    def restored(self, snapshot: KVSnapshot, now: float) -> SnapshotRequest | None:
+        return None
+
+    def first_token(self, request_id: str, num_cached: int, now: float) -> None:
         """The prompt is done."""
         charges = self._charged.get(request_id, [])
         if len(charges) == 2:
             name, num_tokens = charges.pop()
             self._load[name] -= num_tokens
 
-    def ended(self, request_id: str, now: float) -> None:
+    def ended(self, request_id: str, num_output: int, now: float) -> None:
         for name, num_tokens in self._charged.pop(request_id, ()):
             self._load[name] -= num_tokens
 

@@ -28,6 +28,15 @@ def chosen_link(setting: str) -> str:
     return "shm" if setting == "auto" else setting
 
 
+def make_roles(pd: str | None, num_both: int) -> dict[str, str]:
+    """Engine name -> role: of "1P1D" or "2p2d", or so many that do both phases. Raises ConfigError."""
+    if pd is None:
+        return {f"engine-{n}": "both" for n in range(num_both)}
+    if num_both > 1:
+        raise ConfigError("engines for one phase or for both, not some of each", "--pd and --data-parallel-size")
+    return parse_roles(pd)
+
+
 def parse_roles(text: str) -> dict[str, str]:
     """Engine name -> role, of "1P1D" or "2p2d". Raises ConfigError."""
     upper = text.strip().upper()

@@ -11,7 +11,8 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from penstock.config.schema import FOREIGN, SECTIONS, Setting, settings
+from penstock.config.foreign import FOREIGN
+from penstock.config.schema import SECTIONS, Setting, settings
 from penstock.config.values import ConfigError, format_value, suggestion
 
 

@@ -12,7 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
-from penstock.config.schema import FOREIGN, SECTIONS, Config, ForeignFlag, Setting, settings
+from penstock.config.foreign import FOREIGN, ForeignFlag
+from penstock.config.schema import SECTIONS, Config, Setting, settings
 from penstock.config.values import ConfigError, format_value, parse_value, suggestion
 
 BUILT_IN_MODELS = ("penstock-tiny",)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from penstock.config.schema import FOREIGN, SECTIONS, Setting, settings
+from penstock.config.foreign import FOREIGN
+from penstock.config.schema import SECTIONS, Setting, settings
 from penstock.config.values import format_value
 
 INTRODUCTION = """# Configuration

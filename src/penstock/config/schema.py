@@ -214,6 +214,14 @@ class SchedulerOptions:
 class ClusterOptions:
     """Several engines behind one server."""
 
+    data_parallel_size: int = setting(
+        1,
+        "engines that do both phases, each with its own copy of the model, behind one router",
+        low=1,
+        high=64,
+        headline=True,
+        aliases=("-dp", "--dp-size"),
+    )
     pd: str | None = setting(
         None,
         "prefill and decode engines of their own on this machine, e.g. 1P1D or 2P2D; default: one engine for both",
@@ -224,7 +232,6 @@ class ClusterOptions:
         "auto",
         "how KV travels between engines; auto: shared memory on one machine",
         choices=("auto", "shm", "tcp"),
-        headline=True,
     )
     kv_link_mode: str = setting(
         "coalesced",
@@ -242,6 +249,26 @@ class ClusterOptions:
     )
     engine_restarts: int = setting(
         5, "an engine that dies beside others is started again, at most so often within 5 minutes", low=0
+    )
+    pd_max_short_output: int = setting(
+        16, "answers of up to so many tokens are made where their prompt was computed; 0: never", low=0, unit="tokens"
+    )
+    pd_scaling: bool = setting(
+        True, "engines change between prefill and decode when one role lacks what the other can spare"
+    )
+    route_policy: str = setting(
+        "least_time",
+        "which engine computes a prompt; least_time: by predicted time to the first token, caches counted",
+        choices=(
+            "least_time", "random", "round_robin", "least_loaded", "fewest_requests", "consistent_hash",
+            "longest_match", "flexlb", "sglang", "dynamo", "preble", "mooncake",
+        ),
+
+    )  # fmt: skip
+    decode_policy: str = setting(
+        "remaining_slots",
+        "which engine decodes",
+        choices=("remaining_slots", "round_robin", "request_count", "kv_size", "flexlb"),
     )
     cluster_secret: str | None = setting(
         None, "what engines must know to speak to each other; default: a random one", secret=True, metavar="SECRET"
@@ -389,88 +416,3 @@ def settings(sections: tuple[str, ...] = tuple(SECTIONS)) -> dict[str, Setting]:
                 section, item.name, _KINDS[plain], plain != written, item.default, extra.pop("help"), extra
             )
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class ForeignFlag:
-    """A flag of vLLM or SGLang without a setting here, so that nobody is left guessing.
-
-    `harmless`: values that ask for what penstock does anyway; they are accepted with a warning line (none when
-    `warn` is empty). "" stands for the bare flag. Any other value is refused, with `reason`.
-    """
-
-    flags: tuple[str, ...]
-    harmless: tuple[str, ...] = ()
-    reason: str = "not supported yet"
-    warn: str = ""
-
-
-_ONE = ("1",)
-_LATER = "not supported yet: this version runs one rank on one machine"
-_NO_SPEC = "not supported yet: this version does not speculate"
-_NO_PD = "not supported; --pd 1P1D starts prefill and decode engines on this machine"
-_NO_MOE = "not supported yet: this version has no expert models"
-_NO_LORA = "not supported yet: this version loads no adapters"
-_NO_MEDIA = "not supported yet: this version takes text only"
-_NO_TOOLS = "not supported yet: this version does not parse tool calls or reasoning"
-
-FOREIGN: tuple[ForeignFlag, ...] = (
-    ForeignFlag(("--tensor-parallel-size", "-tp", "--tp-size", "--tp"), _ONE, _LATER),
-    ForeignFlag(("--pipeline-parallel-size", "-pp", "--pp-size"), _ONE, _LATER),
-    ForeignFlag(("--data-parallel-size", "-dp", "--dp-size", "--dp"), _ONE, _LATER),
-    ForeignFlag(("--data-parallel-size-local", "-dpl"), _ONE, _LATER),
-    ForeignFlag(("--data-parallel-start-rank", "--node-rank"), ("0",), _LATER),
-    ForeignFlag(("--data-parallel-address", "--data-parallel-rpc-port", "--master-addr", "--master-port"), (), _LATER),
-    ForeignFlag(("--dist-init-addr", "--headless"), (), _LATER),
-    ForeignFlag(("--nnodes", "--api-server-count", "--decode-context-parallel-size", "--ep-size"), _ONE, _LATER),
-    ForeignFlag(("--distributed-executor-backend",), ("mp", "uni"), _LATER),
-    ForeignFlag(("--enable-expert-parallel", "--all2all-backend", "--enable-eplb", "--eplb-config"), (), _NO_MOE),
-    ForeignFlag(("--ep-num-redundant-experts", "--enable-dp-attention"), ("0",), _NO_MOE),
-    ForeignFlag(("--enable-dbo", "--enable-two-batch-overlap"), (), _LATER),
-    ForeignFlag(("--speculative-config", "-sc", "--speculative-algorithm"), ("none", "None", "null"), _NO_SPEC),
-    ForeignFlag(("--spec-method", "--spec-model", "--spec-tokens"), ("none", "0"), _NO_SPEC),
-    ForeignFlag(
-        ("--speculative-num-steps", "--speculative-eagle-topk", "--speculative-num-draft-tokens"), ("0",), _NO_SPEC
-    ),
-    ForeignFlag(("--kv-transfer-config", "--kv-events-config", "--ec-transfer-config"), ("null", "{}"), _NO_PD),
-    ForeignFlag(("--disaggregation-mode",), ("null",), _NO_PD),
-    ForeignFlag(("--disaggregation-transfer-backend", "--disaggregation-bootstrap-port"), (), _NO_PD),
-    ForeignFlag(
-        ("--swap-space", "--cpu-offload-gb"), ("0",), "not supported; --kv-offloading-size keeps KV in host memory"
-    ),
-    ForeignFlag(("--kv-offloading-backend",), ("native",), "not supported; see --kv-disk-path and --kv-remote-url"),
-    ForeignFlag(
-        ("--enable-hierarchical-cache", "--hicache-ratio", "--hicache-storage-backend"),
-        (),
-        "not supported; --kv-offloading-size, --kv-disk-path and --kv-remote-url add tiers below the device",
-    ),
-    ForeignFlag(("--enable-lora", "--lora-modules", "--max-loras", "--max-lora-rank"), (), _NO_LORA),
-    ForeignFlag(("--limit-mm-per-prompt", "--mm-processor-cache-gb"), ("0", "{}"), _NO_MEDIA),
-    ForeignFlag(
-        ("--enable-auto-tool-choice", "--tool-call-parser", "--reasoning-parser", "--structured-outputs-config"),
-        (),
-        _NO_TOOLS,
-    ),
-    ForeignFlag(("--grammar-backend",), ("none",), "not supported yet: this version constrains no output"),
-    ForeignFlag(("--otlp-traces-endpoint", "--enable-trace"), (), "not supported yet: this version sends no traces"),
-    ForeignFlag(("--enable-sleep-mode", "--middleware", "--uds", "--ssl-ca-certs", "--grpc"), ()),
-    ForeignFlag(
-        ("--revision", "--download-dir", "--tokenizer-revision", "--code-revision"),
-        (),
-        "not supported: penstock downloads nothing; give the directory of a checkpoint",
-    ),
-    ForeignFlag(
-        ("--trust-remote-code",), ("",), warn="--trust-remote-code changes nothing: penstock runs no checkpoint's code"
-    ),
-    ForeignFlag(("--enforce-eager", "--disable-cuda-graph"), ("",), warn="{flag} changes nothing: no graphs are used"),
-    ForeignFlag(("--enable-chunked-prefill",), ("",)),
-    ForeignFlag(
-        ("--no-enable-chunked-prefill",),
-        (),
-        "not supported: prompts are always computed in chunks; raise --max-num-batched-tokens to make them whole",
-    ),
-    ForeignFlag(("--enable-metrics", "--disable-log-requests"), ("",)),
-    ForeignFlag(("--performance-mode",), ("balanced",)),
-    ForeignFlag(("--tokenizer-mode",), ("auto",)),
-    ForeignFlag(("--skip-tokenizer-init",), ()),
-)

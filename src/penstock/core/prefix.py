@@ -17,7 +17,12 @@ from penstock.core.request import MediaItem
 
 def chain_root(model_id: str, layout: KVLayout, adapter: str = "", salt: str = "") -> bytes:
     """The hash before the first block: nothing is shared across models, KV formats, adapters or salts."""
-    parts = (model_id, layout.format, str(layout.block_size), adapter, salt)
+    return chain_start(model_id, layout.format, layout.block_size, adapter, salt)
+
+
+def chain_start(model_id: str, format: str, block_size: int, adapter: str = "", salt: str = "") -> bytes:
+    """`chain_root` for those who know a layout by the name of its format."""
+    parts = (model_id, format, str(block_size), adapter, salt)
     key = "".join(f"{len(part)}:{part}" for part in parts)  # lengths, so that no two tuples give one string
     return hashlib.blake2b(key.encode(), digest_size=16).digest()
 

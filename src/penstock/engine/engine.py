@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+from penstock.core.cost import StepShape
 from penstock.core.doors import Executor, Mover
 from penstock.core.moves import KVMove, KVTicket, MoveResult
 from penstock.core.plan import Logprobs, StepResult
@@ -34,6 +35,8 @@ from penstock.engine.messages import (
 from penstock.engine.report import Reporter
 from penstock.engine.tier_source import TierSource
 from penstock.engine.timeline import Timeline
+
+MEASURE_EVERY = 4  # steps: what they cost changes slowly
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,7 @@ class Engine:
         self.reporter = Reporter(scheduler, self.timeline)
         self._deadlines: dict[str, float] = {}
         self._submitted_s: dict[int, float] = {}  # step -> when
+        self._shapes: dict[int, StepShape] = {}  # of steps that are measured
         self._drain_until: float | None = None
         self._stopped = False
         self._prompt_logprobs: dict[str, list[Logprobs | None]] = {}
@@ -190,6 +194,8 @@ class Engine:
             if plan is None:
                 break
             self._submitted_s[plan.step] = now
+            if self.reporter.tells_steps and plan.step % MEASURE_EVERY == 0:
+                self._shapes[plan.step] = StepShape.of(plan)
             if plan.awaits and self.mover is not None:
                 self._start_moves(self.mover, now)  # before somebody waits for them
             self.executor.submit(plan)
@@ -227,6 +233,9 @@ class Engine:
         chunks = self.scheduler.oldest_chunks
         progress = self.scheduler.commit(result, now)
         start = self._submitted_s.pop(result.step)
+        shape = self._shapes.pop(result.step, None)
+        if shape is not None:
+            self.reporter.measured(shape, result.seconds)
         if chunks:
             self.timeline.computed(chunks, max(start, now - result.seconds), now)
         self.reporter.stepped(len(result.tokens), chunks, result.seconds)

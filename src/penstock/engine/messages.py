@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import msgspec
 
+from penstock.core.kv_events import KVEvents, KVSnapshot
 from penstock.core.plan import Logprobs
 from penstock.core.request import SamplingParams
 
@@ -263,6 +264,7 @@ class Report(Message, frozen=True):
     links: list[LinkReport] = []
     tiers: list[TierReport] = []
     engines: list[Report] = []
+    steps: list[tuple[int, int, int, int, float]] = []  # of some: tokens, rows, attended, context, seconds
 
 
 class Ready(Message, frozen=True):
@@ -277,6 +279,9 @@ class Ready(Message, frozen=True):
     memory: list[tuple[str, str]]
     timeline: list[tuple[str, float]]
     peer: Peer | None = None  # how other engines find this one
+    cache_model: str = ""  # with format and block size what block hashes begin with
+    cache_format: str = ""
+    block_bytes: int = 0  # of KV, over all layers
     engines: list[Ready] = []  # of a router's Ready
 
 
@@ -298,5 +303,21 @@ class Stopped(Message, frozen=True):
     """The engine has drained and is about to exit."""
 
 
-ToEngine = AddRequest | CancelRequest | Watch | ResetPrefixCache | Drain | Explain | Peers
-FromEngine = Tokens | Failed | Record | Report | Ready | Progress | Fatal | Stopped
+class WantSnapshot(Message, frozen=True):
+    """A router has missed changes of this engine's cache; answered by CacheSnapshot."""
+
+
+class CacheEvents(Message, frozen=True):
+    """What came into the engine's cache and what left it. Only engines of a cluster say so."""
+
+    events: KVEvents
+
+
+class CacheSnapshot(Message, frozen=True):
+    """All that the engine's cache holds."""
+
+    snapshot: KVSnapshot
+
+
+ToEngine = AddRequest | CancelRequest | Watch | ResetPrefixCache | Drain | Explain | Peers | WantSnapshot
+FromEngine = Tokens | Failed | Record | Report | Ready | Progress | Fatal | Stopped | CacheEvents | CacheSnapshot

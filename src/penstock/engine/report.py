@@ -11,6 +11,7 @@ from collections.abc import Callable
 import msgspec
 
 from penstock.core.blocks import BlockPool
+from penstock.core.cost import StepShape
 from penstock.core.plan import Row
 from penstock.core.request import Request
 from penstock.core.scheduler import Scheduler
@@ -20,6 +21,7 @@ from penstock.engine.timeline import Timeline
 MIN_INTERVAL_S = 0.25
 MAX_CELLS = 1640
 MAX_RECORDS = 200
+MAX_STEPS = 16  # measured ones in a report
 
 
 class Reporter:
@@ -39,6 +41,8 @@ class Reporter:
         self._watch: Watch | None = None
         self._prefill_tokens = 0
         self.name = self.role = ""
+        self.tells_steps = False  # to whoever predicts what steps cost
+        self._steps: list[tuple[int, int, int, int, float]] = []
         self.handoffs: Callable[[], HandOffs | None] = lambda: None
         self.links: Callable[[], list[LinkReport]] = list
         self.tiers: Callable[[], list[TierReport]] = list
@@ -58,6 +62,11 @@ class Reporter:
         self._iteration_tokens.append(num_rows - len(chunks) + num_tokens)
         self._prefill_tokens += num_tokens
         self._changed = True
+
+    def measured(self, shape: StepShape, seconds: float) -> None:
+        """A step of this shape took so long."""
+        if len(self._steps) < MAX_STEPS:
+            self._steps.append((shape.num_tokens, shape.num_rows, shape.num_attended, shape.num_context, seconds))
 
     def due(self, now: float) -> Report | None:
         """A report if something changed and the last is old enough, or if a watcher waits for one."""
@@ -80,6 +89,7 @@ class Reporter:
         scheduler = self._scheduler
         counters = scheduler.counters
         tokens, self._iteration_tokens = self._iteration_tokens, []
+        steps, self._steps = self._steps, []
         reasons = Counter(request.queue_reason or "capacity" for request in scheduler.waiting)
         guests = Counter(r.queue_reason or "capacity" for r in scheduler.waiting if r.ticket is not None)
         return Report(
@@ -107,6 +117,7 @@ class Reporter:
             handoffs=self.handoffs(),
             links=self.links(),
             tiers=self.tiers(),
+            steps=steps,
         )
 
     def _records(self) -> list[RequestRecord]:

@@ -196,6 +196,7 @@ class ManyEngines:
 
     def poll(self) -> int | None:
         """Looks after the processes: one that has ended is taken out of the router once its last words were read."""
+        self._deliver(*self.router.tick(time.monotonic()))
         now = time.monotonic()
         for name, run in list(self._runs.items()):
             code = None if run.process is None else run.process.poll()
