@@ -140,13 +140,14 @@ def leftovers(server: ServerProcess, names: set[str]) -> str | None:
     if gone:
         return f"{', '.join(sorted(gone))} did not come back"
     snapshot = json.loads(get(server, "/live/snapshot"))
-    totals, pools = snapshot["totals"], [engine["kv"] for engine in snapshot["engines"]]
-    kv = {name: sum(pool[name] for pool in pools) for name in pools[0] if name not in ("block_size", "map")}
-    held = {name: kv[name] for name in ("used", "shared", "filling") if kv[name]}
+    totals, pools = snapshot["totals"], [each["kv"] for each in snapshot["engines"] if each["kv"]]
+    states = ("used", "shared", "filling")
+    held = {name: sum(kv[name] for kv in pools) for name in states if any(kv[name] for kv in pools)}
     busy = {name: totals[name] for name in ("num_requests_running", "num_requests_waiting") if totals[name]}
     if held or busy:
         return f"{held | busy} left"
-    return None if kv["free"] + kv["cached"] == kv["num_blocks"] else f"blocks are missing: {kv}"
+    lost = [kv for kv in pools if kv["free"] + kv["cached"] != kv["num_blocks"]]
+    return f"blocks are missing: {lost}" if lost else None
 
 
 def recover(server: ServerProcess, names: set[str], killed: Sequence[int]) -> tuple[float, str | None]:

@@ -185,8 +185,8 @@ class RealServer:
 
     def held_blocks(self) -> int:
         """Blocks that requests hold, in all engines."""
-        pools = [engine["kv"] for engine in self.snapshot()["engines"]]
-        return sum(int(kv[state]) for kv in pools for state in ("used", "shared", "filling"))
+        held = [each["kv"] for each in self.snapshot()["engines"] if each["kv"]]
+        return sum(int(kv["used"] + kv["shared"] + kv["filling"]) for kv in held)
 
     def is_idle(self) -> bool:
         """No request runs or waits, and none holds a block."""

@@ -105,7 +105,7 @@ def test_prefill_engines_stopped_for_longer_than_the_lease(server: RealServer, o
 @pytest.mark.parametrize("victims", [("decode-0",), ("decode-0", "decode-1")])
 def test_decode_engines_killed_while_they_stream(server: RealServer, one: Reference, victims: tuple[str, ...]) -> None:
     """With both gone the streams wait for one that is started again."""
-    request = asked(300, next(_numbers), max_tokens=1200, temperature=0.8, seed=5)
+    request = asked(300, next(_numbers), max_tokens=600, temperature=0.8, seed=5)
     [expected] = one.answers(request)
     told = len(server.errors())
     token_ids: list[int] = []
@@ -118,7 +118,7 @@ def test_decode_engines_killed_while_they_stream(server: RealServer, one: Refere
                 text += choice["text"]
                 reasons.append(choice["finish_reason"])
             if number == 10:
-                assert len(token_ids) < 1200
+                assert len(token_ids) < 600
                 for victim in victims:
                     os.kill(engine_pids(server)[victim], signal.SIGKILL)
     assert token_ids == expected.token_ids
@@ -156,6 +156,22 @@ def test_an_engine_that_may_not_come_back(one: Reference) -> None:
         assert "engine prefill-0: its process ended with SIGKILL" in errors
         assert "engine decode-0: its process ended with SIGKILL" in errors and "Traceback" not in errors
         assert not any(map(Path.exists, directories))
+
+
+def test_what_was_asked_before_sigterm_is_answered(one: Reference) -> None:
+    """Prefill engines work until the last decode engine has stopped."""
+    requests = [asked(1900, next(_numbers)) for _ in range(6)]
+    expected = [one.answers(request) for request in requests]
+    with RealServer("--pd", "1P1D", "--kv-cache-memory-bytes", KV_BYTES, *COMMON) as server:
+        server.until_ready()
+        with ThreadPoolExecutor(len(requests)) as threads:
+            found = [threads.submit(ask, server, request) for request in requests]
+            until(lambda: prompts_in_work(server), what="a prompt that is computed")
+            server.process.send_signal(signal.SIGTERM)
+            assert [each.result() for each in found] == expected
+        assert server.wait() == 0
+        assert server.errors().count("\n") == 1 and "SIGTERM" in server.errors()
+        assert server.left_over() == []
 
 
 def test_directories_of_a_killed_server_go_with_the_next_one() -> None:
@@ -209,9 +225,8 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
-@pytest.mark.parametrize("link", ["shm", "tcp"])
-def test_engines_that_do_not_share_a_secret(one: Reference, link: str) -> None:
-    arguments = ("--pd", "1P1D", "--kv-link", link, "--kv-cache-memory-bytes", KV_BYTES)
+def test_engines_that_do_not_share_a_secret(one: Reference) -> None:
+    arguments = ("--pd", "1P1D", "--kv-link", "tcp", "--kv-cache-memory-bytes", KV_BYTES)
     with RealServer(*arguments, *COMMON, program=("-c", STRANGERS)) as server:
         server.until_ready()
         request: Asked = asked(500, next(_numbers))

@@ -100,6 +100,7 @@ class Engine:
     role: str
     ready: Ready | None = None
     report: Report | None = None
+    is_draining: bool = False
     stopped: bool = False
 
 
@@ -116,6 +117,7 @@ class Router:
         self.num_replayed = 0
         self.decisions = Decisions()
         self._live: dict[str, _Live] = {}
+        self._drain: Drain | None = None
         self.is_ready = False  # all engines have been there
         self._past: list[Report] = []  # the last words of engines that died: totals never go back
 
@@ -131,12 +133,26 @@ class Router:
                 return [], [(live.engine, message)]
             if live is not None and isinstance(message, CancelRequest):
                 del self._live[message.request_id]
+                self.decisions.ended(message.request_id, message.finish_reason)
                 delta = TokenDelta(message.request_id, [], message.finish_reason, message.stop_reason)
                 return [Tokens([delta], now)], []
             return ([Failed(message.request_id, 404, "no such request")] if isinstance(message, Explain) else []), []
+        if isinstance(message, Drain):
+            self._drain = message
+            return [], self._drain_next()
         # What is of no use to an engine that starts would only wait in its wire, which then counts as not being read.
-        ready = [engine.name for engine in self.engines.values() if engine.ready is not None]
-        return [], [(name, message) for name in (self.engines if isinstance(message, Drain) else ready)]
+        return [], [(engine.name, message) for engine in self.engines.values() if engine.ready is not None]
+
+    def _drain_next(self) -> Post:
+        """Those that decode are drained first: until the last has stopped they need the others."""
+        if self._drain is None:
+            return []
+        left = [engine for engine in self.engines.values() if not engine.stopped]
+        decoding = [engine for engine in left if engine.role != PREFILL]
+        told = [engine for engine in decoding or left if not engine.is_draining]
+        for engine in told:
+            engine.is_draining = True
+        return [(engine.name, self._drain) for engine in told]
 
     def _place(self, live: _Live, now: float) -> tuple[list[FromEngine], Post]:
         request, request_id = live.request, live.request.request_id
@@ -204,7 +220,8 @@ class Router:
             return [], [] if asked is None else [(asked.engine, WantSnapshot())]
         if isinstance(message, Stopped):
             engine.stopped = True
-            return ([Stopped()] if all(each.stopped for each in self.engines.values()) else []), []
+            self.placement.left(name)
+            return ([Stopped()] if all(each.stopped for each in self.engines.values()) else []), self._drain_next()
         if isinstance(message, Fatal):
             return self.lost(name, message.message, now)
         if isinstance(message, Progress) and self.is_ready:
@@ -320,7 +337,7 @@ class Router:
             post += sent
         if all(each.stopped for each in self.engines.values()):
             out.append(Stopped())
-        return out, post
+        return out, post + self._drain_next()
 
 
 class LeastLoaded:
