@@ -24,6 +24,8 @@ COMMON = (
     str(CHUNK),
     "--pd-min-tokens",
     "64",
+    "--pd-max-short-output",
+    "0",  # every prompt is handed over
     "--disable-log-stats",
     "--generation-config",
     "vllm",
