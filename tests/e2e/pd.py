@@ -24,6 +24,8 @@ COMMON = (
     str(CHUNK),
     "--pd-min-tokens",
     "64",
+    "--pd-max-short-output",
+    "0",  # every prompt that is long enough is handed over, whatever is predicted
     "--disable-log-stats",
     "--generation-config",
     "vllm",
