@@ -134,6 +134,13 @@ def test_prompt_tokens_count_once_by_where_they_came_from() -> None:
     assert alone.by_source()["peer"] is None and alone.by_source()["compute"] == 36
 
 
+def test_an_engine_that_changed_its_role_is_shown_in_the_new_one() -> None:
+    told = cluster_report(100.0, 1)
+    moved = [msgspec.structs.replace(engine, role="decode") for engine in told.engines]
+    rows = engine_rows(CLUSTER, merged_report(moved, 100.0), ClusterSeries())
+    assert [row["role"] for row in rows] == ["decode", "decode"]
+
+
 def test_tiers_of_several_engines_are_one_pool() -> None:
     first = cluster_report(100.0, 1)
     second = msgspec.structs.replace(first, engines=[first.engines[1], first.engines[1]])

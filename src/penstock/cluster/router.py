@@ -270,7 +270,8 @@ class Router:
         self.placement.ended(request_id, len(live.token_ids), now)
 
     def _merged(self, now: float, newest: Report | None = None) -> Report:
-        reports = [each.report for each in self.engines.values() if each.report is not None]
+        known = [(each.report, each.role) for each in self.engines.values() if each.report is not None]
+        reports = [msgspec.structs.replace(report, role=role) for report, role in known]  # an engine may not know it
         return merged_report(reports, now, newest, self._past)
 
     # ---- roles ----

@@ -60,12 +60,16 @@ def engine_places(ready: Ready) -> list[Json]:
     return [
         {
             "id": engine_id(each),
-            "role": "mixed" if each.peer is None or each.peer.role == "both" else each.peer.role,
+            "role": _role("" if each.peer is None else each.peer.role),
             "device": each.device,
             "kv": {"block_size": each.block_size, "num_blocks": each.num_blocks},
         }
         for each in ready.engines or [ready]
     ]
+
+
+def _role(role: str) -> str:
+    return role if role in ("prefill", "decode") else "mixed"
 
 
 def engine_id(ready: Ready) -> str:
@@ -83,7 +87,7 @@ def engine_rows(ready: Ready, report: Report | None, series: ClusterSeries) -> l
         rows.append(
             {
                 "id": place["id"],
-                "role": place["role"],
+                "role": place["role"] if told is None else _role(told.role),
                 "is_alive": told is None or told.is_alive,
                 "num_requests_running": None if told is None else told.num_running,
                 "num_requests_waiting": None if told is None else told.num_waiting,
