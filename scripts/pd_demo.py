@@ -17,7 +17,10 @@ from penstock import LLM, SamplingParams
 from penstock.bench.server_process import ServerProcess, StartFailed, running_server
 
 MODEL = "penstock-tiny"
-ARGUMENTS = (MODEL, "--pd", "1P1D", "--pd-min-tokens", "64", "--kv-cache-memory-bytes", "64M", "--disable-log-stats")
+ARGUMENTS = (
+    MODEL, "--pd", "1P1D", "--pd-min-tokens", "64", "--pd-max-short-output", "0",
+    "--kv-cache-memory-bytes", "64M", "--disable-log-stats",
+)  # fmt: skip
 STORY = (
     "Here is a story. Once upon a time there was a little girl named Lily. She had a red ball and a small cat. Every "
     "day Lily and the cat went to the park. They ran, they jumped, and they played with the ball until the sun went "
