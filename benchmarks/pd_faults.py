@@ -277,7 +277,8 @@ def pd_faults(
     """Make the runs; the report. `tell` hears of each."""
     arguments = [
         MODEL, "--pd", pd, "--kv-link", link, "--kv-lease-s", str(lease_s), "--max-num-batched-tokens", "128",
-        "--pd-min-tokens", "64", "--pd-max-short-output", "0", "--generation-config", "vllm", "--disable-log-stats", "--engine-restarts", "1000", *KV,
+        "--pd-min-tokens", "64", "--pd-max-short-output", "0", "--generation-config", "vllm", "--disable-log-stats",
+        "--engine-restarts", "1000", *KV,
     ]  # fmt: skip
     runs: list[dict[str, Any]] = []
     wrong: list[str] = []

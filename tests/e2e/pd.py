@@ -19,15 +19,11 @@ from tests.shared.tiny_tokenizers import byte_level, save
 from penstock import LLM, SamplingParams
 
 CHUNK = 128  # tokens computed in one step: prompts take many
+# Whatever is longer than 64 tokens is handed over, short answers too; engines keep their roles.
 COMMON = (
-    "--max-num-batched-tokens",
-    str(CHUNK),
-    "--pd-min-tokens",
-    "64",
-    "--disable-log-stats",
-    "--generation-config",
-    "vllm",
-)
+    "--max-num-batched-tokens", str(CHUNK), "--pd-min-tokens", "64", "--pd-max-short-output", "0", "--no-pd-scaling",
+    "--disable-log-stats", "--generation-config", "vllm",
+)  # fmt: skip
 KV_BYTES = "32M"
 
 
