@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from tests.fakes.placement import LeastLoaded
+
 from penstock.cluster.decisions import MAX_DECISIONS, Decisions, Forecast
-from penstock.cluster.router import LeastLoaded, Router
+from penstock.cluster.router import Router
 from penstock.core.request import SamplingParams
 from penstock.engine.messages import AddRequest, KVReport, Peer, Ready, Report, TokenDelta, Tokens
 

@@ -7,9 +7,10 @@ from typing import Any
 import msgspec
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.fakes.placement import LeastLoaded
 
 from penstock.cluster.restarts import FIRST_S, LONGEST_S, WINDOW_S, Restarts
-from penstock.cluster.router import LeastLoaded, Router
+from penstock.cluster.router import Router
 from penstock.core.request import SamplingParams
 from penstock.engine.messages import (
     AddRequest,

@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import msgspec
+from tests.fakes.placement import LeastLoaded
 from tests.server.scripted_engine import ScriptedEngine, drive
 from tests.server.synthetic_cluster import decode_report, prefill_report
 from tests.server.tiny_model import MODEL, tiny_served
 
 from penstock.cluster.restarts import Restarts
-from penstock.cluster.router import LeastLoaded, Router
+from penstock.cluster.router import Router
 from penstock.config.schema import Config, ModelOptions, ServerOptions
 from penstock.engine.messages import FromEngine, Peer, Peers, Ready, Report, ToEngine
 from penstock.server.backend import ManyEngines

@@ -8,10 +8,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from tests.fakes.placement import LeastLoaded
 
 from penstock.cluster import restarts
 from penstock.cluster.restarts import Restarts
-from penstock.cluster.router import LeastLoaded, Router
+from penstock.cluster.router import Router
 from penstock.engine.messages import Drain, Fatal, Peer, Peers, Ready, Stopped, Watch
 from penstock.engine.wire import ZmqWire, dial
 from penstock.server.backend import ManyEngines
