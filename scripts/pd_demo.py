@@ -18,23 +18,9 @@ from penstock.bench.server_process import ServerProcess, StartFailed, running_se
 
 MODEL = "penstock-tiny"
 ARGUMENTS = (
-<<<<<<< HEAD
-    MODEL,
-    "--pd",
-    "1P1D",
-    "--pd-min-tokens",
-    "64",
-    "--pd-max-short-output",
-    "0",
-    "--kv-cache-memory-bytes",
-    "64M",
-    "--disable-log-stats",
-)
-=======
     MODEL, "--pd", "1P1D", "--pd-min-tokens", "64", "--pd-max-short-output", "0",
     "--kv-cache-memory-bytes", "64M", "--disable-log-stats",
 )  # fmt: skip
->>>>>>> d743c629b9ffdf66a53f521d2c67e4871a671124
 STORY = (
     "Here is a story. Once upon a time there was a little girl named Lily. She had a red ball and a small cat. Every "
     "day Lily and the cat went to the park. They ran, they jumped, and they played with the ball until the sun went "

@@ -21,22 +21,9 @@ from penstock import LLM, SamplingParams
 CHUNK = 128  # tokens computed in one step: prompts take many
 # Whatever is longer than 64 tokens is handed over, short answers too; engines keep their roles.
 COMMON = (
-<<<<<<< HEAD
-    "--max-num-batched-tokens",
-    str(CHUNK),
-    "--pd-min-tokens",
-    "64",
-    "--pd-max-short-output",
-    "0",  # every prompt is handed over
-    "--disable-log-stats",
-    "--generation-config",
-    "vllm",
-)
-=======
     "--max-num-batched-tokens", str(CHUNK), "--pd-min-tokens", "64", "--pd-max-short-output", "0", "--no-pd-scaling",
     "--disable-log-stats", "--generation-config", "vllm",
 )  # fmt: skip
->>>>>>> d743c629b9ffdf66a53f521d2c67e4871a671124
 KV_BYTES = "32M"
 
 
