@@ -79,7 +79,7 @@ def _handed_over(server: ServerProcess) -> tuple[float, float]:
         with urllib.request.urlopen(f"{server.url}/metrics", timeout=30) as response:
             text = response.read().decode()
         found = (
-            _sum(r'^vllm:pd_handoffs_total\{.*outcome="handed_over".*\} (\S+)$', text),
+            _sum(r'^penstock:handoff_prompts_total\{.*outcome="received".*\} (\S+)$', text),
             _sum(r"^penstock:kv_transfer_bytes_total\{.*\} (\S+)$", text),
         )
         if all(found) or time.monotonic() > until_s:
