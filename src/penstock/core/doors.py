@@ -93,7 +93,12 @@ class Store(Protocol):
 
 
 class SchedulePolicy(Protocol):
-    """Who goes first, and who gives way. `order` sorts waiting requests; both must be pure."""
+    """Who goes first, and who gives way. `order` sorts waiting requests; both must be pure.
+
+    `ages`: the order of those that wait changes with time alone.
+    """
+
+    ages: bool
 
     def order(self, requests: Iterable[Request], now: float) -> list[Request]: ...
 

@@ -272,7 +272,7 @@ class Scheduler:
     def _admit(self, budget: int, submitted: Submitted, now: float) -> None:
         """Start waiting requests while budget, rows and predicted memory last."""
         rows = submitted.plan.rows
-        if not self._waiting_sorted:
+        if self.policy.ages or not self._waiting_sorted:
             self.waiting = self.policy.order(self.waiting, now)
             self._waiting_sorted = True
         if len(self.running) >= self.limits.max_num_seqs:
