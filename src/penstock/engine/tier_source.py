@@ -23,6 +23,7 @@ log = logging.getLogger("penstock.tiers")
 
 COOL_SHARE = 16  # of write-back: blocks are saved when less than one in so many is free
 MIN_PIECE = 32  # tokens: the time of a shorter piece is that of what surrounds it
+MAX_ROUNDS = 8  # of question and answer in one turn
 WAITING = "tier"  # the reason of waiting
 
 
@@ -114,15 +115,25 @@ class TierSource:
 
     def turn(self, now: float) -> None:
         """Take the pool's answers in, start saves, tell the pool what is new."""
-        for message in self.line.receive(now):
-            self.client.handle(message, now)
         for event in self.client.tick(now):
             log.warning("%s", event.text)
-        saving, kv = self.client.saving, self.scheduler.kv
+        saving = self.client.saving
         if saving.settings.write == WRITE_BACK:
             for pool in self.scheduler.pools:
                 if pool.num_free * COOL_SHARE < pool.num_blocks:
                     saving.cooling(pool.coldest(COOL_SHARE))
+        # A pool in this process answers at once: blocks are then pinned before the plan that follows can evict them.
+        for _ in range(MAX_ROUNDS):
+            answers = self.line.receive(now)
+            for message in answers:
+                self.client.handle(message, now)
+            self._save()
+            if not self._tell(now) and not answers:
+                break
+
+    def _save(self) -> None:
+        """Start what has got slots."""
+        saving, kv = self.client.saving, self.scheduler.kv
         for save in saving.ready():
             places = save.places(kv.find, len(kv.pools))
             if places is None:
@@ -130,8 +141,10 @@ class TierSource:
                 continue
             src, dst, indices = places
             saving.started(save, self.scheduler.traffic.save(src, dst).id, indices)
-        self._tell(now)
 
-    def _tell(self, now: float) -> None:
-        for message in self.client.messages():
+    def _tell(self, now: float) -> bool:
+        """Whether there was anything to tell."""
+        messages = self.client.messages()
+        for message in messages:
             self.line.send(message, now)
+        return bool(messages)
