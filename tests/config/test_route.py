@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from penstock.config.cluster import check_cluster
 from penstock.config.fingerprint import model_fingerprint
 from penstock.config.kv_events import EventSettings, event_settings
 from penstock.config.load import resolve
@@ -68,7 +69,7 @@ def test_vllms_event_settings() -> None:
 def test_event_settings_that_are_wrong(given: object, said: str) -> None:
     text = given if isinstance(given, str) else json.dumps(given)
     with pytest.raises(ConfigError, match=f"--kv-events-config: .*{said}"):
-        resolve({"kv_events_config": text}, environ={})
+        check_cluster(resolve({"kv_events_config": text}, environ={}).cluster)
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_event_settings_that_are_wrong(given: object, said: str) -> None:
 )
 def test_servers_of_a_cluster_that_cannot_be(given: dict[str, object], said: str) -> None:
     with pytest.raises(ConfigError, match=said):
-        resolve(given, environ={})
+        check_cluster(resolve(given, environ={}).cluster)
 
 
 def test_vllms_role_names() -> None:

@@ -185,9 +185,9 @@ class RealServer:
         return dict(self.http.get("/live/snapshot").raise_for_status().json())
 
     def held_blocks(self) -> int:
-        """Blocks that requests hold."""
-        kv = self.snapshot()["engines"][0]["kv"]
-        return int(kv["used"] + kv["shared"] + kv["filling"])
+        """Blocks that requests hold, in all engines."""
+        held = [each["kv"] for each in self.snapshot()["engines"] if each["kv"]]
+        return sum(int(kv["used"] + kv["shared"] + kv["filling"]) for kv in held)
 
     def is_idle(self) -> bool:
         """No request runs or waits, and none holds a block."""

@@ -15,6 +15,7 @@ from penstock.build.tiers import Tiers, open_tiers
 from penstock.cluster.seat import Seat
 from penstock.config.complete import Resolved, can_pack
 from penstock.config.model import KVLayout
+from penstock.config.schema import Config
 from penstock.config.values import ConfigError
 from penstock.core.plan import StepPlan, StepResult
 from penstock.core.scheduler import Scheduler
@@ -179,7 +180,7 @@ def _build(
         limits=SchedulerLimits(
             max_num_seqs, config.scheduler.max_num_batched_tokens, config.scheduler.max_queue_wait_s
         ),
-        policy=config.scheduler.scheduling_policy,
+        policy=_policy(config, seat),
         model_id=f"{shape.architecture}:{resolved.directory.resolve()}:{config.model.dtype}",
         prefix_caching=config.cache.enable_prefix_caching,
         feeds_back=executor.feeds_back,
@@ -210,6 +211,13 @@ def _build(
         block_bytes=sum(group.block_bytes for group in layout.groups),
     )
     return BuiltEngine(engine, executor, runner, ready, links, tiers)
+
+
+def _policy(config: Config, seat: Seat | None) -> str:
+    """The scheduling policy: on a prefill engine short prompts go first, unless somebody has chosen."""
+    chosen = config.scheduler.scheduling_policy
+    is_open = config.origins.get("scheduling_policy", ("default", ""))[0] == "default"
+    return "sjf_aged" if is_open and seat is not None and seat.role == "prefill" else chosen
 
 
 def _links(seat: Seat, layout: KVLayout, store: KVStore, counter: StepCounter) -> LinkMover:

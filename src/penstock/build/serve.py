@@ -11,6 +11,7 @@ from penstock.build.cluster import serve_cluster
 from penstock.build.launch import EngineProcess
 from penstock.build.start import import_server
 from penstock.cluster.seat import Seat
+from penstock.config.cluster import check_cluster
 from penstock.config.complete import Resolved, complete
 from penstock.config.fingerprint import model_fingerprint
 from penstock.config.hardware import probe
@@ -50,6 +51,7 @@ def serve(
 
     Raises ConfigError for what is wrong with the configuration, the model's shape, the memory or the port.
     """
+    check_cluster(config.cluster)
     if config.cluster.pd is not None or config.cluster.data_parallel_size > 1:
         return serve_cluster(config, on_ready=on_ready, on_resolved=on_resolved)
     resolved = complete(config, probe())

@@ -87,6 +87,10 @@ class PolicyPlacement:
             if side is not None and name in side.index.rows:
                 side.views.remove(name)
 
+    def assign(self, name: str, role: str) -> None:
+        """It has this role from when it joins next."""
+        self.roles[name] = role
+
     def told(self, name: str, report: Report, now: float) -> None:
         """Its own numbers."""
         side = self._find(name)

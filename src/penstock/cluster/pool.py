@@ -17,12 +17,14 @@ import zmq
 from penstock.config.model import KVLayout
 from penstock.config.schema import CacheOptions
 from penstock.core import tiering
+from penstock.core.pool_status import pool_status
 from penstock.core.tiering import ToEngine, ToPool
 from penstock.tiers.arena import Arena
 from penstock.tiers.driver import PoolDriver
 from penstock.tiers.open import host_slots, open_pool
 
 BUSY_WAIT_MS, IDLE_WAIT_MS = 1, 50
+STATUS_S = 1.0
 HELLO_S = 60.0  # for the pool to open its stores and recover what the disk holds
 
 
@@ -45,7 +47,7 @@ class Welcome:
 _TYPES: dict[str, Any] = {
     each.__name__: each
     for each in (Hello, Welcome, tiering.Match, tiering.Fetch, tiering.Release, tiering.Reserve, tiering.Filled,
-                 tiering.Matched, tiering.Fetched, tiering.Reserved, tiering.Expired)
+                 tiering.Matched, tiering.Fetched, tiering.Reserved, tiering.Expired, tiering.PoolStatus)
 }  # fmt: skip
 _DECODERS = {name: msgspec.msgpack.Decoder(type_) for name, type_ in _TYPES.items()}
 _encode = msgspec.msgpack.Encoder().encode
@@ -71,6 +73,8 @@ class PoolServer:
         self._arena: Arena | None = None
         self._layout: KVLayout | None = None
         self._driver: PoolDriver | None = None
+        self._sources: set[bytes] = set()
+        self._told_s = float("-inf")
 
     def run(self, stop: Callable[[], bool]) -> None:
         while not stop():
@@ -88,6 +92,7 @@ class PoolServer:
                 break
             message = decode(*frames)
             if isinstance(message, Hello):
+                self._sources.add(source)
                 self._send(source, self._hello(message))
             elif self._driver is not None:
                 for to, answer in self._driver.handle(source.hex(), message, now):
@@ -95,6 +100,10 @@ class PoolServer:
         if self._driver is not None:
             for to, answer in self._driver.poll(now):
                 self._send(bytes.fromhex(to), answer)
+            if now - self._told_s > STATUS_S:
+                self._told_s, status = now, pool_status(self._driver.pool)
+                for source in self._sources:
+                    self._send(source, status)
 
     def _hello(self, message: Hello) -> Welcome:
         path = self.directory / "arena"

@@ -28,6 +28,11 @@ class Seat:
     model: str = ""
 
 
+def chosen_link(setting: str) -> str:
+    """The link that `--kv-link` means for engines of one machine."""
+    return "shm" if setting == "auto" else setting
+
+
 def make_roles(pd: str | None, num_both: int) -> dict[str, str]:
     """Engine name -> role: of "1P1D" or "2p2d", or so many that do both phases. Raises ConfigError."""
     if pd is None:

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from penstock.config.foreign import FOREIGN, ForeignFlag
-from penstock.config.kv_events import event_settings
 from penstock.config.schema import SECTIONS, Config, Setting, settings
 from penstock.config.values import ConfigError, format_value, parse_value, suggestion
 
@@ -179,28 +178,9 @@ def _settle_together(values: dict[str, Any], origins: dict[str, tuple[str, str]]
         origins["max_num_seqs"] = ("auto", "one token per request and step")
     if values["allow_credentials"] and "*" in values["allowed_origins"]:
         warnings.append("--allow-credentials: browsers refuse it for any origin; name yours with --allowed-origins")
-    _settle_cluster(values)
     if not values["served_model_name"]:
         values["served_model_name"] = (values["model"].rstrip("/") or values["model"],)
         origins["served_model_name"] = ("auto", "the model as given")
-
-
-def _settle_cluster(values: Mapping[str, Any]) -> None:
-    """A server that is one of several has one engine, an address, and the secret of the others."""
-    event_settings(values["kv_events_config"])
-    one_engine = values["pd"] is None and values["data_parallel_size"] == 1
-    for name in ("kv_role", "kv_events_config"):
-        if values[name] is not None and not one_engine:
-            message = "for servers with one engine: a router outside cannot choose among several behind one port"
-            raise ConfigError(message, f"--{name.replace('_', '-')} with --pd or --data-parallel-size")
-    if values["kv_role"] is None:
-        return
-    if not values["cluster_secret"]:
-        raise ConfigError("the servers of a cluster need the same --cluster-secret", "--kv-role")
-    if values["kv_link"] == "shm":
-        raise ConfigError("servers speak by TCP, and this is one of several (--kv-role)", "--kv-link")
-    if values["cluster_host"] in ("", "*", "0.0.0.0", "::", "[::]"):
-        raise ConfigError("others dial it: name one address of this machine", "--cluster-host")
 
 
 def config_rows(config: Config) -> list[tuple[str, str, str]]:
