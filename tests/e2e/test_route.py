@@ -219,7 +219,7 @@ def test_prefill_and_decode_at_two_servers(fleet: Fleet, stream: bool) -> None:
             response = fleet.apart.post("/v1/completions", asked)
             assert response.headers["x-penstock-engine"] == fleet.b.name
             assert tokens(response.json()) == tokens(expected)
-    until(lambda: handoffs(fleet.b)["handed_over"] >= before.get("handed_over", 0) + 3, what="counting hand-offs")
+    until(lambda: handoffs(fleet.b)["received"] >= before.get("received", 0) + 3, what="counting hand-offs")
     assert handoffs(fleet.b)["failed"] == 0
     [route] = fleet.apart.http.get("/routes/recent").json()["routes"][:1]
     assert route["prefill_at"] == [fleet.a.name]
