@@ -306,6 +306,12 @@ def test_requests_outlive_engines(fleet: Fleet) -> None:
         assert breaker.num_asked > 0
         assert max(r["num_tries"] for r in spread.http.get("/routes/recent").json()["routes"]) == 2
 
+        os.kill(doomed.process.pid, signal.SIGSTOP)  # it takes calls and says nothing
+        for _ in range(3):
+            assert tokens(spread.post("/v1/completions", body(90, 150)).json()) == expected
+        until(lambda: num_up(spread) <= 2, what="noticing its silence")
+        os.kill(doomed.process.pid, signal.SIGCONT)
+
         lonely = stack.enter_context(router("--engine", doomed.url))
         until(lambda: num_up(lonely) == 1, what="meeting the one that is killed")
         with streaming(lonely, "/v1/completions", body(30, 151, max_tokens=1500)) as events:

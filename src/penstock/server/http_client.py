@@ -238,6 +238,8 @@ class OpenAnswer:
         self._exchange: Exchange | None = None
         self._pieces: list[bytes] = []
         self._num_ahead = 0
+        self._fault: BrokenAnswer | None = None
+        self.heard_s = time.monotonic()  # when it was asked, or something came last
         self._arrived = asyncio.Event()
         self._task = asyncio.ensure_future(server.exchange(request, self._take, timeout_s, self._begin))
         self._task.add_done_callback(lambda task: self._arrived.set())
@@ -255,6 +257,8 @@ class OpenAnswer:
     async def next(self) -> bytes:
         """What has come since; b"" at the end. Of a status other than 200 all at once. Raises BrokenAnswer."""
         while not self._pieces:
+            if self._fault is not None:
+                raise self._fault
             if self._task.done():
                 done = self._task.result()
                 kept, done.kept = b"".join(done.kept), []
@@ -275,6 +279,11 @@ class OpenAnswer:
             pieces.append(piece)
         return b"".join(pieces)
 
+    def give_up(self, why: str) -> None:
+        """Let `next` raise BrokenAnswer."""
+        self._fault = BrokenAnswer(why)
+        self._arrived.set()
+
     async def close(self) -> None:
         self._task.cancel()
         with contextlib.suppress(asyncio.CancelledError, BrokenAnswer):
@@ -285,6 +294,7 @@ class OpenAnswer:
 
     def _take(self, body: bytes, now_s: float) -> None:
         self._pieces.append(body)
+        self.heard_s = time.monotonic()
         before, self._num_ahead = self._num_ahead, self._num_ahead + len(body)
         transport = None if self._exchange is None else self._exchange.transport
         if before <= MAX_AHEAD < self._num_ahead and transport is not None:

@@ -241,9 +241,6 @@ class RoutedCall:
             router.metrics.placed(placed, router.now() - began_s)
         return placed
 
-    def _request(self, engine: RemoteEngine, body: bytes) -> bytes:
-        return engine.http.request("POST", self.path, body, **self.headers)
-
     # ---- the prompt, where engines have one phase each ----
 
     async def _prefill(self, placed: Placed) -> None:
@@ -251,19 +248,17 @@ class RoutedCall:
         body = prefill_body(self.asked)
         for name in placed.prefill_at:
             engine = self.router.engines.all[name]
-            open_answer = OpenAnswer(engine.http, self._request(engine, body))
             try:
-                told = await open_answer.rest()
+                async with engine.ask(self.path, body, self.headers) as answer:
+                    told = await answer.rest()
             except BrokenAnswer as error:
                 self.router.engines.lost(name, str(error))
                 continue
-            finally:
-                await open_answer.close()
-            if open_answer.status in ELSEWHERE or open_answer.status >= 500:
-                log.warning("prefill engine %s: status %d", name, open_answer.status)
+            if answer.status in ELSEWHERE or answer.status >= 500:
+                log.warning("prefill engine %s: status %d", name, answer.status)
                 continue
-            if open_answer.status != 200:
-                raise _Refused(Whole.of(open_answer, told, name))
+            if answer.status != 200:
+                raise _Refused(Whole.of(answer, told, name))
             params = msgspec.json.decode(told).get("kv_transfer_params")
             if not params:
                 log.warning("prefill engine %s gives no kv_transfer_params: is it one?", name)
@@ -276,11 +271,11 @@ class RoutedCall:
 
     async def _answered(self, engine: RemoteEngine, send: Send, send_body: Send) -> None:
         """Pass an engine's answer on. Raises _Elsewhere while nothing has been passed on."""
-        answer = OpenAnswer(engine.http, self._request(engine, self.body))
-        try:
+        async with engine.ask(self.path, self.body, self.headers) as answer:
             try:
                 first = await answer.next()
-                if answer.headers.get("content-type", "").startswith("text/event-stream"):
+                is_stream = answer.headers.get("content-type", "").startswith("text/event-stream")
+                if is_stream:
                     self.router.dispatcher.began(self.request_id, self.router.now())
                 else:
                     first += await answer.rest()
@@ -290,15 +285,13 @@ class RoutedCall:
                 raise _Elsewhere(ApiError(502, message, code="engine_lost")) from None
             if answer.status in ELSEWHERE:
                 raise _Elsewhere(Whole.of(answer, first, engine.name))
-            if answer.headers.get("content-type", "").startswith("text/event-stream"):
+            if is_stream:
                 await self._streamed(engine, answer, first, send, send_body)
                 return
             self.outcome = "stop" if answer.status == 200 else "error"
             if answer.status == 200:
                 self._count(first)
             await Whole.of(answer, first, engine.name).send(send)
-        finally:
-            await answer.close()
 
     async def _streamed(
         self, engine: RemoteEngine, answer: OpenAnswer, first: bytes, send: Send, send_body: Send

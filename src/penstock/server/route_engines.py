@@ -11,7 +11,7 @@ import contextlib
 import logging
 import re
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 
 import msgspec
 import zmq
@@ -21,11 +21,12 @@ from penstock.cluster.dispatcher import Dispatcher, Facts
 from penstock.cluster.kv_events import FormatError
 from penstock.cluster.remote_cache import RemoteCache
 from penstock.config.route import EngineAddress, RouteOptions
-from penstock.server.http_client import BrokenAnswer, HttpServer
+from penstock.server.http_client import BrokenAnswer, HttpServer, OpenAnswer
 
 log = logging.getLogger("penstock.route")
 
-HEALTH_TIMEOUT_S = 5.0
+HEALTH_TIMEOUT_S = 2.0  # at least; else five times the interval
+SILENT_S = 2.0  # calls that heard nothing for so long are given up with their engine
 REPLAY_TIMEOUT_S = 5.0
 MAX_SILENT = 2  # health checks in a row without an answer: one may be lost to a busy machine
 _SAMPLE = re.compile(r"^[\w]+:(\w+)(\{[^}]*\})? (\S+)", re.MULTILINE)
@@ -42,10 +43,22 @@ class RemoteEngine:
         self.is_up = False
         self.why = "it was not asked yet"
         self.num_silent = 0
+        self.answers: set[OpenAnswer] = set()  # that somebody waits for
 
     @property
     def name(self) -> str:
         return self.address.name
+
+    @contextlib.asynccontextmanager
+    async def ask(self, path: str, body: bytes, headers: Mapping[str, str]) -> AsyncIterator[OpenAnswer]:
+        """A POST; leaving the context before its end drops the connection."""
+        answer = OpenAnswer(self.http, self.http.request("POST", path, body, **headers))
+        self.answers.add(answer)
+        try:
+            yield answer
+        finally:
+            self.answers.discard(answer)
+            await answer.close()
 
 
 class RemoteEngines:
@@ -56,6 +69,7 @@ class RemoteEngines:
     ) -> None:
         self.options, self.dispatcher, self.now = options, dispatcher, now
         self.all = {each.name: RemoteEngine(each, options.engine_api_key) for each in options.engines}
+        self._timeout_s = max(HEALTH_TIMEOUT_S, 5 * options.health_interval_s)
         self._tasks: list[asyncio.Task[None]] = []
         self._context: zmq.asyncio.Context | None = None
 
@@ -82,6 +96,14 @@ class RemoteEngines:
         engine.is_up, engine.why = False, why
         self.dispatcher.left(name)
 
+    def _silent(self, engine: RemoteEngine, why: str) -> None:
+        """It does not even say how it is: nor will calls that wait for it ever hear anything."""
+        self.lost(engine.name, why)
+        now = time.monotonic()
+        for answer in list(engine.answers):
+            if now - answer.heard_s > SILENT_S:
+                answer.give_up(why)
+
     # ---- health ----
 
     async def _tick(self) -> None:
@@ -104,7 +126,7 @@ class RemoteEngines:
     async def _look(self, engine: RemoteEngine) -> None:
         """One health check and its consequences."""
         try:
-            status, body = await engine.http.get("/health", HEALTH_TIMEOUT_S)
+            status, body = await engine.http.get("/health", self._timeout_s)
             why = "" if status == 200 else f"/health says {status}: {body[:200].decode('utf-8', 'replace')}"
             if not why:
                 facts = None if engine.is_up else await self._facts(engine)
@@ -117,12 +139,18 @@ class RemoteEngines:
             engine.num_silent += 1
             if engine.is_up and engine.num_silent < MAX_SILENT and "no end of the answer" in str(error):
                 return
-            why = str(error)
+            self._warn(engine, str(error))
+            self._silent(engine, str(error))
+            return
         except (msgspec.MsgspecError, ValueError, KeyError, TypeError) as error:
             why = f"it answers as no server of models does: {error}"
+        self._warn(engine, why)
+        self.lost(engine.name, why)
+
+    def _warn(self, engine: RemoteEngine, why: str) -> None:
+        """Of what is wrong with one that has not been there yet, once."""
         if not engine.is_up and why != engine.why:
             log.warning("engine %s: %s", engine.name, why)
-        self.lost(engine.name, why)
 
     def _met(self, engine: RemoteEngine, facts: Facts) -> None:
         address = engine.address
@@ -134,7 +162,7 @@ class RemoteEngines:
         log.info("engine %s is there: %s%s", engine.name, ", ".join(facts.models), told)
 
     async def _facts(self, engine: RemoteEngine) -> Facts:
-        status, body = await engine.http.get("/v1/models", HEALTH_TIMEOUT_S)
+        status, body = await engine.http.get("/v1/models", self._timeout_s)
         if status != 200:
             key = "; it wants --engine-api-key" if status == 401 else ""
             raise ValueError(f"/v1/models says {status}{key}")
@@ -149,7 +177,7 @@ class RemoteEngines:
 
     async def _metrics(self, engine: RemoteEngine) -> str:
         """ "" where there are none."""
-        status, body = await engine.http.get("/metrics", HEALTH_TIMEOUT_S)
+        status, body = await engine.http.get("/metrics", self._timeout_s)
         return body.decode("utf-8", "replace") if status == 200 else ""
 
     async def _measure(self, engine: RemoteEngine) -> None:
