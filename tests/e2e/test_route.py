@@ -166,6 +166,18 @@ def test_what_is_wrong_is_said_as_by_an_engine(fleet: Fleet) -> None:
     assert_error(fleet.apart.post("/v1/completions", body(100, 1, temperature=-1)), 400, "temperature")
 
 
+def test_a_client_that_leaves_is_gone_for_the_engine_too(fleet: Fleet) -> None:
+    for path, asked in (
+        ("/v1/completions", body(30, 30, max_tokens=1900)),
+        ("/v1/chat/completions", {"messages": MESSAGES, "max_tokens": 1900, "ignore_eos": True}),
+    ):
+        with streaming(fleet.first, path, asked) as events:
+            next(events)
+        for engine in (fleet.a, fleet.b):
+            engine.until_idle()
+    until(lambda: fleet.first.http.get("/routes/recent").json()["routes"][0]["outcome"] == "abort", what="saying so")
+
+
 def test_requests_follow_what_caches_hold(fleet: Fleet) -> None:
     """Also at a router that did not send them there: both hear the engines' events."""
     for seed in range(40, 44):
