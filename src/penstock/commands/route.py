@@ -12,6 +12,10 @@ from penstock.config.route import RouteOptions, engine_addresses
 from penstock.config.schema import settings
 from penstock.config.values import ConfigError, parse_value
 
+OF_SERVER = (
+    "host", "port", "api_key", "allowed_origins", "allow_credentials", "root_path", "ssl_keyfile", "ssl_certfile",
+    "max_body_bytes", "shutdown_timeout",
+)  # fmt: skip
 OF_MODEL = ("model", "tokenizer", "chat_template")
 OF_CLUSTER = ("route_policy", "decode_policy", "pd_min_tokens", "pd_max_short_output")
 
@@ -23,7 +27,7 @@ def main(arguments: list[str]) -> int:
         return 0
     given = given_settings(parsed)
     engines = engine_addresses(parsed.engine, parsed.prefill, parsed.decode)
-    config = resolve(given, config_file=parsed.config_file, foreign=getattr(parsed, "foreign", ()))
+    config = resolve(given, config_file=parsed.config_file)
     options = RouteOptions(
         engines,
         parsed.engine_api_key,
@@ -42,8 +46,8 @@ def _parser() -> FlagParser:
     parser = FlagParser(
         prog="penstock route",
         description="Route OpenAI-compatible requests to servers: by predicted time, with what their caches hold.",
-        sections=("server",),
     )
+    parser.add_argument("--config", dest="config_file", default=None, metavar="FILE", help="settings from a YAML file")
     for flag, text in (
         (
             "--engine",
@@ -53,7 +57,7 @@ def _parser() -> FlagParser:
         ("--decode", "a server that makes answers from them, likewise"),
     ):
         parser.add_argument(flag, action="append", default=[], metavar="URL", help=text)
-    parser.take(*OF_MODEL, *OF_CLUSTER, "log_level")
+    parser.take(*OF_SERVER, *OF_MODEL, *OF_CLUSTER, "log_level")
     parser.add_argument(
         "--engine-api-key", default=None, metavar="KEY", help="sent to engines; else the client's own is"
     )
