@@ -161,6 +161,7 @@ def test_what_is_wrong_is_said_as_by_an_engine(fleet: Fleet) -> None:
     assert_error(fleet.first.post("/v1/completions", {"prompt": 5}), 400, "prompt")
     assert_error(fleet.first.post("/v1/chat/completions", {"messages": "hello"}), 400)
     assert_error(fleet.first.http.post("/v1/completions", content=b"{"), 400)
+    assert_error(fleet.first.post("/v1/completions", body(8, 1), **{"x-penstock-hops": "4"}), 508, code="loop_detected")
     assert_error(fleet.apart.post("/v1/completions", body(100, 1, temperature=-1)), 400, "temperature")
 
 

@@ -46,6 +46,7 @@ ELSEWHERE = (429, 502, 503)  # statuses after which another engine may say somet
 TOLD = ("content-type", "cache-control", "retry-after", "x-accel-buffering", "x-penstock-warning")  # headers passed on
 CALLS = ("/v1/chat/completions", "/v1/completions")
 MAX_ROUTES = 100
+HOPS = ("0", "1", "2", "3")  # routers that a request may have come through: one may stand before others
 EXPLAIN_TIMEOUT_S = 5.0
 _encode = msgspec.json.Encoder().encode
 
@@ -96,7 +97,10 @@ class RouterApp:
             raise model_not_found(model, models)
         shunned = self.dispatcher.without(model if isinstance(model, str) and model else None)
         token_ids = await self.prompts.token_ids(asked)
-        headers = {"x_request_id": request.scope["state"]["request_id"]}
+        hops = request.headers.get("x-penstock-hops", "0")
+        if hops not in HOPS:
+            raise ApiError(508, "routers hand this request round in a circle", code="loop_detected")
+        headers = {"x_request_id": request.scope["state"]["request_id"], "x_penstock_hops": str(int(hops) + 1)}
         if self.engines.options.engine_api_key is None:
             key = request.headers.get("authorization") or request.headers.get("x-api-key")
             if key is not None:
