@@ -5,6 +5,7 @@ Messages are those of `core/tiering.py`. The arena's memory is a file that engin
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -139,7 +140,8 @@ class PoolWire:
         return welcome
 
     def send(self, message: ToPool, now: float) -> None:
-        self._socket.send_multipart(encode(message))
+        with contextlib.suppress(zmq.Again):  # a pool that does not read: what it does not hear costs nothing but time
+            self._socket.send_multipart(encode(message), zmq.NOBLOCK)
 
     def receive(self, now: float) -> Sequence[ToEngine]:
         received = []

@@ -74,6 +74,10 @@ class Placement(Protocol):
 
     def ended(self, request_id: str, num_output: int, now: float) -> None: ...
 
+    def tick(self, now: float) -> list[SnapshotRequest]:
+        """Some ten times a second: what is to be forgotten, and what must be asked of engines again."""
+        ...
+
 
 @dataclass(slots=True)
 class _Live:
@@ -81,6 +85,7 @@ class _Live:
     engine: str  # "" while it waits for one that is being started again
     token_ids: list[int] = field(default_factory=list)  # that the client has
     num_replays: int = 0
+    cancel: CancelRequest | None = None  # that its engine was told
 
 
 @dataclass(slots=True)
@@ -117,13 +122,13 @@ class Router:
             return self._place(_Live(message, ""), now)
         if isinstance(message, CancelRequest | Explain):
             live = self._live.get(message.request_id)
+            if live is not None and isinstance(message, CancelRequest):
+                live.cancel = message
             if live is not None and live.engine:
                 return [], [(live.engine, message)]
-            if live is not None and isinstance(message, CancelRequest):
-                del self._live[message.request_id]
-                delta = TokenDelta(message.request_id, [], message.finish_reason, message.stop_reason)
-                return [Tokens([delta], now)], []
-            return ([Failed(message.request_id, 404, "no such request")] if isinstance(message, Explain) else []), []
+            if isinstance(message, CancelRequest):
+                return ([self._cancelled(message, now)] if live is not None else []), []
+            return [Failed(message.request_id, 404, "no such request")], []
         # What is of no use to an engine that starts would only wait in its wire, which then counts as not being read.
         ready = [engine.name for engine in self.engines.values() if engine.ready is not None]
         return [], [(name, message) for name in (self.engines if isinstance(message, Drain) else ready)]
@@ -234,6 +239,11 @@ class Router:
             return [message]
         return [msgspec.structs.replace(message, deltas=deltas)] if deltas else []
 
+    def _cancelled(self, message: CancelRequest, now: float) -> FromEngine:
+        """The last word on a request that no engine has."""
+        self._end(message.request_id, message.finish_reason, now)
+        return Tokens([TokenDelta(message.request_id, [], message.finish_reason, message.stop_reason)], now)
+
     def _end(self, request_id: str, outcome: str, now: float) -> None:
         live = self._live.pop(request_id)
         self.decisions.ended(request_id, outcome)
@@ -242,6 +252,11 @@ class Router:
     def _merged(self, now: float, newest: Report | None = None) -> Report:
         reports = [each.report for each in self.engines.values() if each.report is not None]
         return merged_report(reports, now, newest, self._past)
+
+    def tick(self, now: float) -> Post:
+        """Some ten times a second: what engines are asked again."""
+        ready = [asked.engine for asked in self.placement.tick(now) if self.engines[asked.engine].ready is not None]
+        return [(name, WantSnapshot()) for name in ready]
 
     # ---- engines that die ----
 
@@ -270,6 +285,9 @@ class Router:
         peers = [e.ready.peer for e in self.engines.values() if e.ready is not None and e.ready.peer is not None]
         post: Post = [(other.name, Peers(peers)) for other in self.engines.values() if other.ready is not None]
         for request_id, live in [item for item in self._live.items() if item[1].engine == name]:
+            if live.cancel is not None:
+                out.append(self._cancelled(live.cancel, now))
+                continue
             self.placement.ended(request_id, 0, now)
             live.num_replays += 1
             if live.num_replays > MAX_REPLAYS:
@@ -341,6 +359,9 @@ class LeastLoaded:
     def ended(self, request_id: str, num_output: int, now: float) -> None:
         for name, num_tokens in self._charged.pop(request_id, ()):
             self._load[name] -= num_tokens
+
+    def tick(self, now: float) -> list[SnapshotRequest]:
+        return []
 
     def _charge(self, request_id: str, charges: Sequence[tuple[str, int]]) -> None:
         self._charged[request_id] = list(charges)

@@ -207,6 +207,7 @@ class ManyEngines:
         for name in [name for name, due_s in self._due_s.items() if due_s <= now]:
             del self._due_s[name]
             self._start(name)
+        self._deliver([], self.router.tick(now))
         if self._runs or self._due_s or not self._codes:
             return None
         return max(self._codes.values(), key=abs)
