@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from io import BytesIO
 from types import SimpleNamespace
 from typing import Any
 
@@ -46,6 +47,7 @@ from penstock.engine.messages import (
     WantSnapshot,
 )
 from penstock.engine.movers import Movers
+from penstock.engine.recorder import RecordingScheduler, Setup
 from penstock.engine.tier_source import TierSource
 from penstock.sim.clock import VirtualClock, stream
 from penstock.sim.mover import LinkFaults, PretendedLinks, SimMover
@@ -94,7 +96,11 @@ class Node:
         memory = Memory(self.executor)
         self.links = SimMover(cluster.links, f"link:{name}", layout, memory, lambda: self.wake_in(0.0))
         limits = SchedulerLimits(setting.max_num_seqs, setting.max_num_batched_tokens)
-        self.scheduler = Scheduler(layout, num_blocks, limits, FcfsPolicy(), model_id="m")
+        if cluster.recordings is None:
+            self.scheduler = Scheduler(layout, num_blocks, limits, FcfsPolicy(), model_id="m")
+        else:
+            file = cluster.recordings[self.source] = BytesIO()
+            self.scheduler = RecordingScheduler(Setup(layout, num_blocks, limits, "fcfs", "m", True, True), file)
         self._random = stream(cluster.seed, "steps", self.source)
         self.copies = PretendedCopies(
             clock, self._random, memory, setting.tiers, lambda: cluster.pool.slots, lambda: self.wake_in(0.0)
@@ -222,8 +228,8 @@ class Ask:
 class Cluster:
     """The machine, its clients, and what befalls them. `lives`: of each engine, within this life of the machine."""
 
-    def __init__(self, setting: Setting, seed: int) -> None:
-        self.setting, self.seed = setting, seed
+    def __init__(self, setting: Setting, seed: int, recordings: dict[str, BytesIO] | None = None) -> None:
+        self.setting, self.seed, self.recordings = setting, seed, recordings
         self.clock = VirtualClock()
         self.layout = fake_layout(setting.windows, BLOCK_SIZE)
         self.model = HashModel(self.layout)
@@ -415,6 +421,8 @@ class Cluster:
 
     def kill_router(self, revive_s: float) -> None:
         """The front end's process goes: its clients see their connections close, engines and pool leave with it."""
+        if not self.is_up:
+            return
         for ask in self.asks:
             if not ask.is_over:
                 ask.error = 0, CLOSED
