@@ -6,6 +6,7 @@ It can be killed, stopped for a while, and started anew under its name. Its clus
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from io import BytesIO
 from typing import Any
 
@@ -145,7 +146,8 @@ class Node:
             if to == FRONT:
                 self.cluster.network.wire(self.name, ROUTER).send((self.life, message))
             elif to in self.known_peers:
-                self.cluster.network.wire(self.name, to).send(message)
+                for delay_s in self.cluster.fate(message):
+                    self.cluster.clock.call_in(delay_s, partial(self.cluster.network.wire(self.name, to).send, message))
             self.cluster.observe(self.name, to, message)
 
     def kill(self) -> None:

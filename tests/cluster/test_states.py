@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,7 +12,7 @@ from tests.cluster.whole import CLOSED, Ask, Cluster, Setting
 from tests.cluster.world import LEASE_S
 from tests.fakes.host_tier import NOTHING
 
-from penstock.cluster.messages import Ack, Commit, FirstToken, Prefill
+from penstock.cluster.messages import Ack, Alive, Commit, FirstToken, Prefill, Refused, Stop
 from penstock.core.moves import DEVICE
 from penstock.core.tiering import Fetched, Match, Reserve, Reserved
 from penstock.core.traffic import Offer
@@ -254,3 +254,77 @@ def test_a_tier(state: str, fault: str, depth: int) -> None:
     ask = scene.end()
     assert scene.reached >= scene.wanted, f"{state} was never reached"
     judge(fault, ask)
+
+
+FATES: dict[str, Sequence[float]] = {
+    "lost": (),
+    "doubled": (0.0, 0.0),
+    "late": (1.5 * LEASE_S,),
+    "doubled, once late": (0.0, 1.5 * LEASE_S),
+}
+PROVOKED: dict[type, Callable[[Scene], None]] = {  # what these are said for
+    Alive: lambda s: s.node(s.p).stop(0.9 * LEASE_S),
+    Stop: cancel,
+    Refused: lambda s: s.node(s.p).executor.failing.update(r for r in s.node(s.p).scheduler.requests),
+}
+
+
+@pytest.mark.parametrize("number", [1, 2, 4])
+@pytest.mark.parametrize("fate", FATES)
+@pytest.mark.parametrize("kind", [Prefill, FirstToken, Commit, Ack, Alive, Stop, Refused])
+def test_a_message(kind: type, fate: str, number: int) -> None:
+    """The first `number` messages of this kind."""
+    scene = Scene(PAIRS, has_tiers=False)
+    met = 0
+
+    def decide(message: Any) -> Sequence[float]:
+        nonlocal met
+        met += isinstance(message, kind)
+        return FATES[fate] if isinstance(message, kind) and met <= number else (0.0,)
+
+    scene.cluster.fate = decide
+    scene.cluster.clock.run_until(0.1)
+    scene.begin()
+    if kind in PROVOKED:
+        scene.fault = PROVOKED[kind]
+        computing(scene)
+    scene.cluster.clock.run_until(0.1 + 6 * LEASE_S)
+    ask = scene.end()
+    assert met, f"no {kind.__name__} was sent"
+    judge("cancel" if kind is Stop else fate, ask)
+
+
+@pytest.mark.parametrize("kind", [FirstToken, Commit, Alive, Refused])
+def test_an_id_that_is_used_again_meets_nothing_of_its_past(kind: type) -> None:
+    """What P said of a cancelled request comes when D waits for another one of that id, as long as the first."""
+    scene = Scene(PAIRS | {"d1": "prefill"}, has_tiers=False)
+    cluster, held = scene.cluster, []
+
+    def hold(message: Any) -> Sequence[float]:
+        if isinstance(message, kind) and scene.ask is first:
+            held.append(message)
+            return ()
+        return (0.0,)
+
+    cluster.fate = hold
+    cluster.clock.run_until(0.1)
+    scene.begin()
+    first = scene.ask
+    if kind in PROVOKED:
+        scene.fault = PROVOKED[kind]
+        computing(scene)
+    while not held:
+        assert cluster.clock.step()
+    assert first is not None
+    cluster.cancel(first)
+    while not cluster.front.is_free(first.request_id, 1):
+        assert cluster.clock.step()
+    scene.ask = cluster.ask([token + 50 for token in PROMPT], 6)
+    assert scene.ask.request_id == first.request_id
+    side = scene.node(scene.d).member.decode
+    failed = side.num_failed
+    while not side.num_in_flight:
+        assert cluster.clock.step()
+    cluster.network.wire(scene.p, scene.d).send(held[0])
+    judge("an old message", scene.end())
+    assert side.num_failed == failed, "its hand-off was spoiled"

@@ -7,7 +7,7 @@ links, stores, wires and processes. Tokens are hashes of the KV that was read, s
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from io import BytesIO
 from types import SimpleNamespace
@@ -102,6 +102,7 @@ class Cluster:
         self.seen: Counter[str] = Counter()  # messages and states, by name
         self.happened: Counter[str] = Counter()  # faults
         self.stores = Stores()
+        self.fate: Callable[[Any], Sequence[float]] = lambda message: (0.0,)  # when copies of a peer's message leave
         self.watchers: list[Any] = []  # called with (source, destination, message) as it is sent
         self.life = -1
         self.is_healing = False
