@@ -6,13 +6,13 @@ import os
 from collections import Counter
 
 import pytest
-from tests.cluster.world import LEASE_S, Setting, World
+from tests.cluster.world import FRONT_END, LEASE_S, Setting, World
 
 from penstock.cluster.messages import Commit, FirstToken, Prefill, Refused, Stop
 from penstock.cluster.prefill_side import PrefillSide
 from penstock.core.moves import DEVICE, KVMove, KVTicket, MoveResult, Place
 from penstock.core.request import SamplingParams
-from penstock.engine.messages import AddRequest, TokenDelta
+from penstock.engine.messages import AddRequest, Peers, TokenDelta
 from penstock.sim.clock import stream
 from penstock.sim.mover import LinkFaults
 from penstock.sim.wire import LineFaults
@@ -218,6 +218,33 @@ def test_a_lost_ack_is_said_again_when_the_commit_is() -> None:
     world.clock.run_until(world.clock.now() + LEASE_S)
     assert not sending.live
     assert sending.num_sent == 1
+    world.run()
+    world.check()
+
+
+def test_a_peer_that_is_gone_is_not_waited_for() -> None:
+    world = World(Setting(num_prefill=1, num_decode=1), seed=8)
+    world.kill("p0")
+    ask = world.ask(range(200, 240), 6, "d0", ["p0"])
+    world.clock.run_until(0.02)
+    assert world.nodes["d0"].member.decode.num_in_flight == 1
+    world.network.wire(FRONT_END, "d0").send(Peers([]))
+    world.clock.run_until(0.02 + 0.6 * LEASE_S)
+    assert ask.finish_reason is not None
+    world.run()
+    world.check()
+
+
+def test_nothing_more_is_computed_for_a_peer_that_is_gone() -> None:
+    world = World(Setting(num_prefill=1, num_decode=2), seed=9)
+    world.ask(range(200, 260), 6, "d0", ["p0"])
+    world.clock.run_until(0.01)
+    prefill = world.nodes["p0"].member.prefill
+    assert prefill.live
+    world.kill("d0")
+    world.network.wire(FRONT_END, "p0").send(Peers([]))
+    world.clock.run_until(0.02)
+    assert not prefill.live
     world.run()
     world.check()
 
