@@ -105,9 +105,11 @@ def main() -> int:
     rounds: dict[str, list[dict[str, float]]] = {name: [] for name in SETTINGS}
     for number in range(args.rounds):
         for name, flags in SETTINGS.items():
-            serve = [args.model, "--load-format", args.load_format, "--kv-cache-memory-bytes", "512M",
-                     "--max-model-len", "2048", "--served-model-name", "m", "--disable-log-stats", "--generation-config", "vllm",
-                     "--max-num-batched-tokens", str(args.chunk), *flags]  # fmt: skip
+            serve = [
+                args.model, "--load-format", args.load_format, "--kv-cache-memory-bytes", "512M", "--max-model-len",
+                "2048", "--served-model-name", "m", "--disable-log-stats", "--generation-config", "vllm",
+                "--max-num-batched-tokens", str(args.chunk), *flags,
+            ]  # fmt: skip
             with running_server(serve) as server:
                 measure(server.url, "m", args, 1000 + number)  # warms up
                 rounds[name].append(measure(server.url, "m", args, number))
