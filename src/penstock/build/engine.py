@@ -166,7 +166,7 @@ def _build(
         attention = NativeAttention()
     tiers = None
     if config.cache.kv_offloading_size is not None:
-        tiers = open_tiers(config.cache, layout, store.byte_views(), None if seat is None else seat.directory)
+        tiers = open_tiers(config.cache, layout, store.byte_views(), (seat and seat.directory) or None)
     counter = None if seat is None else StepCounter()
     sampler = Sampler(max_num_seqs, shape.vocab_size)
     loads = None if tiers is None else tiers.mover
@@ -222,7 +222,9 @@ def _policy(config: Config, seat: Seat | None) -> str:
 
 def _links(seat: Seat, layout: KVLayout, store: KVStore, counter: StepCounter) -> LinkMover:
     """What carries KV to and from other engines."""
-    address = f"shm://{seat.directory}/{seat.name}.link" if seat.link == "shm" else "tcp://127.0.0.1:0"
+    address = f"shm://{seat.directory}/{seat.name}.link"
+    if seat.link != "shm":
+        address = f"tcp://{seat.host or '127.0.0.1'}:0"
     identity = Identity(seat.name, layout.format, seat.secret.encode())
     memory = KVMemory(layout, store.byte_views())
     return LinkMover(memory, counter, identity, [address], mode=seat.link_mode)

@@ -273,6 +273,21 @@ class ClusterOptions:
     cluster_secret: str | None = setting(
         None, "what engines must know to speak to each other; default: a random one", secret=True, metavar="SECRET"
     )
+    kv_role: str | None = setting(
+        None,
+        "this server hands prompts over to other servers, or takes them, as a proxy says in kv_transfer_params",
+        choices=("prefill", "decode", "both"),
+        synonyms={"kv_producer": "prefill", "kv_consumer": "decode", "kv_both": "both"},
+    )
+    cluster_host: str = setting(
+        "127.0.0.1", "with --kv-role: the address of this machine at which other engines reach it", metavar="HOST"
+    )
+    kv_events_config: str | None = setting(
+        None,
+        "publish what the cache holds, for routers, in vLLM's form: "
+        '{"enable_kv_cache_events": true, "endpoint": "tcp://*:5557"}',
+        metavar="JSON",
+    )
 
 
 @dataclass(frozen=True, slots=True)
