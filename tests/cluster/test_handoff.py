@@ -10,7 +10,7 @@ from tests.cluster.world import LEASE_S, Setting, World
 
 from penstock.cluster.messages import Commit, FirstToken, Prefill, Refused, Stop
 from penstock.cluster.prefill_side import PrefillSide
-from penstock.core.moves import KVTicket
+from penstock.core.moves import DEVICE, KVMove, KVTicket, MoveResult, Place
 from penstock.core.request import SamplingParams
 from penstock.engine.messages import AddRequest, TokenDelta
 from penstock.sim.clock import stream
@@ -220,6 +220,35 @@ def test_an_unanswered_commit_is_said_again_and_given_up_at_last() -> None:
         side.outbox.clear()
     assert num_commits >= 6
     assert now > 1.0 + 3 * a_ticket(1).lease_s
+
+
+def test_what_is_on_its_way_is_cancelled_when_nobody_wants_it_any_more() -> None:
+    side = PrefillSide("f")
+    request = side.take(Prefill(a_ticket(1), a_request()), 0.0)
+    assert request is not None
+    for id_ in (4, 2):
+        side.started(KVMove(id_, "d0.0:r", request.request_id, Place(DEVICE), Place("link:d0")), 0.1)
+    side.ended(KVMove(2, "d0.0:r", request.request_id, Place(DEVICE), Place("link:d0")), MoveResult(2), 0.2)
+    side.handle(Stop("d0.0:r", 1), 0.3)
+    assert side.cancelled == [4]
+    assert side.ended_requests == [request.request_id]
+
+
+def test_a_lost_ack_is_said_again_when_the_commit_is() -> None:
+    world = World(Setting(num_prefill=1, num_decode=1), seed=7)
+    world.ask(range(200, 240), 6, "d0", ["p0"])
+    side = world.nodes["d0"].member.decode
+    while not side.num_received:
+        assert world.clock.step()
+    sending = world.nodes["p0"].member.prefill
+    assert sending.live
+    world.network.kill("p0")  # it loses what is on its way to it, and goes on
+    world.network.revive("p0")
+    world.clock.run_until(world.clock.now() + LEASE_S)
+    assert not sending.live
+    assert sending.num_sent == 1
+    world.run()
+    world.check()
 
 
 def test_what_an_older_epoch_says_is_not_heard() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import msgspec
 from tests.fakes.placement import LeastLoaded
 
 from penstock.cluster.placement import PolicyPlacement
@@ -14,6 +15,7 @@ from penstock.engine.messages import (
     AddRequest,
     CacheEvents,
     CancelRequest,
+    Failed,
     Ready,
     TokenDelta,
     Tokens,
@@ -45,6 +47,32 @@ def test_a_cancelled_request_is_not_begun_again_when_its_engine_dies() -> None:
     ]
     assert not [message for _, message in post if isinstance(message, AddRequest)]
     assert not router.num_replayed and not router._live
+
+
+def test_an_engine_that_no_longer_has_a_request_says_nothing_about_it() -> None:
+    router = started(Router(BOTH, LeastLoaded(BOTH)))
+    _, ((first, _),) = router.submit(a_request(), 0.0)
+    answer = Tokens([TokenDelta("r", [7])], 1.0)
+    assert router.receive(first, answer, 1.0) == ([answer], [])
+    _, post = router.restarting(first, 2.0)
+    (second,) = [name for name, message in post if isinstance(message, AddRequest)]
+    assert second != first
+    router.receive(first, READY, 3.0)
+    assert router.receive(first, Tokens([TokenDelta("r", [8])], 3.0), 3.0) == ([], [])
+    assert router.receive(first, Failed("r", 500, "late"), 3.0) == ([], [])
+    ((_, again),) = [item for item in router.restarting(second, 4.0)[1] if isinstance(item[1], AddRequest)]
+    assert isinstance(again, AddRequest)
+    assert (again.token_ids[9:], again.num_generated) == ([7], 1)
+
+
+def test_prompt_logprobs_come_once() -> None:
+    router = started(Router(BOTH, LeastLoaded(BOTH)))
+    request = msgspec.structs.replace(a_request(), params=SamplingParams(max_tokens=4, prompt_logprobs=1))
+    _, ((first, sent),) = router.submit(request, 0.0)
+    assert isinstance(sent, AddRequest) and sent.params.prompt_logprobs == 1
+    router.receive(first, Tokens([TokenDelta("r", [7])], 1.0), 1.0)
+    ((_, again),) = [item for item in router.restarting(first, 2.0)[1] if isinstance(item[1], AddRequest)]
+    assert isinstance(again, AddRequest) and again.params.prompt_logprobs is None
 
 
 def test_a_request_that_waits_for_an_engine_is_cancelled_at_once() -> None:
