@@ -1,4 +1,4 @@
-# make serve | test | setup | demo | check | sanitize | bench | docs | clean     (README.md tells the first ten minutes)
+# make serve | test | setup | demo | pd-demo | check | sanitize | bench | docs | clean     (README.md tells the first ten minutes)
 #   PORT=8001          where `make serve` listens       MODEL=DIR   what it serves
 #   TORCH_INDEX=URL    a package index for torch        PYTHON=...  which Python .venv is made with
 #   CXX=...            the compiler of the kernels      PYTEST=...  for pytest: make test PYTEST="tests/core -x"
@@ -9,7 +9,7 @@ MODEL ?= penstock-tiny
 PYTEST ?=
 RUN := .venv/bin
 
-.PHONY: help setup serve test check sanitize demo bench docs clean
+.PHONY: help setup serve test check sanitize demo pd-demo bench docs clean
 
 help:
 	@head -4 Makefile | cut -c3-
@@ -34,6 +34,9 @@ sanitize: setup
 
 demo: setup
 	@$(RUN)/penstock demo
+
+pd-demo: setup
+	@$(RUN)/python scripts/pd_demo.py
 
 bench: setup
 	$(RUN)/penstock bench startup

@@ -127,8 +127,11 @@ def get(server: ServerProcess, path: str) -> str:
 
 def counters(server: ServerProcess) -> dict[str, int]:
     """Hand-offs by outcome."""
-    found = re.findall(r'^vllm:pd_handoffs_total\{.*outcome="(\w+)".*\} ([0-9.e+]+)$', get(server, "/metrics"), re.M)
-    return {name: int(float(value)) for name, value in found}
+    wanted = r'^penstock:handoff_prompts_total\{.*outcome="(\w+)".*\} ([0-9.e+]+)$'
+    found: Counter[str] = Counter()
+    for name, value in re.findall(wanted, get(server, "/metrics"), re.M):
+        found[name] += int(float(value))
+    return found
 
 
 def leftovers(server: ServerProcess, names: set[str]) -> str | None:
@@ -137,12 +140,14 @@ def leftovers(server: ServerProcess, names: set[str]) -> str | None:
     if gone:
         return f"{', '.join(sorted(gone))} did not come back"
     snapshot = json.loads(get(server, "/live/snapshot"))
-    totals, kv = snapshot["totals"], snapshot["engines"][0]["kv"]
-    held = {name: kv[name] for name in ("used", "shared", "filling") if kv[name]}
+    totals, pools = snapshot["totals"], [each["kv"] for each in snapshot["engines"] if each["kv"]]
+    states = ("used", "shared", "filling")
+    held = {name: sum(kv[name] for kv in pools) for name in states if any(kv[name] for kv in pools)}
     busy = {name: totals[name] for name in ("num_requests_running", "num_requests_waiting") if totals[name]}
     if held or busy:
         return f"{held | busy} left"
-    return None if kv["free"] + kv["cached"] == kv["num_blocks"] else f"blocks are missing: {kv}"
+    lost = [kv for kv in pools if kv["free"] + kv["cached"] != kv["num_blocks"]]
+    return f"blocks are missing: {lost}" if lost else None
 
 
 def recover(server: ServerProcess, names: set[str], killed: Sequence[int]) -> tuple[float, str | None]:
@@ -272,7 +277,8 @@ def pd_faults(
     """Make the runs; the report. `tell` hears of each."""
     arguments = [
         MODEL, "--pd", pd, "--kv-link", link, "--kv-lease-s", str(lease_s), "--max-num-batched-tokens", "128",
-        "--pd-min-tokens", "64", "--generation-config", "vllm", "--disable-log-stats", "--engine-restarts", "1000", *KV,
+        "--pd-min-tokens", "64", "--pd-max-short-output", "0", "--generation-config", "vllm", "--disable-log-stats",
+        "--engine-restarts", "1000", *KV,
     ]  # fmt: skip
     runs: list[dict[str, Any]] = []
     wrong: list[str] = []

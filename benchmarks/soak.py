@@ -39,9 +39,9 @@ import numpy as np
 
 from penstock.bench.datasets import BenchRequest, Vocabulary
 from penstock.bench.flags import find_tokenizer, machine, write_json
-from penstock.bench.http_stream import BrokenAnswer, HttpServer, run_in_loop
 from penstock.bench.openai_stream import StreamReader, body_of
 from penstock.bench.server_process import ServerProcess, running_server
+from penstock.server.http_client import BrokenAnswer, HttpServer, run_in_loop
 
 MODEL = "penstock-tiny"
 SHARED_PREFIX_LEN = 64  # of a third of the prompts, so that blocks are shared and hit

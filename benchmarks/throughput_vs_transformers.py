@@ -38,10 +38,10 @@ import numpy as np
 
 from penstock.bench.datasets import BenchRequest
 from penstock.bench.flags import machine, write_json
-from penstock.bench.http_stream import HttpServer, run_in_loop
 from penstock.bench.load import Run, Shot, run_load
 from penstock.bench.openai_stream import body_of
 from penstock.bench.server_process import running_server
+from penstock.server.http_client import HttpServer, run_in_loop
 
 MODEL = Path(__file__).resolve().parent.parent / "src" / "penstock" / "assets" / "penstock-tiny"
 RESULT = Path(__file__).resolve().parent / "results" / "throughput_vs_transformers.json"

@@ -33,9 +33,9 @@ FLOORS = {
 SAME_ROOM = {"commands": "cli"}
 TORCH_FREE = {"config", "registry", "core", "engine", "transfer", "server", "cli"}
 CORE_MAY_IMPORT = {"numpy", "penstock"} | set(sys.stdlib_module_names)
-# Files that import by name: the package's lazy attributes and the command tables, checked by tests/test_cli.py, and how
-# an engine's start begins: torch is imported there while other things go on.
-LAZY = re.compile(r"^(__init__|cli|commands/\w+|build/start)\.py$")
+# Files that import by name: the package's lazy attributes and the command tables, checked by tests/test_cli.py; how an
+# engine's start begins: torch is imported there while other things go on; and the client of an optional package.
+LAZY = re.compile(r"^(__init__|cli|commands/\w+|build/start|tiers/open)\.py$")
 EXTENSION = "penstock._native"
 MAX_LINES = 500
 BAD_WORDS = {"utils", "util", "helper", "helpers", "manager", "impl", "mixin"}

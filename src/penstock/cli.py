@@ -20,6 +20,7 @@ from penstock.config.values import ConfigError, suggestion
 # verb -> (module, function taking the remaining arguments and returning an exit code, help line)
 VERBS: dict[str, tuple[str, str, str]] = {
     "serve": ("penstock.commands.serve", "main", "start an OpenAI-compatible server on a model"),
+    "route": ("penstock.commands.route", "main", "spread requests over several servers, by what their caches hold"),
     "chat": ("penstock.commands.chat", "main", "talk to a running server in the terminal"),
     "generate": ("penstock.commands.generate", "main", "complete prompts offline, without a server"),
     "bench": ("penstock.commands.families", "bench", "measure: serve, throughput, latency, kernels, startup"),

@@ -22,7 +22,7 @@ from penstock.config.load import model_directory, resolve
 from penstock.core.plan import Logprobs
 from penstock.core.request import SamplingParams
 from penstock.engine.client import FrontEnd, LiveRequest, Output
-from penstock.engine.loop import turn
+from penstock.engine.loop import MOVING_WAIT_S, turn
 from penstock.engine.messages import RequestRecord, ResetPrefixCache
 from penstock.engine.tokenizer import load_tokenizer
 from penstock.engine.wire import local_pair
@@ -235,7 +235,9 @@ class LLM:
         return found
 
     def _turn(self) -> Iterable[Output]:
-        turn(self._built.engine, self._built.executor, self._engine_wire, time.monotonic)
+        is_busy = turn(self._built.engine, self._built.executor, self._engine_wire, time.monotonic)
+        if not is_busy and self._built.engine.has_moves:
+            time.sleep(MOVING_WAIT_S)  # KV is on its way, by threads that need a processor
         now = time.monotonic()
         return [out for message in self._front_wire.receive() for out in self._front.handle(message, now)]
 

@@ -13,9 +13,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.bench.http_stream import BrokenAnswer, HttpServer
 from penstock.bench.load import Run, Shot, arrivals, fire, run_load
 from penstock.config.values import ConfigError
+from penstock.server.http_client import BrokenAnswer, HttpServer
 
 EVENT = b'data: {"choices":[{"text":"a","finish_reason":"stop"}]}\n\n'
 Handler = Callable[[bytes, asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]

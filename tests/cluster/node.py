@@ -83,6 +83,10 @@ class Node:
         arrived = self.cluster.network.wire(self.name, POOL).receive()
         return [message for source, message in arrived if source == self.source]
 
+    def is_lost(self, now: float) -> bool:
+        """A pool that is gone is noticed sometimes only: answers that never come are harder."""
+        return not self.cluster.pool.alive and self.cluster.seed % 2 == 0
+
     # ---- the loop ----
 
     def _ready(self) -> None:

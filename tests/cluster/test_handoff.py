@@ -64,6 +64,34 @@ def test_without_any_prefill_engine_the_prompt_is_computed_where_it_is_decoded()
     assert world.nodes["d0"].member.decode.num_local == 1
 
 
+@pytest.mark.parametrize("peers", [["p0"], ["p0", "p1"]])
+def test_a_peer_that_has_ended_is_not_waited_for(peers: list[str]) -> None:
+    """The front end says who is left: what the dead one was to send is asked for elsewhere long before the lease."""
+    world = World(Setting(tells_peers=True), seed=5)
+    ask = world.ask(range(200, 280), 6, "d0", peers)
+    late = world.ask(range(300, 380), 6, "d0", peers)
+    world.clock.run_until(0.02)
+    assert world.nodes["p0"].member.prefill.live
+    world.kill("p0")
+    world.clock.run_until(LEASE_S / 2)
+    assert ask.tokens and late.tokens
+    world.run()
+    world.check()
+
+
+def test_nothing_is_computed_for_a_decode_engine_that_has_ended() -> None:
+    world = World(Setting(num_decode=1, tells_peers=True), seed=6)
+    world.ask(range(200, 400), 6, "d0", ["p0"])
+    world.clock.run_until(0.02)
+    world.kill("d0")
+    world.clock.run_until(0.05)
+    prefill = world.nodes["p0"]
+    assert not prefill.member.prefill.live and not prefill.scheduler.requests
+    assert prefill.executor.num_tokens < 200
+    world.run()
+    world.check()
+
+
 def play(seed: int) -> tuple[World, Counter[str]]:
     """A cluster, its clients and its misfortunes, all from one seed."""
     draw = stream(seed, "play")
@@ -77,6 +105,7 @@ def play(seed: int) -> tuple[World, Counter[str]]:
         max_num_batched_tokens=draw.choice([16, 7, 64]),
         depth=draw.choice([1, 1, 2]),
         min_tokens=draw.choice([1, 6]),
+        tells_peers=draw.choice([False, True]),
         messages=LineFaults(
             delay_s=0.001,
             jitter_s=draw.choice([0.0, 0.02]),

@@ -1,109 +1,154 @@
-"""The router among engines that die: what it says again, and what it does not."""
+"""The router when engines die: requests go on elsewhere, or wait for one that is started again; no token twice."""
 
 from __future__ import annotations
 
-import msgspec
+from typing import Any
 
-from penstock.cluster.placement import PolicyPlacement
-from penstock.cluster.router import LeastLoaded, Router
-from penstock.core.kv_events import KVChange, KVEvents
-from penstock.core.kv_index import ASK_AGAIN_S
-from penstock.core.moves import DEVICE
-from penstock.core.request import FINISH_STOP, SamplingParams
+import msgspec
+from hypothesis import given
+from hypothesis import strategies as st
+from tests.fakes.placement import LeastLoaded
+
+from penstock.cluster.restarts import FIRST_S, LONGEST_S, WINDOW_S, Restarts
+from penstock.cluster.router import Router
+from penstock.core.request import SamplingParams
 from penstock.engine.messages import (
     AddRequest,
-    CacheEvents,
     CancelRequest,
+    Drain,
+    Explain,
     Failed,
+    Fatal,
+    Peer,
+    Peers,
+    Progress,
     Ready,
+    Report,
+    Stopped,
     TokenDelta,
     Tokens,
-    WantSnapshot,
+    Watch,
 )
 
-BOTH = {"e0": "both", "e1": "both"}
-READY = Ready("m", 200, 4, 60, 6, "cpu", [], [], None, "m", "f", 64)
+ROLES = {"prefill-0": "prefill", "decode-0": "decode"}
 
 
-def a_request(request_id: str = "r") -> AddRequest:
-    return AddRequest(request_id, list(range(9)), SamplingParams(max_tokens=4), 1, 0.0)
+def ready(name: str) -> Ready:
+    peer = Peer(name, ROLES[name], f"ipc://{name}", f"shm://{name}")
+    return Ready("m", 2048, 32, 100, 16, "cpu", [], [], peer)
 
 
-def started(router: Router) -> Router:
-    for name in router.engines:
-        router.receive(name, READY, 0.0)
+def running(roles: dict[str, str] = ROLES) -> Router:
+    router = Router(roles, LeastLoaded(roles))
+    told: list[Any] = []
+    for name in roles:
+        told += router.receive(name, ready(name), 0.0)[0]
+    assert [type(message) for message in told] == [Ready]
     return router
 
 
-def test_a_cancelled_request_is_not_begun_again_when_its_engine_dies() -> None:
-    router = started(Router(BOTH, LeastLoaded(BOTH)))
-    _, ((engine, _),) = router.submit(a_request(), 0.0)
-    cancel = CancelRequest("r", FINISH_STOP, "full stop")
-    assert router.submit(cancel, 1.0) == ([], [(engine, cancel)])
-    told, post = router.restarting(engine, 2.0)
-    assert [message for message in told if isinstance(message, Tokens)] == [
-        Tokens([TokenDelta("r", [], FINISH_STOP, "full stop")], 2.0)
-    ]
-    assert not [message for _, message in post if isinstance(message, AddRequest)]
-    assert not router.num_replayed and not router._live
+def add(request_id: str = "r", num_tokens: int = 500) -> AddRequest:
+    return AddRequest(request_id, list(range(num_tokens)), SamplingParams(max_tokens=10), 7, 0.0)
 
 
-def test_an_engine_that_no_longer_has_a_request_says_nothing_about_it() -> None:
-    router = started(Router(BOTH, LeastLoaded(BOTH)))
-    _, ((first, _),) = router.submit(a_request(), 0.0)
-    answer = Tokens([TokenDelta("r", [7])], 1.0)
-    assert router.receive(first, answer, 1.0) == ([answer], [])
-    _, post = router.restarting(first, 2.0)
-    (second,) = [name for name, message in post if isinstance(message, AddRequest)]
-    assert second != first
-    router.receive(first, READY, 3.0)
-    assert router.receive(first, Tokens([TokenDelta("r", [8])], 3.0), 3.0) == ([], [])
-    assert router.receive(first, Failed("r", 500, "late"), 3.0) == ([], [])
-    ((_, again),) = [item for item in router.restarting(second, 4.0)[1] if isinstance(item[1], AddRequest)]
-    assert isinstance(again, AddRequest)
-    assert (again.token_ids[9:], again.num_generated) == ([7], 1)
+def tokens(*token_ids: int) -> Tokens:
+    return Tokens([TokenDelta("r", list(token_ids))], 1.0)
 
 
-def test_prompt_logprobs_come_once() -> None:
-    router = started(Router(BOTH, LeastLoaded(BOTH)))
-    request = msgspec.structs.replace(a_request(), params=SamplingParams(max_tokens=4, prompt_logprobs=1))
-    _, ((first, sent),) = router.submit(request, 0.0)
-    assert isinstance(sent, AddRequest) and sent.params.prompt_logprobs == 1
-    router.receive(first, Tokens([TokenDelta("r", [7])], 1.0), 1.0)
-    ((_, again),) = [item for item in router.restarting(first, 2.0)[1] if isinstance(item[1], AddRequest)]
-    assert isinstance(again, AddRequest) and again.params.prompt_logprobs is None
+def test_a_request_waits_for_the_only_engine_that_decodes() -> None:
+    router = running()
+    [(engine, sent)] = router.submit(add(), 0.0)[1]
+    assert engine == "decode-0" and sent.prefill_at == ("prefill-0",)
+    router.receive("decode-0", tokens(1, 2), 1.0)
+    told, post = router.restarting("decode-0", 2.0)
+    assert [type(message) for message in told] == [Report]
+    assert [(name, len(m.peers)) for name, m in post if isinstance(m, Peers)] == [("prefill-0", 1)]
+    assert router.submit(add("s"), 2.0) == ([], [])  # nobody is there to refuse it either
+    assert router.receive("decode-0", Progress("loading", 0, 0), 2.0) == ([], [])
+    told, post = router.receive("decode-0", ready("decode-0"), 3.0)
+    assert told == []
+    assert sorted(name for name, m in post if isinstance(m, Peers)) == ["decode-0", "prefill-0"]
+    again = {m.request_id: m for name, m in post if isinstance(m, AddRequest) and name == "decode-0"}
+    assert set(again) == {"r", "s"}
+    assert again["r"].token_ids == [*range(500), 1, 2] and again["r"].num_generated == 2
+    assert type(post[0][1]) is Peers  # before the requests that name them
 
 
-def test_a_request_that_waits_for_an_engine_is_cancelled_at_once() -> None:
-    router = started(Router({"e0": "both"}, LeastLoaded({"e0": "both"})))
-    router.restarting("e0", 1.0)
-    assert router.submit(a_request(), 2.0) == ([], [])
-    assert router.submit(CancelRequest("r"), 3.0) == ([Tokens([TokenDelta("r", [], "abort")], 3.0)], [])
-    _, post = router.receive("e0", READY, 4.0)
-    assert not [message for _, message in post if isinstance(message, AddRequest)]
+def test_a_request_that_waits_can_be_cancelled_and_asked_about() -> None:
+    router = running()
+    router.submit(add(), 0.0)
+    router.restarting("decode-0", 1.0)
+    [failed] = router.submit(Explain("r"), 1.0)[0]
+    assert isinstance(failed, Failed) and failed.code == 404
+    [ended] = router.submit(CancelRequest("r"), 1.0)[0]
+    assert isinstance(ended, Tokens) and ended.deltas[0].finish_reason == "abort"
+    _, post = router.receive("decode-0", ready("decode-0"), 2.0)
+    assert not any(isinstance(message, AddRequest) for _, message in post)
 
 
-def test_a_snapshot_that_does_not_come_is_asked_for_again() -> None:
-    router = started(Router(BOTH, PolicyPlacement(BOTH, "least_time", "request_count")))
-    changes = (KVChange(True, DEVICE, (bytes(range(16)),)),)
-    asked = [("e0", WantSnapshot())]
-    assert router.receive("e0", CacheEvents(KVEvents("e0", 1, 5, changes)), 1.0) == ([], asked)
-    assert router.tick(1.1) == []
-    assert router.tick(1.0 + ASK_AGAIN_S) == asked
-    router.restarting("e0", 3.0)
-    assert router.tick(10.0) == [], "nobody is asked who is not there"
+def test_an_engine_that_does_not_come_back_takes_what_waits_for_it() -> None:
+    router = running()
+    router.submit(add(), 0.0)
+    router.restarting("decode-0", 1.0)
+    [fatal] = router.lost("decode-0", "why", 2.0)[0]
+    assert isinstance(fatal, Fatal) and fatal.message == "engine decode-0: why"
 
 
-def test_what_dead_engines_held_is_forgotten_in_time() -> None:
-    placement = PolicyPlacement(BOTH, "least_time", "request_count")
-    router = started(Router(BOTH, placement))
-    changes = (KVChange(True, DEVICE, tuple(bytes([n + 1] * 16) for n in range(20))),)
-    for life in range(5):
-        router.receive("e0", CacheEvents(KVEvents("e0", life, 0, changes)), float(life))
-        router.restarting("e0", life + 0.5)
-        for _ in range(100):
-            router.tick(life + 0.6)
-        router.receive("e0", READY, life + 0.7)
-    assert placement._prompts is not None
-    assert placement._prompts.index.num_blocks == 0
-    assert placement._prompts.index._num_slots < 6, "slots are used again"
+def test_what_goes_to_all_goes_to_an_engine_that_starts_only_if_it_must() -> None:
+    router = running()
+    router.restarting("decode-0", 1.0)
+    assert [name for name, _ in router.submit(Watch(2.0, 1.0), 1.0)[1]] == ["prefill-0"]
+    assert [name for name, _ in router.submit(Drain(2.0), 1.0)[1]] == ["decode-0"]
+
+
+def test_prefill_engines_are_drained_when_nobody_needs_them_any_more() -> None:
+    roles = ROLES | {"decode-1": "decode"}
+    router = Router(roles, LeastLoaded(roles))
+    for name in roles:
+        router.receive(name, msgspec.structs.replace(ready("decode-0"), peer=None), 0.0)
+    drain = Drain(9.0)
+    assert router.submit(drain, 1.0) == ([], [("decode-0", drain), ("decode-1", drain)])
+    assert router.receive("decode-1", Stopped(), 2.0) == ([], [])
+    assert router.receive("decode-0", Stopped(), 3.0) == ([], [("prefill-0", drain)])
+    assert router.receive("prefill-0", Stopped(), 4.0) == ([Stopped()], [])
+
+
+def test_an_engine_that_has_stopped_gets_nothing_of_one_that_dies() -> None:
+    roles = ROLES | {"decode-1": "decode"}
+    router = Router(roles, LeastLoaded(roles))
+    for name in roles:
+        router.receive(name, msgspec.structs.replace(ready("decode-0"), peer=None), 0.0)
+    [(engine, _)] = router.submit(add(), 0.0)[1]
+    [other] = {"decode-0", "decode-1"} - {engine}
+    router.submit(Drain(9.0), 1.0)
+    router.receive(other, Stopped(), 1.0)
+    [_, failed], post = router.lost(engine, "why", 2.0)
+    assert isinstance(failed, Failed) and failed.code == 503
+    assert [(name, type(m)) for name, m in post if not isinstance(m, Peers)] == [("prefill-0", Drain)]
+
+
+def test_while_one_decodes_nothing_waits() -> None:
+    roles = ROLES | {"decode-1": "decode"}
+    router = Router(roles, LeastLoaded(roles))
+    for name in roles:
+        router.receive(name, msgspec.structs.replace(ready("decode-0"), peer=None), 0.0)
+    [(engine, _)] = router.submit(add(), 0.0)[1]
+    _, post = router.restarting(engine, 1.0)
+    [moved] = [(name, m) for name, m in post if isinstance(m, AddRequest)]
+    assert moved[0] != engine and moved[0].startswith("decode")
+    assert router.receive(engine, tokens(1), 1.0) == ([], [])  # of the one that has died
+    assert router.receive(moved[0], tokens(1), 1.0)[0] == [tokens(1)]
+
+
+@given(st.lists(st.floats(0, 200), max_size=30), st.integers(0, 10))
+def test_restarts_are_few_and_wait_longer_and_longer(gaps: list[float], limit: int) -> None:
+    """Never more than the limit within the window; after a quiet window all is as at first."""
+    restarts, now, allowed_s = Restarts(limit), 0.0, list[float]()
+    for gap in gaps:
+        now += gap
+        recent = [each for each in allowed_s if now - each < WINDOW_S]
+        wait_s = restarts.wait_s("a", now)
+        assert wait_s == (min(FIRST_S * 2 ** len(recent), LONGEST_S) if len(recent) < limit else None)
+        if wait_s is not None:
+            allowed_s.append(now)
+    assert restarts.wait_s("b", now) == (FIRST_S if limit else None)  # each has its own

@@ -21,7 +21,7 @@ from penstock.core.request import Request, SamplingParams
 from penstock.core.scheduler import Scheduler
 from penstock.core.steps import SchedulerLimits
 from penstock.engine.engine import Engine, EngineLimits
-from penstock.engine.messages import AddRequest, CancelRequest, Failed, Tokens
+from penstock.engine.messages import AddRequest, CancelRequest, Failed, Peer, Peers, Tokens
 from penstock.sim.clock import VirtualClock, stream
 from penstock.sim.mover import LinkFaults, PretendedLinks, SimMover
 from penstock.sim.wire import LineFaults, PretendedNetwork
@@ -44,6 +44,7 @@ class Setting:
     max_num_batched_tokens: int = 16
     depth: int = 1
     min_tokens: int = 6
+    tells_peers: bool = False  # the front end says who is left when one has died
     messages: LineFaults = field(default_factory=lambda: LineFaults(delay_s=0.001))
     links: LinkFaults = field(default_factory=LinkFaults)
 
@@ -226,6 +227,7 @@ class World:
         if not self.nodes[name].alive:
             return
         self.nodes[name].kill()
+        self._tell_peers()
         left = [n for n in self.decodes if self.nodes[n].alive]
         for ask in self.asks.values():
             if ask.decode_at == name and not ask.is_over:
@@ -241,6 +243,14 @@ class World:
         self._lives[name] += 1
         self.network.revive(name)
         self.nodes[name] = Node(self, name, self._lives[name])
+        self._tell_peers()
+
+    def _tell_peers(self) -> None:
+        if self.setting.tells_peers:
+            alive = [name for name in self.names if self.nodes[name].alive]
+            peers = Peers([Peer(name, "", "", f"link:{name}") for name in alive])
+            for name in alive:
+                self.network.wire(FRONT_END, name).send(peers)
 
     def _arrived(self, party: str, peer: str) -> None:
         if party != FRONT_END:

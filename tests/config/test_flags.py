@@ -76,7 +76,7 @@ def test_a_bare_flag_leaves_the_model_after_it_alone() -> None:
         (["--quantization", "awq"], "none, int8, w8a8, int4, w4a8"),
         (["--speculative-config", '{"method": "ngram"}'], "does not speculate"),
         (["--enable-lora"], "--enable-lora: not supported yet"),
-        (["--kv-transfer-config", "{}x"], "not supported yet"),
+        (["--kv-transfer-config", "{}x"], "--pd 1P1D starts prefill and decode engines"),
         (["--no-enable-chunked-prefill"], "always computed in chunks"),
     ],
 )

@@ -15,8 +15,9 @@ from penstock.core.decode_policies import DECODE_POLICIES, decode_policy
 from penstock.core.hot_prefixes import HotPrefixes
 from penstock.core.kv_events import KVChange, KVEvents
 from penstock.core.kv_index import KVIndex
+from penstock.core.prediction import predict
 from penstock.core.route_policies import PREFILL_POLICIES, TIE_S, TIE_SHARE, prefill_policy
-from penstock.core.routing import EngineReport, EngineViews, RouteRequest, predict
+from penstock.core.routing import EngineReport, EngineViews, RouteRequest
 
 SIZE = 16
 MOVES = {tier: MoveCost(0.0, 1e9) for tier in ("host", "disk", "remote", "peer")}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,15 +19,11 @@ from tests.shared.tiny_tokenizers import byte_level, save
 from penstock import LLM, SamplingParams
 
 CHUNK = 128  # tokens computed in one step: prompts take many
+# Whatever is longer than 64 tokens is handed over, short answers too; engines keep their roles.
 COMMON = (
-    "--max-num-batched-tokens",
-    str(CHUNK),
-    "--pd-min-tokens",
-    "64",
-    "--disable-log-stats",
-    "--generation-config",
-    "vllm",
-)
+    "--max-num-batched-tokens", str(CHUNK), "--pd-min-tokens", "64", "--pd-max-short-output", "0", "--no-pd-scaling",
+    "--disable-log-stats", "--generation-config", "vllm",
+)  # fmt: skip
 KV_BYTES = "32M"
 
 
@@ -159,11 +156,12 @@ def ask(server: RealServer, request: Asked) -> list[Answer]:
 
 
 def handoffs(server: RealServer) -> dict[str, int]:
-    """How many prompts were handed over, tries failed, prompts were computed where they are decoded."""
-    found = {}
+    """How many prompts were received by engines that decode, tries failed, prompts were computed where they are decoded
+    (local), and prompts were sent: over all engines."""
+    found: Counter[str] = Counter()
     for line in server.http.get("/metrics").text.splitlines():
-        if line.startswith("vllm:pd_handoffs_total"):
-            found[line.split('outcome="')[1].split('"')[0]] = int(float(line.rsplit(" ", 1)[1]))
+        if line.startswith("penstock:handoff_prompts_total"):
+            found[line.split('outcome="')[1].split('"')[0]] += int(float(line.rsplit(" ", 1)[1]))
     return found
 
 

@@ -82,13 +82,14 @@ class RealServer:
         model: str = MODEL,
         api_key: str = "none",
         program: tuple[str, ...] = ("-m", "penstock.cli"),
+        verb: str = "serve",
     ) -> None:
         self.port = free_port()
         self.url = f"http://127.0.0.1:{self.port}"
         self.api_key = api_key
         self._out = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed in __exit__
         self._err = tempfile.TemporaryFile("w+")  # noqa: SIM115
-        command = [sys.executable, *program, "serve", model, "--port", str(self.port), *arguments]
+        command = [sys.executable, *program, verb, *([model] if model else []), "--port", str(self.port), *arguments]
         self.process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=self._out, stderr=self._err, env=clean_environment(),
             start_new_session=True,
@@ -184,9 +185,9 @@ class RealServer:
         return dict(self.http.get("/live/snapshot").raise_for_status().json())
 
     def held_blocks(self) -> int:
-        """Blocks that requests hold."""
-        kv = self.snapshot()["engines"][0]["kv"]
-        return int(kv["used"] + kv["shared"] + kv["filling"])
+        """Blocks that requests hold, in all engines."""
+        held = [each["kv"] for each in self.snapshot()["engines"] if each["kv"]]
+        return sum(int(kv["used"] + kv["shared"] + kv["filling"]) for kv in held)
 
     def is_idle(self) -> bool:
         """No request runs or waits, and none holds a block."""

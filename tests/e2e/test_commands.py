@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
-from tests.e2e.serving import MODEL, RealServer, penstock_command
+from tests.e2e.serving import MODEL, RealServer, clean_environment, penstock_command
 
 from penstock import __version__
 
@@ -20,6 +23,16 @@ def test_demo_is_a_whole_round_trip() -> None:
     assert len(facts) == 2 and all(int(answered) > 0 for _, _, answered in facts)
     assert int(facts[0][1]) == 0 and 32 <= int(facts[1][1]) < int(facts[1][0])  # the next turn comes from the cache
     assert "stopped." in done.stdout
+
+
+def test_the_demo_of_prefill_and_decode_apart() -> None:
+    script = Path(__file__).parents[2] / "scripts" / "pd_demo.py"
+    done = subprocess.run(
+        [sys.executable, script], capture_output=True, text=True, timeout=240, env=clean_environment(), check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"handed over: [1-9]\d* prompts, [\d.]+ MB of KV, from prefill-0 to decode-0", done.stdout)
+    assert "one engine that does both says the same" in done.stdout
 
 
 def test_chat_from_a_pipe_is_a_conversation(server: RealServer) -> None:

@@ -89,12 +89,12 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_prompts_in_many_chunks(pair: Pair) -> None:
-    before = handoffs(pair.server).get("handed_over", 0)
+    before = handoffs(pair.server)["received"]
     lengths = (65, 128, 129, 352, 640, 1500)
     for seed, num_tokens in enumerate(lengths):
         pair.check(asked(num_tokens, seed))
     pair.check(asked(20, 50))  # too short for a hand-off
-    until(lambda: handoffs(pair.server)["handed_over"] == before + len(lengths), what="counting all hand-offs")
+    until(lambda: handoffs(pair.server)["received"] == before + len(lengths), what="counting all hand-offs")
 
 
 def test_everything_that_may_be_asked(pair: Pair) -> None:

@@ -13,7 +13,16 @@ from penstock.core.request import SamplingParams
 from penstock.core.scheduler import Scheduler
 from penstock.core.steps import SchedulerLimits
 from penstock.engine.engine import Engine, EngineLimits
-from penstock.engine.messages import AddRequest, CancelRequest, KVReport, Report, Watch
+from penstock.engine.messages import (
+    AddRequest,
+    CancelRequest,
+    HandOffs,
+    KVReport,
+    LinkReport,
+    Report,
+    TierReport,
+    Watch,
+)
 from penstock.engine.report import MAX_CELLS, MIN_INTERVAL_S
 
 BLOCK = 4
@@ -121,3 +130,22 @@ def test_a_watcher_gets_records_until_its_time_is_over() -> None:
             break
     assert with_records
     assert max(with_records) <= 2.0 + 1e-9
+
+
+def test_what_an_engine_has_beside_its_scheduler_says_so_itself() -> None:
+    engine = make_engine(64, 1)
+    moving = [HandOffs(num_sent=1, num_sending=1)]
+    engine.reporter.name, engine.reporter.role = "p0", "prefill"
+    engine.reporter.handoffs = lambda: moving[0]
+    engine.reporter.links = lambda: [LinkReport("d0", "shm", 7)]
+    engine.reporter.tiers = lambda: [TierReport("host", 9, 3)]
+    first = engine.reporter.due(0.0)
+    assert first is not None
+    assert (first.name, first.role, first.links[0].num_bytes, first.tiers[0].used_blocks) == ("p0", "prefill", 7, 3)
+    assert engine.reporter.due(0.1) is None, "too early"
+    again = engine.reporter.due(0.5)
+    assert again is not None and again.handoffs == moving[0], "while something is in flight, reports go on"
+    moving[0] = HandOffs(num_sent=1)
+    last = engine.reporter.due(1.0)
+    assert last is not None and last.handoffs is not None and last.handoffs.num_sending == 0
+    assert engine.reporter.due(2.0) is None, "then an idle engine is silent"

@@ -7,10 +7,12 @@ from itertools import pairwise
 import pytest
 from tests.fakes.executor import EOS_IDS, VOCAB_SIZE, FakeExecutor, HashModel, fake_layout
 
+from penstock.core.moves import KVMove, MoveResult, Place
 from penstock.core.policy import FcfsPolicy
-from penstock.core.request import SamplingParams
+from penstock.core.request import Request, SamplingParams
 from penstock.core.scheduler import Scheduler
 from penstock.core.steps import SchedulerLimits
+from penstock.core.traffic import Offer
 from penstock.engine.engine import Engine, EngineLimits
 from penstock.engine.messages import AddRequest, CancelRequest, FromEngine, RequestRecord, Tokens
 from penstock.engine.timeline import MAX_SPANS
@@ -141,3 +143,75 @@ def test_prompt_logprobs_are_why_a_cached_prompt_is_computed() -> None:
     assert miss is not None
     assert (miss.reason, miss.at_token) == ("disabled", 0)
     assert "log prob" in miss.detail
+
+
+# ---- where the prompt's KV came from ----
+
+
+def test_each_prompt_token_has_one_source() -> None:
+    """Cache, then computing; a block computed again after a preemption counts once."""
+    world = Clocked(64)
+    world.add("a", list(range(20)), 3)
+    world.run()
+    world.add("b", [*range(12), 90, 91, 92], 3)
+    world.run()
+    assert world.records["a"].sources == [("compute", 20)]
+    assert world.records["b"].sources == [("device", 12), ("compute", 3)]
+    assert dict(world.engine.timeline.by_source) == {"device": 12, "compute": 23}
+
+
+def test_what_is_computed_again_after_a_preemption_counts_once() -> None:
+    world = Clocked(7)
+    for _ in range(1000):
+        world.scheduler.peak.finished(1)
+    world.add("a", [1] * 5, 14)
+    world.add("b", [2] * 5, 14)
+    world.run()
+    assert any(record.num_preemptions for record in world.records.values())
+    assert world.engine.timeline.by_source["compute"] == 10
+
+
+class OneLoad:
+    """A source that offers the first 16 tokens of every prompt from host memory, and the mover that brings them.
+
+    `is_cache`: the scheduler lets steps begin behind them at once.
+    """
+
+    def __init__(self, world: Clocked, is_cache: bool, num_turns: int) -> None:
+        self.world, self.is_cache, self.num_turns = world, is_cache, num_turns
+        self.waiting: list[int] = []
+        world.scheduler.source = self
+        world.engine.mover = self
+        world.executor.load = lambda id_: True
+
+    def offer(self, request: Request, num_blocks: int, now: float) -> Offer | str | None:
+        return None if num_blocks else Offer(16, Place("host"), request.id, is_cache=self.is_cache)
+
+    def start(self, move: KVMove) -> None:
+        self.waiting += [move.id] * self.num_turns
+
+    def poll(self) -> list[MoveResult]:
+        ended = [self.waiting.pop()] if self.waiting else []
+        return [MoveResult(id_) for id_ in ended if id_ not in self.waiting]
+
+    def expect(self, move_id: int, num_units: int, checksum: int) -> None: ...
+
+    def cancel(self, move_id: int) -> None: ...
+
+
+@pytest.mark.parametrize("num_turns", [1, 3])
+@pytest.mark.parametrize("is_cache", [False, True])
+def test_a_load_is_a_span_and_a_source(is_cache: bool, num_turns: int) -> None:
+    world = Clocked(64, step_tokens=8)
+    OneLoad(world, is_cache, num_turns)
+    world.add("a", list(range(30)), 4)
+    world.engine.launch(0.0)
+    assert world.engine.timeline.record(world.scheduler.requests["a"]).state == "loading"
+    world.run()
+    record = world.records["a"]
+    assert check_spans(record) == ["queue", "load", "prefill", "prefill", "decode"]
+    load = record.spans[1]
+    assert (load.place, load.num_tokens) == ("host", 16)
+    assert sum(span.num_tokens for span in record.spans if span.kind == "prefill") == 14
+    assert record.sources == [("host", 16), ("compute", 14)]
+    assert dict(world.engine.timeline.by_source) == {"host": 16, "compute": 14}

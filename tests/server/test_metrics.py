@@ -104,7 +104,7 @@ def test_names_are_those_that_dashboards_ask_for(metrics: Metrics) -> None:
     gauges += ["kv_cache_usage_perc", "cache_config_info"]
     counters = ["prompt_tokens", "prompt_tokens_by_source", "prompt_tokens_cached", "generation_tokens"]
     counters += ["request_success", "num_preemptions", "prefix_cache_queries", "prefix_cache_hits"]
-    counters += ["admission_rejections", "prompt_tokens_cached_by_source", "pd_handoffs"]
+    counters += ["admission_rejections", "prompt_tokens_cached_by_source"]
     histograms = ["time_to_first_token_seconds", "inter_token_latency_seconds", "e2e_request_latency_seconds"]
     histograms += [f"request_{x}_time_seconds" for x in ("queue", "prefill", "decode", "inference")]
     histograms += ["request_time_per_output_token_seconds", "request_prompt_tokens", "request_generation_tokens"]

@@ -165,7 +165,6 @@ def test_the_depth_check_is_linear(piece: bytes) -> None:
         ({"structured_outputs": {"json": {}}}, "structured_outputs"),
         ({"guided_json": {}}, "guided_json"),
         ({"guided_choice": ["a"]}, "guided_choice"),
-        ({"kv_transfer_params": {}}, "kv_transfer_params"),
         ({"tool_choice": "required"}, "tool_choice"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice"),
         ({"modalities": ["audio"]}, "modalities"),

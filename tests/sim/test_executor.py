@@ -10,7 +10,8 @@ from penstock.config.model import KVGroup, KVLayout
 from penstock.core.cost import FittedCost, StepCoefficients
 from penstock.core.policy import FcfsPolicy
 from penstock.core.request import SamplingParams
-from penstock.core.scheduler import Scheduler, SchedulerLimits
+from penstock.core.scheduler import Scheduler
+from penstock.core.steps import SchedulerLimits
 from penstock.engine.engine import Engine, EngineLimits
 from penstock.engine.messages import AddRequest, Tokens
 from penstock.sim.clock import VirtualClock

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from penstock.bench.http_stream import BrokenAnswer, HttpServer
 from penstock.bench.openai_stream import Outcome, StreamReader
+from penstock.server.http_client import BrokenAnswer, HttpServer
 
 MAX_REFUSAL = 300  # characters of a refusal that are told
 

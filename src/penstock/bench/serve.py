@@ -25,13 +25,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from penstock.bench.dataset_flags import add_dataset, dataset
 from penstock.bench.datasets import BenchRequest, Vocabulary
 from penstock.bench.flags import find_tokenizer, parse
-from penstock.bench.http_stream import BrokenAnswer, HttpServer, run_in_loop
 from penstock.bench.load import Run, Shot, arrivals, fire, run_load
 from penstock.bench.metrics import DETAIL_KEYS, METRICS, block, figures, parse_goodput, result_json
 from penstock.bench.openai_stream import Outcome, body_of
 from penstock.config.flags import FlagParser
 from penstock.config.load import first_api_key
 from penstock.config.values import ConfigError
+from penstock.server.http_client import BrokenAnswer, HttpServer, run_in_loop
 
 BACKENDS = ("openai", "vllm", "openai-chat")
 ENDPOINTS = {"openai": "/v1/completions", "vllm": "/v1/completions", "openai-chat": "/v1/chat/completions"}

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from penstock.build.launch import EngineProcess, PoolProcess
 from penstock.build.start import import_server
-from penstock.cluster.seat import Seat, make_roles
+from penstock.cluster.seat import Seat, chosen_link, make_roles
 from penstock.config.complete import Resolved, complete
 from penstock.config.hardware import Machine, probe
 from penstock.config.memory import MemoryPlanError
@@ -85,7 +85,6 @@ def make_seats(config: Config, roles: dict[str, str], directory: str) -> list[Se
     """One for each engine. Processors are dealt out while there is one for each."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
     each = len(cores) // len(roles)
-    link = "shm" if config.cluster.kv_link == "auto" else config.cluster.kv_link
     secret = config.cluster.cluster_secret or secrets.token_hex(32)
     return [
         Seat(
@@ -93,7 +92,7 @@ def make_seats(config: Config, roles: dict[str, str], directory: str) -> list[Se
             role=role,
             directory=directory,
             secret=secret,
-            link=link,
+            link=chosen_link(config.cluster.kv_link),
             link_mode=config.cluster.kv_link_mode,
             cores=tuple(cores[n * each : (n + 1) * each]),
             lease_s=config.cluster.kv_lease_s,

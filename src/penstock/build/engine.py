@@ -15,6 +15,7 @@ from penstock.build.tiers import Tiers, open_tiers
 from penstock.cluster.seat import Seat
 from penstock.config.complete import Resolved, can_pack
 from penstock.config.model import KVLayout
+from penstock.config.schema import Config
 from penstock.config.values import ConfigError
 from penstock.core.plan import StepPlan, StepResult
 from penstock.core.scheduler import Scheduler
@@ -165,7 +166,7 @@ def _build(
         attention = NativeAttention()
     tiers = None
     if config.cache.kv_offloading_size is not None:
-        tiers = open_tiers(config.cache, layout, store.byte_views(), None if seat is None else seat.directory)
+        tiers = open_tiers(config.cache, layout, store.byte_views(), (seat and seat.directory) or None)
     counter = None if seat is None else StepCounter()
     sampler = Sampler(max_num_seqs, shape.vocab_size)
     loads = None if tiers is None else tiers.mover
@@ -179,7 +180,7 @@ def _build(
         limits=SchedulerLimits(
             max_num_seqs, config.scheduler.max_num_batched_tokens, config.scheduler.max_queue_wait_s
         ),
-        policy=config.scheduler.scheduling_policy,
+        policy=_policy(config, seat),
         model_id=f"{shape.architecture}:{resolved.directory.resolve()}:{config.model.dtype}",
         prefix_caching=config.cache.enable_prefix_caching,
         feeds_back=executor.feeds_back,
@@ -212,9 +213,18 @@ def _build(
     return BuiltEngine(engine, executor, runner, ready, links, tiers)
 
 
+def _policy(config: Config, seat: Seat | None) -> str:
+    """The scheduling policy: on a prefill engine short prompts go first, unless somebody has chosen."""
+    chosen = config.scheduler.scheduling_policy
+    is_open = config.origins.get("scheduling_policy", ("default", ""))[0] == "default"
+    return "sjf_aged" if is_open and seat is not None and seat.role == "prefill" else chosen
+
+
 def _links(seat: Seat, layout: KVLayout, store: KVStore, counter: StepCounter) -> LinkMover:
     """What carries KV to and from other engines."""
-    address = f"shm://{seat.directory}/{seat.name}.link" if seat.link == "shm" else "tcp://127.0.0.1:0"
+    address = f"shm://{seat.directory}/{seat.name}.link"
+    if seat.link != "shm":
+        address = f"tcp://{seat.host or '127.0.0.1'}:0"
     identity = Identity(seat.name, layout.format, seat.secret.encode())
     memory = KVMemory(layout, store.byte_views())
     return LinkMover(memory, counter, identity, [address], mode=seat.link_mode)

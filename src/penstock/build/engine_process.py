@@ -17,6 +17,7 @@ from queue import SimpleQueue
 
 from penstock.build.handover import decode
 from penstock.build.start import Stages, begin, import_builder, import_member, no_collections
+from penstock.config.kv_events import event_settings
 from penstock.engine.loop import run_engine
 from penstock.engine.messages import Fatal, Progress
 from penstock.engine.wire import ZmqWire, dial
@@ -40,10 +41,12 @@ def main(encoded: bytes, address: SimpleQueue[str], start_s: float) -> int:
                 resolved, lambda stage, done, total: wire.send(Progress(stage, done, total)), stages, arena, seat
             )
             del arena  # the weights keep it
-            run = partial(run_engine, built.engine, built.executor, wire, time.monotonic)
+            settings = event_settings(resolved.config.cluster.kv_events_config)
             if seat is not None:
-                run = import_member().member_loop(built, seat, wire)
+                run = import_member().member_loop(built, seat, wire, settings)
             else:
+                beside = None if settings is None else import_member().event_publisher(built, settings).turn
+                run = partial(run_engine, built.engine, built.executor, wire, time.monotonic, beside)
                 wire.send(built.ready)
         except Exception as error:
             return _tell(wire, error)

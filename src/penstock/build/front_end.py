@@ -8,6 +8,7 @@ from collections.abc import Callable
 from penstock.build.launch import EngineProcess
 from penstock.cluster.placement import PolicyPlacement
 from penstock.cluster.restarts import Restarts
+from penstock.cluster.roles import RoleKeeper
 from penstock.cluster.router import Router
 from penstock.config.complete import Resolved
 from penstock.config.load import model_directory
@@ -33,7 +34,9 @@ def run_cluster(
         max_total_on_p=ModeLimits().max_total_on_p if options.pd_max_short_output else 0,
         max_new_on_d=options.pd_min_tokens,
     )
-    router = Router(roles, PolicyPlacement(roles, options.route_policy, options.decode_policy, limits))
+    placement = PolicyPlacement(roles, options.route_policy, options.decode_policy, limits)
+    keeper = RoleKeeper(placement.cost) if options.pd is not None and options.pd_scaling else None
+    router = Router(roles, placement, keeper)
     backend = ManyEngines(router, launch, Restarts(options.engine_restarts))
     return int(run_server(resolved.config, backend, lambda: _served(resolved), on_ready=on_ready, sock=sock))
 

@@ -10,11 +10,34 @@ from collections.abc import Callable
 from penstock.build.cluster import serve_cluster
 from penstock.build.launch import EngineProcess
 from penstock.build.start import import_server
+from penstock.cluster.seat import Seat
+from penstock.config.cluster import check_cluster
 from penstock.config.complete import Resolved, complete
+from penstock.config.fingerprint import model_fingerprint
 from penstock.config.hardware import probe
 from penstock.config.schema import Config
 from penstock.engine.messages import Ready
 from penstock.server.port import listening_socket
+
+
+def seat_of(resolved: Resolved) -> Seat | None:
+    """The place of a server's only engine among those of other servers. Raises OSError."""
+    options, model = resolved.config.cluster, resolved.config.model
+    if options.kv_role is None:
+        return None
+    assert options.cluster_secret is not None
+    return Seat(
+        name="engine" if options.kv_role == "both" else options.kv_role,
+        role=options.kv_role,
+        directory="",
+        secret=options.cluster_secret,
+        link="tcp",
+        link_mode=options.kv_link_mode,
+        lease_s=options.kv_lease_s,
+        min_tokens=options.pd_min_tokens,
+        host=options.cluster_host,
+        model=model_fingerprint(resolved.directory, model.dtype, model.quantization, model.load_format, model.seed),
+    )
 
 
 def serve(
@@ -28,13 +51,14 @@ def serve(
 
     Raises ConfigError for what is wrong with the configuration, the model's shape, the memory or the port.
     """
+    check_cluster(config.cluster)
     if config.cluster.pd is not None or config.cluster.data_parallel_size > 1:
         return serve_cluster(config, on_ready=on_ready, on_resolved=on_resolved)
     resolved = complete(config, probe())
     with listening_socket(resolved.config.server) as sock:
         if on_resolved is not None:
             on_resolved(resolved)
-        engine = EngineProcess(resolved)
+        engine = EngineProcess(resolved, seat_of(resolved))
         try:
             return int(import_server().run(resolved, engine, sock, on_ready))
         finally:

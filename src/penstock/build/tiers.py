@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.cluster.pool import PoolWire
+from penstock.cluster.pool import STATUS_S, PoolWire
 from penstock.config.model import KVLayout
 from penstock.config.schema import CacheOptions
+from penstock.core.pool_status import pool_status
 from penstock.core.scheduler import Scheduler
 from penstock.core.tier_client import TierClient
 from penstock.core.tier_costs import PrefillRate
@@ -31,13 +32,20 @@ class LocalPool:
     def __init__(self, driver: PoolDriver) -> None:
         self.driver = driver
         self._answers: list[ToEngine] = []
+        self._told_s = float("-inf")
 
     def send(self, message: ToPool, now: float) -> None:
         self._answers += [answer for _, answer in self.driver.handle(ENGINE, message, now)]
 
     def receive(self, now: float) -> Sequence[ToEngine]:
         answers, self._answers = self._answers, []
+        if now - self._told_s > STATUS_S:
+            self._told_s = now
+            answers.append(pool_status(self.driver.pool))
         return answers + [answer for _, answer in self.driver.poll(now)]
+
+    def is_lost(self, now: float) -> bool:
+        return False
 
     def close(self) -> None:
         self.driver.close()

@@ -32,9 +32,11 @@ class MemberLoop:
         self._poller.register(front.socket, zmq.POLLIN)
         self._poller.register(peers.socket, zmq.POLLIN)
 
-    def run(self) -> None:
-        """Exceptions of the executor go to the caller: the engine cannot go on."""
+    def run(self, beside: Callable[[float], None] | None = None) -> None:
+        """Exceptions of the executor go to the caller: the engine cannot go on. `beside` is called once a round."""
         while not self.member.engine.stopped:
+            if beside is not None:
+                beside(self.now())
             if not self.turn():
                 self._poller.poll(MOVING_WAIT_MS if self.member.engine.has_moves else IDLE_WAIT_MS)
 

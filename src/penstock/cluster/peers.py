@@ -19,6 +19,7 @@ from penstock.cluster.messages import ToPeer
 log = logging.getLogger("penstock.peers")
 
 MAX_QUEUED = 4096  # messages for one peer that does not read: later ones are lost
+MAX_DIALLED = 256  # peers that are only known by their address; the one not spoken to for longest is let go
 
 
 class _Envelope(msgspec.Struct, array_like=True, frozen=True):
@@ -36,7 +37,8 @@ class PeerWire:
     """The inbox of the engine `name`, and the way to its peers. Not thread-safe.
 
     `place`: a directory that only this user can enter, for a socket file; or, with a `secret`, a host to listen on by
-    TCP, on any port. `address`: where peers find the inbox.
+    TCP, on any port. `address`: where peers find the inbox; it is the engine's name where none is given, and whoever
+    is named by an address can be spoken to without having been met.
     """
 
     def __init__(self, name: str, place: str, secret: str = "") -> None:
@@ -56,6 +58,7 @@ class PeerWire:
             self._inbox.curve_publickey, self._inbox.curve_secretkey = curve_keys(secret)
             self._inbox.bind(f"tcp://{place}:*")
         self.address = self._inbox.getsockopt_string(zmq.LAST_ENDPOINT)
+        self.name = name or self.address
 
     @property
     def socket(self) -> zmq.Socket[bytes]:
@@ -73,16 +76,20 @@ class PeerWire:
         """Never waits, never fails."""
         outbox = self._outboxes.get(peer)
         if outbox is None:
-            address = self._addresses.get(peer)
+            address = peer if peer.startswith("tcp://") and self._secret else self._addresses.get(peer)
             if address is None:
                 self.num_lost += 1
                 return
+            if len(self._outboxes) >= MAX_DIALLED:
+                self._outboxes.pop(next(iter(self._outboxes))).close(linger=0)
             outbox = self._outboxes[peer] = self._context.socket(zmq.PUSH)
             outbox.setsockopt(zmq.SNDHWM, MAX_QUEUED)
             if address.startswith("tcp://"):
                 public, private = curve_keys(self._secret)
                 outbox.curve_serverkey, outbox.curve_publickey, outbox.curve_secretkey = public, public, private
             outbox.connect(address)
+        else:
+            self._outboxes[peer] = self._outboxes.pop(peer)  # the newest is the last
         try:
             outbox.send(self._encoder.encode(_Envelope(self.name, message)), zmq.NOBLOCK)
         except zmq.Again:

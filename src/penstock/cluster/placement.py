@@ -7,7 +7,7 @@ engine does both there is only the first. What steps cost is fitted to steps tha
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -87,6 +87,10 @@ class PolicyPlacement:
             if side is not None and name in side.index.rows:
                 side.views.remove(name)
 
+    def assign(self, name: str, role: str) -> None:
+        """It has this role from when it joins next."""
+        self.roles[name] = role
+
     def told(self, name: str, report: Report, now: float) -> None:
         """Its own numbers."""
         side = self._find(name)
@@ -94,7 +98,11 @@ class PolicyPlacement:
             known = frozenset(id_ for id_, sent in self._sent.items() if sent.decode == name and sent.num_given)
             free = report.kv.free + report.kv.cached
             side.views.report(name, EngineReport(report.num_running, free, known), now)
-        for *shape, seconds in report.steps:
+        self.learned(report.steps, now)
+
+    def learned(self, steps: Sequence[tuple[int, int, int, int, float]], now: float) -> None:
+        """What steps took: tokens, rows, attended, context, seconds."""
+        for *shape, seconds in steps:
             self._samples.append((StepShape(*map(int, shape)), seconds))
         if len(self._samples) >= MIN_SAMPLES and now - self._fitted_s > REFIT_S:
             self._fitted_s = now
@@ -141,6 +149,17 @@ class PolicyPlacement:
         others = [name for name, _ in prompt.runner_ups if name != prompt.engine]
         peers = (prompt.engine, *others)[:MAX_PREFILLS]
         return Placed(answer.engine, peers, _forecast(prompt, mode.why, prompt.predicted_ms + 1e3 * TAIL_S))
+
+    def place_among(self, request: AddRequest, shunned: Set[str], now: float) -> Placed | None:
+        """`place`, with engines that are there and shall not get this request."""
+        closed = [(side.views, side.index.rows[n]) for n in shunned if (side := self._find(n)) is not None]
+        for views, row in closed:
+            views.alive[row] = False
+        try:
+            return self.place(request, now)
+        finally:
+            for views, row in closed:
+                views.alive[row] = True
 
     def first_token(self, request_id: str, num_cached: int, now: float) -> None:
         """Its prompt is done."""

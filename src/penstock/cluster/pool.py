@@ -6,6 +6,7 @@ Messages are those of `core/tiering.py`. The arena's memory is a file that engin
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,17 @@ import zmq
 from penstock.config.model import KVLayout
 from penstock.config.schema import CacheOptions
 from penstock.core import tiering
+from penstock.core.pool_status import pool_status
 from penstock.core.tiering import ToEngine, ToPool
 from penstock.tiers.arena import Arena
 from penstock.tiers.driver import PoolDriver
 from penstock.tiers.open import host_slots, open_pool
 
+log = logging.getLogger("penstock.pool")
+
 BUSY_WAIT_MS, IDLE_WAIT_MS = 1, 50
+STATUS_S = 1.0
+SILENCE_S = 10.0  # after which a pool is held to be gone
 HELLO_S = 60.0  # for the pool to open its stores and recover what the disk holds
 
 
@@ -46,7 +52,7 @@ class Welcome:
 _TYPES: dict[str, Any] = {
     each.__name__: each
     for each in (Hello, Welcome, tiering.Match, tiering.Fetch, tiering.Release, tiering.Reserve, tiering.Filled,
-                 tiering.Matched, tiering.Fetched, tiering.Reserved, tiering.Expired)
+                 tiering.Matched, tiering.Fetched, tiering.Reserved, tiering.Expired, tiering.PoolStatus)
 }  # fmt: skip
 _DECODERS = {name: msgspec.msgpack.Decoder(type_) for name, type_ in _TYPES.items()}
 _encode = msgspec.msgpack.Encoder().encode
@@ -72,6 +78,8 @@ class PoolServer:
         self._arena: Arena | None = None
         self._layout: KVLayout | None = None
         self._driver: PoolDriver | None = None
+        self._sources: set[bytes] = set()
+        self._told_s = float("-inf")
 
     def run(self, stop: Callable[[], bool]) -> None:
         while not stop():
@@ -87,8 +95,13 @@ class PoolServer:
                 source, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
-            message = decode(*frames)
+            try:
+                message = decode(*frames)
+            except (KeyError, TypeError, UnicodeDecodeError, msgspec.DecodeError) as error:
+                log.error("dropped a message that does not decode: %s", error)
+                continue
             if isinstance(message, Hello):
+                self._sources.add(source)
                 self._send(source, self._hello(message))
             elif self._driver is not None:
                 for to, answer in self._driver.handle(source.hex(), message, now):
@@ -96,6 +109,10 @@ class PoolServer:
         if self._driver is not None:
             for to, answer in self._driver.poll(now):
                 self._send(bytes.fromhex(to), answer)
+            if now - self._told_s > STATUS_S:
+                self._told_s, status = now, pool_status(self._driver.pool)
+                for source in self._sources:
+                    self._send(source, status)
 
     def _hello(self, message: Hello) -> Welcome:
         path = self.directory / "arena"
@@ -128,6 +145,7 @@ class PoolWire:
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.connect(f"ipc://{directory}/pool")
+        self._heard_s = float("inf")  # until the pool has spoken it is not missed
 
     def hello(self, layout: KVLayout) -> Welcome:
         """Join the pool. Raises OSError if it does not answer, ValueError if it refuses."""
@@ -140,13 +158,18 @@ class PoolWire:
         return welcome
 
     def send(self, message: ToPool, now: float) -> None:
-        with contextlib.suppress(zmq.Again):  # a pool that does not read: what it does not hear costs nothing but time
+        with contextlib.suppress(zmq.Again):  # a pool that does not read is lost soon
             self._socket.send_multipart(encode(message), zmq.NOBLOCK)
+
+    def is_lost(self, now: float) -> bool:
+        """Nothing was heard of it for long: it speaks every second."""
+        return now - self._heard_s > SILENCE_S
 
     def receive(self, now: float) -> Sequence[ToEngine]:
         received = []
         while self._socket.poll(0):
             received.append(decode(*self._socket.recv_multipart(zmq.NOBLOCK)))
+            self._heard_s = now
         return received
 
     def close(self) -> None:

@@ -6,7 +6,6 @@ an engine may die: what it was doing goes on elsewhere, and no token comes twice
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -14,6 +13,7 @@ import msgspec
 
 from penstock.cluster.decisions import NO_FORECAST, Decisions, Forecast
 from penstock.cluster.merge import merged_ready, merged_report, without_gauges
+from penstock.cluster.roles import PROBE, RoleKeeper
 from penstock.core.kv_events import KVEvents, KVSnapshot, SnapshotRequest
 from penstock.core.request import FINISH_ERROR
 from penstock.engine.messages import (
@@ -58,6 +58,10 @@ class Placement(Protocol):
 
     def left(self, name: str) -> None: ...
 
+    def assign(self, name: str, role: str) -> None:
+        """The engine has this role from when it joins next."""
+        ...
+
     def place(self, request: AddRequest, now: float) -> Placed | None:
         """None: there is no engine left for it."""
         ...
@@ -96,6 +100,7 @@ class Engine:
     role: str
     ready: Ready | None = None
     report: Report | None = None
+    is_draining: bool = False
     stopped: bool = False
 
 
@@ -105,12 +110,14 @@ Post = list[tuple[str, ToEngine]]
 class Router:
     """`submit` takes the front end's messages, `receive` the engines'. Both give what goes out on either side."""
 
-    def __init__(self, roles: dict[str, str], placement: Placement) -> None:
+    def __init__(self, roles: dict[str, str], placement: Placement, keeper: RoleKeeper | None = None) -> None:
         self.placement = placement
+        self.keeper = keeper
         self.engines = {name: Engine(name, role) for name, role in roles.items()}
         self.num_replayed = 0
         self.decisions = Decisions()
         self._live: dict[str, _Live] = {}
+        self._drain: Drain | None = None
         self.is_ready = False  # all engines have been there
         self._past: list[Report] = []  # the last words of engines that died: totals never go back
 
@@ -129,9 +136,22 @@ class Router:
             if isinstance(message, CancelRequest):
                 return ([self._cancelled(message, now)] if live is not None else []), []
             return [Failed(message.request_id, 404, "no such request")], []
+        if isinstance(message, Drain):
+            self._drain = message
+            return [], self._drain_next()
         # What is of no use to an engine that starts would only wait in its wire, which then counts as not being read.
-        ready = [engine.name for engine in self.engines.values() if engine.ready is not None]
-        return [], [(name, message) for name in (self.engines if isinstance(message, Drain) else ready)]
+        return [], [(engine.name, message) for engine in self.engines.values() if engine.ready is not None]
+
+    def _drain_next(self) -> Post:
+        """Those that decode are drained first: until the last has stopped they need the others."""
+        if self._drain is None:
+            return []
+        left = [engine for engine in self.engines.values() if not engine.stopped]
+        decoding = [engine for engine in left if engine.role != PREFILL]
+        told = [engine for engine in decoding or left if not engine.is_draining]
+        for engine in told:
+            engine.is_draining = True
+        return [(engine.name, self._drain) for engine in told]
 
     def _place(self, live: _Live, now: float) -> tuple[list[FromEngine], Post]:
         request, request_id = live.request, live.request.request_id
@@ -199,7 +219,8 @@ class Router:
             return [], [] if asked is None else [(asked.engine, WantSnapshot())]
         if isinstance(message, Stopped):
             engine.stopped = True
-            return ([Stopped()] if all(each.stopped for each in self.engines.values()) else []), []
+            self.placement.left(name)
+            return ([Stopped()] if all(each.stopped for each in self.engines.values()) else []), self._drain_next()
         if isinstance(message, Fatal):
             return self.lost(name, message.message, now)
         if isinstance(message, Progress) and self.is_ready:
@@ -225,6 +246,9 @@ class Router:
     def _tokens(self, name: str, message: Tokens, now: float) -> list[FromEngine]:
         deltas: list[TokenDelta] = []
         for delta in message.deltas:
+            if self.keeper is not None and delta.request_id.startswith(PROBE):
+                self.keeper.answered(delta.request_id)
+                continue
             live = self._live.get(delta.request_id)
             if live is None or live.engine != name:
                 continue
@@ -250,13 +274,32 @@ class Router:
         self.placement.ended(request_id, len(live.token_ids), now)
 
     def _merged(self, now: float, newest: Report | None = None) -> Report:
-        reports = [each.report for each in self.engines.values() if each.report is not None]
+        known = [(each.report, each.role) for each in self.engines.values() if each.report is not None]
+        reports = [msgspec.structs.replace(report, role=role) for report, role in known]  # an engine may not know it
         return merged_report(reports, now, newest, self._past)
 
+    # ---- roles ----
+
     def tick(self, now: float) -> Post:
-        """Some ten times a second: what engines are asked again."""
-        ready = [asked.engine for asked in self.placement.tick(now) if self.engines[asked.engine].ready is not None]
-        return [(name, WantSnapshot()) for name in ready]
+        """Some ten times a second: what nobody's message brings about."""
+        asked = [self.engines.get(ask.engine) for ask in self.placement.tick(now)]
+        post: Post = [(e.name, WantSnapshot()) for e in asked if e is not None and e.ready is not None]
+        if self.keeper is None or not self.is_ready:
+            return post
+        for moved in self.keeper.tick(self.engines, now):
+            engine = self.engines[moved.engine]
+            if moved.what == "leave":
+                self.placement.left(engine.name)
+            elif moved.probe is not None:
+                post.append((engine.name, moved.probe))
+            elif engine.ready is not None and engine.ready.peer is not None:
+                engine.role = moved.role
+                peer = msgspec.structs.replace(engine.ready.peer, role=moved.role)
+                engine.ready = msgspec.structs.replace(engine.ready, peer=peer)
+                self.placement.assign(engine.name, moved.role)
+                self.placement.joined(engine.name, engine.ready)
+                post += self._joined(now)[1]
+        return post
 
     # ---- engines that die ----
 
@@ -279,6 +322,8 @@ class Router:
         """Go on without an engine, as long as it takes."""
         name = engine.name
         self.placement.left(name)
+        if self.keeper is not None:
+            self.keeper.lost(name)
         if engine.report is not None:
             self._past.append(without_gauges(engine.report))
         out: list[FromEngine] = [self._merged(now)]
@@ -301,72 +346,4 @@ class Router:
             post += sent
         if all(each.stopped for each in self.engines.values()):
             out.append(Stopped())
-        return out, post
-
-
-class LeastLoaded:
-    """Requests go to the engine with the fewest tokens to do; every prompt may be computed by any prefill engine.
-
-    `roles`: of all engines by name. Prompts of up to `min_tokens` tokens are computed where they are decoded.
-    """
-
-    def __init__(self, roles: dict[str, str], min_tokens: int = 256) -> None:
-        self._roles = dict(roles)
-        self._min_tokens = min_tokens
-        self._alive: set[str] = set()
-        self._load = dict.fromkeys(roles, 0)
-        self._charged: dict[str, list[tuple[str, int]]] = {}  # request -> (engine, tokens) still to do
-
-    def joined(self, name: str, ready: Ready) -> None:
-        self._alive.add(name)
-
-    def left(self, name: str) -> None:
-        self._alive.discard(name)
-
-    def place(self, request: AddRequest, now: float) -> Placed | None:
-        decoding = self._least(name for name in self._alive if self._roles[name] != PREFILL)
-        if not decoding:
-            return None
-        loads = {name: float(self._load[name]) for name in self._alive}
-        engine, num_prompt = decoding[0], len(request.token_ids)
-        num_output = request.params.max_tokens or num_prompt
-        peers = self._least(n for n in self._alive if self._roles[n] != DECODE and n != engine)
-        if num_prompt < self._min_tokens:
-            peers = []
-        self._charge(request.request_id, [(engine, num_output), (peers[0] if peers else engine, num_prompt)])
-        terms = {name: loads[name] for name in (*peers[:1], engine)}
-        reason = "fewest tokens to do" if peers or num_prompt >= self._min_tokens else "a short prompt stays"
-        runner_ups = tuple((name, loads[name]) for name in decoding[1:3])
-        return Placed(engine, tuple(peers), Forecast(reason, None, terms, runner_ups))
-
-    def told(self, name: str, report: Report, now: float) -> None:
-        """Its own count is enough."""
-
-    def changed(self, events: KVEvents, now: float) -> SnapshotRequest | None:
-        """Caches do not count."""
-        return None
-
-    def restored(self, snapshot: KVSnapshot, now: float) -> SnapshotRequest | None:
-        return None
-
-    def first_token(self, request_id: str, num_cached: int, now: float) -> None:
-        """The prompt is done."""
-        charges = self._charged.get(request_id, [])
-        if len(charges) == 2:
-            name, num_tokens = charges.pop()
-            self._load[name] -= num_tokens
-
-    def ended(self, request_id: str, num_output: int, now: float) -> None:
-        for name, num_tokens in self._charged.pop(request_id, ()):
-            self._load[name] -= num_tokens
-
-    def tick(self, now: float) -> list[SnapshotRequest]:
-        return []
-
-    def _charge(self, request_id: str, charges: Sequence[tuple[str, int]]) -> None:
-        self._charged[request_id] = list(charges)
-        for name, num_tokens in charges:
-            self._load[name] += num_tokens
-
-    def _least(self, names: Iterable[str]) -> list[str]:
-        return sorted(names, key=lambda name: (self._load[name], name))
+        return out, post + self._drain_next()

@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from penstock.commands import doctor_pd
 from penstock.commands.arguments import parse_or_help
 from penstock.commands.packages import required, satisfies
 from penstock.config.complete import complete
@@ -45,7 +46,12 @@ class Finding:
 
 
 def main(arguments: list[str]) -> int:
-    parser = FlagParser(prog="penstock doctor", description="Check this machine and installation, a line each.")
+    if arguments[:1] == ["pd"]:
+        return doctor_pd.main(arguments[1:])
+    parser = FlagParser(
+        prog="penstock doctor",
+        description="Check this machine and installation, a line each. `penstock doctor pd` tries the KV links.",
+    )
     parser.add_argument("model", nargs="?", default=BUILT_IN_MODELS[0], help="model to check the files of")
     parser.add_argument("--port", type=int, default=8000, metavar="N", help="port to check [8000]")
     parsed = parse_or_help(parser, arguments)

@@ -45,6 +45,13 @@ class FlagParser(argparse.ArgumentParser):
                     bare = "" in entry.harmless
                     self.add_argument(flag, action=_Foreign, nargs=0 if bare else "?", const="", help=argparse.SUPPRESS)
 
+    def take(self, *names: str) -> None:
+        """Settings of other sections, by name."""
+        known = settings()
+        for name in names:
+            self.items[name] = known[name]
+            _add_setting(self, known[name])
+
     def parse(self, args: Sequence[str]) -> argparse.Namespace:
         """As `parse_args`, after making `--max_num_seqs` into `--max-num-seqs`. Raises ConfigError, HelpRequested."""
         found, rest = self.parse_known_args(self._normalise(args))

@@ -25,7 +25,7 @@ class ForeignFlag:
 _ONE = ("1",)
 _LATER = "not supported yet: this version runs one rank on one machine"
 _NO_SPEC = "not supported yet: this version does not speculate"
-_NO_PD = "not supported; --pd 1P1D starts prefill and decode engines on this machine"
+_NO_PD = "not supported; --pd 1P1D starts prefill and decode engines on this machine, --kv-role is for several servers"
 _NO_MOE = "not supported yet: this version has no expert models"
 _NO_LORA = "not supported yet: this version loads no adapters"
 _NO_MEDIA = "not supported yet: this version takes text only"
@@ -48,7 +48,7 @@ FOREIGN: tuple[ForeignFlag, ...] = (
     ForeignFlag(
         ("--speculative-num-steps", "--speculative-eagle-topk", "--speculative-num-draft-tokens"), ("0",), _NO_SPEC
     ),
-    ForeignFlag(("--kv-transfer-config", "--kv-events-config", "--ec-transfer-config"), ("null", "{}"), _NO_PD),
+    ForeignFlag(("--kv-transfer-config", "--ec-transfer-config"), ("null", "{}"), _NO_PD),
     ForeignFlag(("--disaggregation-mode",), ("null",), _NO_PD),
     ForeignFlag(("--disaggregation-transfer-backend", "--disaggregation-bootstrap-port"), (), _NO_PD),
     ForeignFlag(

@@ -232,7 +232,6 @@ class ClusterOptions:
         "auto",
         "how KV travels between engines; auto: shared memory on one machine",
         choices=("auto", "shm", "tcp"),
-        headline=True,
     )
     kv_link_mode: str = setting(
         "coalesced",
@@ -254,6 +253,9 @@ class ClusterOptions:
     pd_max_short_output: int = setting(
         16, "answers of up to so many tokens are made where their prompt was computed; 0: never", low=0, unit="tokens"
     )
+    pd_scaling: bool = setting(
+        True, "engines change between prefill and decode when one role lacks what the other can spare"
+    )
     route_policy: str = setting(
         "least_time",
         "which engine computes a prompt; least_time: by predicted time to the first token, caches counted",
@@ -261,7 +263,7 @@ class ClusterOptions:
             "least_time", "random", "round_robin", "least_loaded", "fewest_requests", "consistent_hash",
             "longest_match", "flexlb", "sglang", "dynamo", "preble", "mooncake",
         ),
-        headline=True,
+
     )  # fmt: skip
     decode_policy: str = setting(
         "remaining_slots",
@@ -270,6 +272,21 @@ class ClusterOptions:
     )
     cluster_secret: str | None = setting(
         None, "what engines must know to speak to each other; default: a random one", secret=True, metavar="SECRET"
+    )
+    kv_role: str | None = setting(
+        None,
+        "this server hands prompts over to other servers, or takes them, as a proxy says in kv_transfer_params",
+        choices=("prefill", "decode", "both"),
+        synonyms={"kv_producer": "prefill", "kv_consumer": "decode", "kv_both": "both"},
+    )
+    cluster_host: str = setting(
+        "127.0.0.1", "with --kv-role: the address of this machine at which other engines reach it", metavar="HOST"
+    )
+    kv_events_config: str | None = setting(
+        None,
+        "publish what the cache holds, for routers, in vLLM's form: "
+        '{"enable_kv_cache_events": true, "endpoint": "tcp://*:5557"}',
+        metavar="JSON",
     )
 
 

@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Protocol
 
 from penstock.core.cost import FloatArray, IntArray, StepShape
+from penstock.core.kv_index import KVIndex
 from penstock.core.moves import KVMove, MoveResult
 from penstock.core.plan import StepPlan, StepResult
 from penstock.core.request import Request
+from penstock.core.routing import Choice, EngineViews, RouteRequest
 from penstock.core.traffic import Offer
 
 
@@ -91,7 +93,12 @@ class Store(Protocol):
 
 
 class SchedulePolicy(Protocol):
-    """Who goes first, and who gives way. `order` sorts waiting requests; both must be pure."""
+    """Who goes first, and who gives way. `order` sorts waiting requests; both must be pure.
+
+    `ages`: the order of those that wait changes with time alone.
+    """
+
+    ages: bool
 
     def order(self, requests: Iterable[Request], now: float) -> list[Request]: ...
 
@@ -118,3 +125,11 @@ class CostModel(Protocol):
         ...
 
     def move_seconds(self, num_bytes: int, tier: str) -> float: ...
+
+
+class RoutePolicy(Protocol):
+    """Chooses an engine: for a prompt, or for a decode. Changes nothing but its own counters and generator."""
+
+    def pick(self, request: RouteRequest, engines: EngineViews, index: KVIndex, now: float) -> Choice | None:
+        """None: no engine can take it now."""
+        ...

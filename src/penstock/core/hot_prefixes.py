@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from penstock.core.doors import CostModel
-from penstock.core.routing import BoolArray, EngineViews, Prediction, Replicate, RouteRequest
+from penstock.core.prediction import Prediction
+from penstock.core.routing import BoolArray, EngineViews, Replicate, RouteRequest
 
 SHARE = 0.6  # of one engine's time
 WINDOW_S = 60.0  # demand is a mean over it; a copy that is no longer wanted is left to age out of its cache

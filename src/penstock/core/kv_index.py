@@ -53,12 +53,12 @@ class Match:
     """
 
     num_asked: int
-    blocks: NDArray[np.int32]
+    blocks: NDArray[np.int64]
 
     @property
-    def total(self) -> NDArray[np.int32]:
+    def total(self) -> NDArray[np.int64]:
         """[rows]"""
-        return np.asarray(self.blocks.sum(axis=0, dtype=np.int32))
+        return np.asarray(self.blocks.sum(axis=0, dtype=np.int64))
 
 
 class KVIndex:
@@ -338,22 +338,22 @@ class KVIndex:
 
     def match(self, hashes: Sequence[bytes]) -> Match:
         """How far each engine can go into a prompt whose block hashes, in order, are these."""
-        blocks = np.zeros((NUM_TIERS, self._num_slots), np.int32)
+        blocks = np.zeros((NUM_TIERS, self._num_slots), np.int64)
         if hashes:
             keys = keys_of(hashes)
             values = self._table.get(keys[:LOOK])
             if len(keys) > LOOK and values.all():  # most prompts part from what is held early
                 values = np.concatenate([values, self._table.get(keys[LOOK:])])
-            ends = np.append(np.flatnonzero(values[1:] != values[:-1]) + 1, len(values))
+            lasts = [*np.flatnonzero(values[1:] != values[:-1]).tolist(), len(values) - 1]  # of runs of equal holders
             alive, start = self._live & ~self._shared, 0
-            for value, end in zip(values[ends - 1].tolist(), ends.tolist(), strict=True):
-                alive = self._reach(value, end - start, alive, blocks) if value else 0
+            for last, value in zip(lasts, values[lasts].tolist(), strict=True):
+                alive = self._reach(value, last + 1 - start, alive, blocks) if value else 0
                 if not alive:
                     break
-                start = end
-        return Match(len(hashes), blocks[:, self._slot_of_row])
+                start = last + 1
+        return Match(len(hashes), blocks.take(self._slot_of_row, axis=1))
 
-    def _reach(self, value: int, num_blocks: int, alive: int, blocks: NDArray[np.int32]) -> int:
+    def _reach(self, value: int, num_blocks: int, alive: int, blocks: NDArray[np.int64]) -> int:
         """Count a run of blocks with equal holders for those who came so far; who comes further."""
         left, reached, tiers = alive, 0, self._codes.masks(value)
         for tier, mask in enumerate(tiers):
@@ -367,13 +367,13 @@ class KVIndex:
             reached = alive
         return reached
 
-    def _add(self, mask: int, num_blocks: int, counts: NDArray[np.int32]) -> None:
+    def _add(self, mask: int, num_blocks: int, counts: NDArray[np.int64]) -> None:
         if mask & (mask - 1) == 0:
             counts[mask.bit_length() - 1] += num_blocks
             return
         num_bytes = (self._num_slots + 7) // 8
         bits = np.unpackbits(np.frombuffer(mask.to_bytes(num_bytes, "little"), np.uint8), bitorder="little")
-        counts += bits[: self._num_slots] * np.int32(num_blocks)
+        counts += bits[: self._num_slots] * np.int64(num_blocks)
 
     def holders(self, hash_: bytes) -> dict[str, tuple[str, ...]]:
         """Who holds a block, in which tiers, promises not counted."""

@@ -123,6 +123,15 @@ class LowerTier:
         return self.failed_until_s is None
 
     @property
+    def state(self) -> str:
+        """For people."""
+        if self.failed_until_s is not None:
+            return "off: it fails"
+        if not self.worth.is_on:
+            return "off: it does not pay"
+        return "on" if self.unwritable_until_s is None else "read only: it takes nothing"
+
+    @property
     def is_on(self) -> bool:
         return self.failed_until_s is None and self.worth.is_on
 

@@ -11,6 +11,8 @@ from penstock.core.request import Request
 class FcfsPolicy:
     """First come, first served; the request with the least computed gives way, for it is the cheapest to redo."""
 
+    ages = False
+
     def order(self, requests: Iterable[Request], now: float) -> list[Request]:
         return sorted(requests, key=lambda r: (r.arrival_s, r.id))
 
@@ -20,6 +22,8 @@ class FcfsPolicy:
 
 class PriorityPolicy:
     """Lower `priority` first, then first come; the least urgent gives way, among equals the least computed."""
+
+    ages = False
 
     def order(self, requests: Iterable[Request], now: float) -> list[Request]:
         return sorted(requests, key=lambda r: (r.priority, r.arrival_s, r.id))
@@ -36,6 +40,8 @@ class SjfAgedPolicy:
     predicted work, or has waited for half of the TTFT SLO. Who has begun to answer keeps its place: first come first.
     Source: Tencent's Angel-HCF orders prompts by length; Sarathi-Serve's deadline lane.
     """
+
+    ages = True
 
     def __init__(
         self,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 import random
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -16,16 +16,8 @@ from penstock.core.cost import FloatArray
 from penstock.core.doors import CostModel
 from penstock.core.hot_prefixes import HotPrefixes
 from penstock.core.kv_index import KVIndex
-from penstock.core.routing import (
-    BoolArray,
-    Choice,
-    EngineViews,
-    Prediction,
-    Replicate,
-    RouteRequest,
-    load_seconds,
-    predict,
-)
+from penstock.core.prediction import Prediction, load_seconds, predict
+from penstock.core.routing import BoolArray, Choice, EngineViews, Replicate, RouteRequest
 
 TIE_SHARE, TIE_S = 0.10, 0.020  # scores within the larger of the two are equal
 HOT = 3.0  # times the mean
@@ -193,7 +185,7 @@ class FlexLBPolicy(Policy):
 
 def within(amounts: np.ndarray, allowed: BoolArray, times: float) -> BoolArray:
     """Rows with at most so many times the mean of those allowed."""
-    return np.asarray(amounts <= times * float(amounts[allowed].mean()))
+    return np.asarray(amounts <= times * float(amounts @ allowed) / int(np.count_nonzero(allowed)))
 
 
 @dataclass(slots=True)
@@ -280,15 +272,14 @@ def fetch_from_best(
     own = np.where(allowed, predicted.device_tokens, 0)
     src = int(own.argmax())
     best = int(own[src])
-    if not best:
-        return src, replace(predicted, load_s=np.full(len(own), np.inf))
-    num_blocks = (best - own) // engines.block_size
-    load_s = np.where(num_blocks > 0, load_seconds(num_blocks, engines.block_bytes, "peer", cost), np.inf)
-    prefill_s = cost.prefill_seconds(request.prompt_tokens - best, best) * engines.slowness
     hit = np.full(len(own), best)
-    return src, replace(
-        predicted, load_s=load_s, prefill_s=prefill_s, hit_tokens=hit, new_tokens=request.prompt_tokens - hit
-    )
+    if not best:
+        return src, Prediction(predicted.wait_s, np.full(len(own), np.inf), predicted.prefill_s, own, hit, hit)
+    num_blocks = (best - own) // engines.block_size
+    load_s = load_seconds(num_blocks, engines.block_bytes, "peer", cost)
+    load_s[num_blocks <= 0] = np.inf
+    prefill_s = cost.prefill_seconds(request.prompt_tokens - best, best) * engines.slowness
+    return src, Prediction(predicted.wait_s, load_s, prefill_s, own, hit, request.prompt_tokens - hit)
 
 
 def copy_of(request: RouteRequest, engines: EngineViews, src: int, dst: int, tokens: int) -> Replicate:

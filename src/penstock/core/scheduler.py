@@ -20,7 +20,7 @@ from penstock.core.preemption import victims_for
 from penstock.core.prefix import Hit
 from penstock.core.request import FINISH_ERROR, FINISH_LENGTH, FINISH_STOP, Request
 from penstock.core.steps import Counters, Given, Progress, SchedulerLimits, Submitted
-from penstock.core.traffic import Offer, Traffic
+from penstock.core.traffic import Flight, Offer, Traffic
 
 LOOK_AHEAD = 64  # waiting requests that are passed over before a plan gives up admitting
 MIN_CHUNK = 16  # a prompt is not started for fewer tokens (a quarter of a small step), unless it ends with them
@@ -124,20 +124,17 @@ class Scheduler:
         self._num_returns += 1
         if flight is None:
             return
-        request = flight.request
-        assert request is not None
+        assert flight.request is not None
         if result.error is None:
-            self.kv.receive(request, flight.end, self._fence())
-            num_received = flight.end - flight.start
-            self.counters.prompt_tokens_received += num_received
-            request.num_received += num_received
-            if flight.is_cache:
-                request.num_cached += num_received
-                self.counters.prompt_tokens_cached += num_received
-            self.trace("received", request, now)
+            self._received(flight.request, flight, now)
         else:
-            self._requeue(request)
-            self.trace("preempted", request, now)
+            self._requeue(flight.request)
+            self.trace("preempted", flight.request, now)
+
+    def _received(self, request: Request, flight: Flight, now: float) -> None:
+        self.kv.receive(request, flight.end, self._fence())
+        self.counters.received(request, flight.end - flight.start, flight.is_cache)
+        self.trace("received", request, now)
 
     def forget_cache(self) -> None:
         """Drop every cached block; blocks of live requests stay, unpublished."""
@@ -272,7 +269,7 @@ class Scheduler:
     def _admit(self, budget: int, submitted: Submitted, now: float) -> None:
         """Start waiting requests while budget, rows and predicted memory last."""
         rows = submitted.plan.rows
-        if not self._waiting_sorted:
+        if self.policy.ages or not self._waiting_sorted:
             self.waiting = self.policy.order(self.waiting, now)
             self._waiting_sorted = True
         if len(self.running) >= self.limits.max_num_seqs:
@@ -408,6 +405,8 @@ class Scheduler:
             if result.bad_loads and submitted.loads.get(i) in result.bad_loads:
                 self._take_back(request, row, submitted.loads[i])
                 continue
+            if request.arriving >= 0 and submitted.loads.get(i) == request.arriving:
+                self._received(request, self.traffic.land(request), now)  # the step has waited for all of it
             if result.failed and row.request_id in result.failed:
                 self._finish(request, FINISH_ERROR, now)
                 out.append(Progress(request, [], error=result.failed[row.request_id]))
@@ -429,7 +428,7 @@ class Scheduler:
                 out.append(Progress(request, tokens, logprobs and logprobs[: len(tokens)], prompt_logprobs))
             elif prompt_logprobs:
                 out.append(Progress(request, [], None, prompt_logprobs))
-            if before // size < after // size and self.kv.enabled and request.arriving < 0:
+            if before // size < after // size and self.kv.enabled:
                 self.kv.publish(request)
             if self.kv.windows and before < after:
                 self.kv.trim_windows(request, self._fence())

@@ -49,6 +49,14 @@ class Counters:
     prefix_hits: int = 0
     num_preemptions: int = 0
 
+    def received(self, request: Request, num_tokens: int, is_cache: bool) -> None:
+        """KV of a request has come from a tier or a peer."""
+        request.num_received += num_tokens
+        self.prompt_tokens_received += num_tokens
+        if is_cache:
+            request.num_cached += num_tokens
+            self.prompt_tokens_cached += num_tokens
+
     def admitted(self, request: Request, looked_up: bool) -> None:
         """A request starts for the first time, on what the device's cache has of it (if that was `looked_up`)."""
         if request.ticket is None:  # else whoever decodes it counts it

@@ -14,6 +14,7 @@ Knows hashes, slots and seconds. Does not know device blocks, budgets or steps.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -34,6 +35,7 @@ from penstock.core.tiering import (
     Fetched,
     Match,
     Matched,
+    PoolStatus,
     Release,
     Reserved,
     TierEvent,
@@ -72,6 +74,7 @@ class _Prompt:
     match_id: int
     fetch_id: int | None = None
     segments: list[tuple[int, int]] | None = None  # of blocks to load; None: not known yet
+    tiers: list[str] = field(default_factory=list)  # where each block from `first_block` on was found
     place_of: dict[bytes, int] = field(default_factory=dict)  # key -> index into `slots`
     slots: Sequence[int] = ()
     is_final: bool = False
@@ -95,7 +98,10 @@ class TierClient:
         self.worth = TierWorth()
         self.saving = TierSaves(layout, settings, prefill, self.worth)
         self.num_loaded = 0  # blocks
+        self.hits: Counter[str] = Counter()  # of these, by the tier that had them
+        self.load_bytes, self.load_s, self.saved_s = 0, 0.0, 0.0  # of loads, and computing the same as predicted
         self.num_failed = 0  # loads
+        self.status = PoolStatus(())
         self.block_size = layout.block_size
         self._full = [g.index for g in layout.groups if g.window is None]
         self._windows = [(g.index, g.window) for g in layout.groups if g.window is not None]
@@ -179,6 +185,9 @@ class TierClient:
         """An answer of the pool. One for a request that is over is dropped."""
         if isinstance(message, Reserved):
             self.saving.reserved(message)
+            return
+        if isinstance(message, PoolStatus):
+            self.status = message
             return
         request_id = self._by_id.get(message.id)
         prompt = None if request_id is None else self._prompts.get(request_id)
@@ -283,6 +292,8 @@ class TierClient:
         num_groups, first = len(self.layout.groups), prompt.first_block
         tiers = [found[n : n + num_groups] for n in range(0, len(found), num_groups)]  # per block, per group
         prompt.segments = self._segments(first, tiers, rates)
+        names = ("", HOST, *(rate.name for rate in rates))
+        prompt.tiers = [names[max(found)] for found in tiers]
         keys: list[bytes] = []
         parents: list[bytes] = []
         costs_s: list[float] = []
@@ -400,6 +411,10 @@ class TierClient:
             self.rate.observe(result.num_bytes, result.seconds)
             self.worth.saved(self.prefill.seconds(start * self.block_size, end * self.block_size))
             self.num_loaded += end - start
+            self.load_bytes += result.num_bytes
+            self.load_s += result.seconds
+            self.saved_s += self.prefill.seconds(start * self.block_size, end * self.block_size)
+            self.hits.update(prompt.tiers[start - prompt.first_block : end - prompt.first_block])
         else:
             self.num_failed += 1
         is_bad = result.error is not None and result.error.startswith(BAD_BLOCK)

@@ -67,6 +67,7 @@ class TierSaves:
         self.prefill = prefill
         self.worth = worth
         self.num_saved = 0  # blocks, counted per KV group
+        self.num_bytes = 0
         total = sum(g.block_bytes for g in layout.groups)
         self._share = [g.block_bytes / total for g in layout.groups]
         self._save_blocks = min(MAX_SAVE_BLOCKS, max(1, settings.save_bytes // total))
@@ -175,6 +176,7 @@ class TierSaves:
         carried = {reservation.save_of[i] for i in reservation.move_indices} if result.error is None else set()
         self._outbox.append(Filled(save_id, tuple(i in carried for i in range(len(reservation.items)))))
         self.num_saved += len(carried)
+        self.num_bytes += result.num_bytes
 
     def messages(self) -> list[ToPool]:
         """For the pool, new since the last call."""

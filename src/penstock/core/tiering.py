@@ -136,8 +136,25 @@ class Expired:
     id: int
 
 
+@dataclass(frozen=True, slots=True)
+class TierStatus:
+    """A tier as its pool knows it, in blocks of the largest KV group. `capacity` 0: it has no bound of its own."""
+
+    name: str
+    capacity: int
+    used: int
+    state: str  # "on", or why it is off
+
+
+@dataclass(frozen=True, slots=True)
+class PoolStatus:
+    """Said to every engine now and then."""
+
+    tiers: tuple[TierStatus, ...]
+
+
 ToPool = Match | Fetch | Release | Reserve | Filled
-ToEngine = Matched | Fetched | Reserved | Expired
+ToEngine = Matched | Fetched | Reserved | Expired | PoolStatus
 
 
 # ---- pool to its stores ----

@@ -60,7 +60,9 @@ class Traffic:
         dst = Place(DEVICE, blocks)
         filling = tuple(kv.begin_filling(request, request.num_computed, offer.num_tokens))
         move = self._start(request, offer.transfer_id, offer.src, dst, offer.epoch, 0, -1)
-        self.flights[move.id] = Flight(move, request, request.num_computed, offer.num_tokens, offer.is_cache, filling)
+        self.flights[move.id] = Flight(
+            move, request, request.num_computed, offer.num_tokens, offer.is_cache, filling=filling
+        )
         request.arriving = move.id
         if shut:
             request.waiting_for[GATE] = request.num_computed
@@ -99,6 +101,12 @@ class Traffic:
             return
         self.cancelled.append(request.arriving)
         self._land(request, self.flights[request.arriving])
+
+    def land(self, request: Request) -> Flight:
+        """A step has read all that was on its way to the request: it is there. The move itself ends later."""
+        flight = self.flights[request.arriving]
+        self._land(request, flight)
+        return flight
 
     def end(self, result: MoveResult) -> Flight | None:
         """A move has ended: its blocks are unpinned. Gives a receipt that its request still waited for."""

@@ -241,6 +241,7 @@ class FrontEnd:
         deadline_s: float | None = None,
         adapter: str = "",
         salt: str = "",
+        prefill_at: tuple[str, ...] = (),
     ) -> LiveRequest:
         """Check a request and send its samples to the engine. Outputs follow from `handle`, under `request_id`.
 
@@ -285,6 +286,7 @@ class FrontEnd:
                     adapter=adapter,
                     salt=salt,
                     end_ids=self.tokenizer.eos_ids,
+                    prefill_at=prefill_at,
                 )
             )
             text = OutputText(self.tokenizer, prompt, params) if params.detokenize else None

@@ -80,6 +80,8 @@ class Engine:
         self.timeline = Timeline(scheduler)
         scheduler.trace = self.timeline.event
         self.reporter = Reporter(scheduler, self.timeline)
+        if tiers is not None:
+            self.reporter.tiers = tiers.reports
         self._deadlines: dict[str, float] = {}
         self._submitted_s: dict[int, float] = {}  # step -> when
         self._shapes: dict[int, StepShape] = {}  # of steps that are measured

@@ -21,9 +21,20 @@ class EngineWire(Wire, Protocol):
         ...
 
 
-def run_engine(engine: Engine, executor: Executor, wire: EngineWire, now: Callable[[], float]) -> None:
-    """Drive `engine` until it has drained. Exceptions of the executor go to the caller: the engine cannot go on."""
+def run_engine(
+    engine: Engine,
+    executor: Executor,
+    wire: EngineWire,
+    now: Callable[[], float],
+    beside: Callable[[float], None] | None = None,
+) -> None:
+    """Drive `engine` until it has drained. Exceptions of the executor go to the caller: the engine cannot go on.
+
+    `beside` is called, with the time, once a round.
+    """
     while not engine.stopped:
+        if beside is not None:
+            beside(now())
         if not turn(engine, executor, wire, now):
             wire.wait(MOVING_WAIT_S if engine.has_moves else IDLE_WAIT_S)
 

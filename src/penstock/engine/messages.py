@@ -62,12 +62,14 @@ class Drain(Message, frozen=True):
 
 
 class Peer(msgspec.Struct, array_like=True, frozen=True):
-    """An engine as others see it. `role`: prefill, decode or both; `wire`: its inbox; `link`: where KV is sent."""
+    """An engine as others see it. `role`: prefill, decode or both; `wire`: its inbox; `link`: where KV is sent;
+    `model`: a fingerprint, where engines may have been given different ones."""
 
     name: str
     role: str
     wire: str
     link: str
+    model: str = ""
 
 
 class Peers(Message, frozen=True):

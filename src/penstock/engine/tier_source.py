@@ -17,11 +17,13 @@ from penstock.core.scheduler import Scheduler
 from penstock.core.tier_client import TierClient
 from penstock.core.tiering import HOST, WRITE_BACK, ToEngine, ToPool
 from penstock.core.traffic import Offer
+from penstock.engine.messages import TierReport
 
 log = logging.getLogger("penstock.tiers")
 
 COOL_SHARE = 16  # of write-back: blocks are saved when less than one in so many is free
-MAX_OTHER_ROWS = 4  # of a step whose time is taken for that of its prompt's piece
+MIN_PIECE = 32  # tokens: the time of a shorter piece is that of what surrounds it
+MAX_ROUNDS = 8  # of question and answer in one turn
 WAITING = "tier"  # the reason of waiting
 
 
@@ -32,6 +34,10 @@ class PoolLine(Protocol):
 
     def receive(self, now: float) -> Sequence[ToEngine]: ...
 
+    def is_lost(self, now: float) -> bool:
+        """The pool does not speak any more."""
+        ...
+
 
 class TierSource:
     """Called by its engine, in the engine's thread: `turn` before each plan, the others as things happen."""
@@ -41,6 +47,7 @@ class TierSource:
         self.client = client
         self.line = line
         self._loads: dict[str, tuple[int, int]] = {}  # request id -> (first block, blocks) of the offer it took
+        self._was_lost = False
         scheduler.kv.on_published = client.saving.published
 
     @property
@@ -50,6 +57,8 @@ class TierSource:
 
     def arrived(self, request: Request, now: float) -> None:
         """A request was queued: what the tiers have of it is brought into host memory while it waits."""
+        if self._was_lost:
+            return
         hit, hashes = self.scheduler.kv.ask(request)
         if len(hashes) > hit.num_blocks:
             self.client.arrived(request.id, hashes, hit.num_blocks, now)
@@ -77,26 +86,66 @@ class TierSource:
             self.client.load_started(move.request_id, *self._loads.pop(move.request_id), move.id)
 
     def stepped(self, num_rows: int, chunks: Sequence[tuple[Request, Row]], seconds: float) -> None:
-        """A step ended: one that did little else than a piece of one prompt tells what computing costs."""
-        if len(chunks) == 1 and num_rows <= MAX_OTHER_ROWS:
-            row = chunks[0][1]
-            self.client.prefill.observe(row.start, row.start + row.num_tokens, seconds)
+        """A step ended: its longest piece of a prompt tells what computing costs, by its share of the tokens."""
+        if not chunks:
+            return
+        row = max((row for _, row in chunks), key=lambda row: row.num_tokens)
+        num_tokens = num_rows - len(chunks) + sum(each.num_tokens for _, each in chunks)
+        if row.num_tokens >= MIN_PIECE:
+            share = row.num_tokens / num_tokens
+            self.client.prefill.observe(row.start, row.start + row.num_tokens, share * seconds)
 
     def ended_move(self, result: MoveResult) -> None:
         """A move has ended."""
         self.client.moved(result)
 
+    def reports(self) -> list[TierReport]:
+        """Each tier: what the pool says of it, and what this engine had of it."""
+        client, reports = self.client, []
+        num_hits = max(1, client.hits.total())
+        for tier in client.status.tiers:
+            share = client.hits[tier.name] / num_hits
+            reports.append(
+                TierReport(
+                    tier.name,
+                    tier.capacity,
+                    tier.used,
+                    hit_blocks=client.hits[tier.name],
+                    read_bytes=int(share * client.load_bytes),
+                    written_bytes=client.saving.num_bytes if tier.name == HOST else 0,
+                    load_s=share * client.load_s,
+                    saved_s=share * (client.saved_s - client.load_s),
+                    state=tier.state if tier.name != HOST or client.worth.is_on else "off: it does not pay",
+                )
+            )
+        return reports
+
     def turn(self, now: float) -> None:
         """Take the pool's answers in, start saves, tell the pool what is new."""
-        for message in self.line.receive(now):
-            self.client.handle(message, now)
         for event in self.client.tick(now):
             log.warning("%s", event.text)
-        saving, kv = self.client.saving, self.scheduler.kv
+        saving = self.client.saving
         if saving.settings.write == WRITE_BACK:
             for pool in self.scheduler.pools:
                 if pool.num_free * COOL_SHARE < pool.num_blocks:
                     saving.cooling(pool.coldest(COOL_SHARE))
+        # A pool in this process answers at once: blocks are then pinned before the plan that follows can evict them.
+        for _ in range(MAX_ROUNDS):
+            answers = self.line.receive(now)
+            for message in answers:
+                self.client.handle(message, now)
+            self._save()
+            if not self._tell(now) and not answers:
+                break
+        is_lost = self.line.is_lost(now)
+        if is_lost and not self._was_lost:
+            log.error("the pool of KV tiers is gone: prompts are computed from now on")
+            self.client.pool_lost()
+        self._was_lost = is_lost
+
+    def _save(self) -> None:
+        """Start what has got slots."""
+        saving, kv = self.client.saving, self.scheduler.kv
         for save in saving.ready():
             places = save.places(kv.find, len(kv.pools))
             if places is None:
@@ -104,8 +153,10 @@ class TierSource:
                 continue
             src, dst, indices = places
             saving.started(save, self.scheduler.traffic.save(src, dst).id, indices)
-        self._tell(now)
 
-    def _tell(self, now: float) -> None:
-        for message in self.client.messages():
+    def _tell(self, now: float) -> bool:
+        """Whether there was anything to tell."""
+        messages = self.client.messages()
+        for message in messages:
             self.line.send(message, now)
+        return bool(messages)

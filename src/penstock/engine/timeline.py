@@ -14,6 +14,7 @@ from penstock.core.scheduler import Scheduler
 from penstock.engine.messages import Miss, RequestRecord, Span
 
 MAX_SPANS = 12
+ARRIVING = {"load": "loading", "transfer": "transfer"}  # span -> state
 TIERS = ("host", "disk", "remote")  # other places that KV comes from are engines
 
 
@@ -34,6 +35,7 @@ class _Track:
     miss: Miss | None = None
     sources: list[tuple[str, int]] = field(default_factory=list)  # of the prompt, in order
     num_settled: int = 0  # prompt tokens whose KV was there once, and so have a source
+    arriving: tuple[str, int] = ("", 0)  # what is on its way: its source, and the prompt's tokens once it is there
 
 
 class Timeline:
@@ -58,18 +60,23 @@ class Timeline:
         track = self._tracks.get(request.id)
         if track is None:
             return
-        if kind == "received" and track.spans:
-            end, span = min(request.num_computed, request.prompt_len), track.spans[-1]
-            span.num_tokens = self._settle(track, request, span.place if span.kind == "load" else "peer", end)
+        if kind == "received":
+            if not track.arriving[0]:
+                return  # a step has read it already, and waited for it
+            self._arrived(track, request)
         self._close(track, now)
         if kind == "admitted":
             if track.miss is None and request.num_preemptions == 0:
                 track.miss = self._miss(request, now)
                 self._settle(track, request, "device", min(request.num_computed, request.prompt_len))
         elif kind == "receiving":
-            where = self._scheduler.traffic.flights[request.arriving].move.src.where
-            track.spans.append(_Open("load" if where in TIERS else "transfer", now, place=where))
+            flight = self._scheduler.traffic.flights[request.arriving]
+            where = flight.move.src.where
+            is_load = where in TIERS
+            track.arriving = (where if is_load else "peer", min(flight.end, request.prompt_len))
+            track.spans.append(_Open("load" if is_load else "transfer", now, place=where))
         elif kind == "preempted":
+            track.arriving = ("", 0)
             track.spans.append(_Open("preempted", now))
         elif request.num_computed >= request.prompt_len:
             track.spans.append(_Open("decode", now))
@@ -83,6 +90,9 @@ class Timeline:
             last = track.spans[-1] if track.spans else None
             if last is not None and last.kind == "preempted" and last.end_s is None:
                 continue  # computed by a step in flight when its blocks were taken: it will be computed again
+            if last is not None and last.end_s is None and last.kind in ARRIVING:
+                last.end_s = max(last.start_s, start_s)  # the step waits for it layer by layer
+                self._arrived(track, request)
             self._settle(track, request, "compute", min(row.start + row.num_tokens, request.prompt_len))
             if last is not None and last.kind == "prefill" and len(track.spans) >= MAX_SPANS - 3:
                 last.end_s, last.num_tokens = end_s, last.num_tokens + row.num_tokens
@@ -127,10 +137,17 @@ class Timeline:
             return "aborted" if request.finish_reason == FINISH_ABORT else "finished"
         if not request.is_running:
             return "waiting"
-        if request.arriving >= 0:
-            is_load = bool(track.spans) and track.spans[-1].kind == "load"
-            return "loading" if is_load else "transfer"
+        if request.arriving >= 0 and track.spans and track.spans[-1].kind in ARRIVING:
+            return ARRIVING[track.spans[-1].kind]
         return "decode" if request.num_output else "prefill"
+
+    def _arrived(self, track: _Track, request: Request) -> None:
+        """What was on its way is there, or a step has already read it."""
+        source, end = track.arriving
+        track.arriving = ("", 0)
+        num_tokens = self._settle(track, request, source, end)
+        if num_tokens:
+            track.spans[-1].num_tokens = num_tokens
 
     def _settle(self, track: _Track, request: Request, source: str, end: int) -> int:
         """The KV of the prompt up to `end` is there, what is new of it from `source`: how many tokens that is."""

@@ -20,6 +20,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from penstock import __version__
+from penstock.config.schema import ServerOptions
 from penstock.engine.tokenizer import TokenizerError
 from penstock.server.chat import Conversation
 from penstock.server.errors import ApiError, bad_request, model_not_found
@@ -93,8 +94,13 @@ def create_app(
             return Response(text, headers={"content-type": content_type})
 
         routes.append(route("/metrics", metrics, "GET"))
+    return framed([*routes, *extra_routes], options, open_prefixes)
+
+
+def framed(routes: Sequence[BaseRoute], options: ServerOptions, open_prefixes: Sequence[str] = ()) -> Starlette:
+    """Routes with all that stands before them: CORS, keys and ids, refusals in OpenAI's shape."""
     app = Starlette(
-        routes=[*routes, *extra_routes],
+        routes=list(routes),
         exception_handlers={HTTPException: _http_error, ApiError: _api_error},
         middleware=[
             Middleware(Direct),

@@ -206,7 +206,10 @@ class ManyEngines:
             run.has_exited = True
         for name in [name for name, due_s in self._due_s.items() if due_s <= now]:
             del self._due_s[name]
-            self._start(name)
+            try:
+                self._start(name)
+            except OSError as error:
+                self._gone(name, 1, f"cannot be started: {error}", now)
         self._deliver([], self.router.tick(now))
         if self._runs or self._due_s or not self._codes:
             return None
@@ -214,15 +217,17 @@ class ManyEngines:
 
     def _ended(self, name: str, run: _Run, code: int, now: float) -> None:
         """A process is gone, and all it has said was read."""
-        del self._runs[name]
-        run.loop_wire.close()
-        run.wire.close(0.0)
         engine = self.router.engines.get(name)
         if engine is None or engine.stopped:
+            self._close_run(name)
             self._codes[name] = code
             return
         how = f"exit code {code}" if code >= 0 else signal.Signals(-code).name
-        reason = run.reason or f"its process ended with {how}"
+        self._gone(name, code, run.reason or f"its process ended with {how}", now)
+
+    def _gone(self, name: str, code: int, reason: str, now: float) -> None:
+        """An engine is no more: it is started again after a while, or given up."""
+        self._close_run(name)
         may_return = self.router.is_ready and not self._is_ending
         wait_s = self._restarts.wait_s(name, now) if may_return else None
         if wait_s is None:
@@ -231,6 +236,12 @@ class ManyEngines:
         log.error("engine %s: %s; it is started again", name, reason)
         self._due_s[name] = now + wait_s
         self._deliver(*self.router.restarting(name, now))
+
+    def _close_run(self, name: str) -> None:
+        run = self._runs.pop(name, None)
+        if run is not None:
+            run.loop_wire.close()
+            run.wire.close(0.0)
 
     def _give_up(self, name: str, code: int, reason: str, now: float) -> None:
         log.error("engine %s: %s", name, reason)

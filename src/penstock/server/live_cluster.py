@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from penstock.engine.messages import HandOffs, KVReport, LinkReport, Ready, Report, TierReport
-from penstock.server.live_series import TIERS, Totals
+from penstock.server.live_series import TIERS, Totals, hands_over
 
 ENGINE_ID = "E0"  # of an engine that is alone and so has no name
 RATE_WINDOW_S = 2.0  # of tokens
@@ -60,12 +60,16 @@ def engine_places(ready: Ready) -> list[Json]:
     return [
         {
             "id": engine_id(each),
-            "role": "mixed" if each.peer is None or each.peer.role == "both" else each.peer.role,
+            "role": _role("" if each.peer is None else each.peer.role),
             "device": each.device,
             "kv": {"block_size": each.block_size, "num_blocks": each.num_blocks},
         }
         for each in ready.engines or [ready]
     ]
+
+
+def _role(role: str) -> str:
+    return role if role in ("prefill", "decode") else "mixed"
 
 
 def engine_id(ready: Ready) -> str:
@@ -83,7 +87,7 @@ def engine_rows(ready: Ready, report: Report | None, series: ClusterSeries) -> l
         rows.append(
             {
                 "id": place["id"],
-                "role": place["role"],
+                "role": place["role"] if told is None else _role(told.role),
                 "is_alive": told is None or told.is_alive,
                 "num_requests_running": None if told is None else told.num_running,
                 "num_requests_waiting": None if told is None else told.num_waiting,
@@ -100,6 +104,11 @@ def engine_rows(ready: Ready, report: Report | None, series: ClusterSeries) -> l
 def handoff_row(told: HandOffs | None) -> Json | None:
     """Prompts between engines; None where there are none to hand over."""
     return None if told is None else {name: getattr(told, name) for name in told.__struct_fields__}
+
+
+def cluster_handoffs(report: Report | None) -> Json | None:
+    """Of all engines; None where each computes its own prompts."""
+    return handoff_row(report.handoffs) if report is not None and hands_over(report) else None
 
 
 def link_rows(report: Report | None, series: ClusterSeries) -> list[Json]:

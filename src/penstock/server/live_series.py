@@ -107,11 +107,17 @@ def source_totals(report: Report | None) -> tuple[int, ...]:
     return (known.get("device", 0), cached, *(tiers[name] for name in TIERS), computed)
 
 
+def hands_over(report: Report) -> bool:
+    """Are there engines that compute prompts for others?"""
+    told = report.handoffs
+    return told is not None and (told.num_received > 0 or any(each.role == "prefill" for each in report.engines))
+
+
 def existing_sources(report: Report | None) -> frozenset[str]:
     """Those of SOURCES that there are."""
     found = {"device", "compute"}
     if report is not None:
-        found |= {"peer"} if report.handoffs is not None else set()
+        found |= {"peer"} if hands_over(report) else set()
         found |= {tier.name for engine in report.engines or [report] for tier in engine.tiers}
     return frozenset(found)
 

@@ -58,14 +58,13 @@ def _engines(told: Told) -> Iterable[Metric]:
 
 
 def _handoffs(told: Told) -> Iterable[Metric]:
-    for name, text in (
-        ("sent", "Prompts computed for other engines, whose keys and values arrived there."),
-        ("received", "Prompts that other engines computed for this one."),
-        ("failed", "Tries to have a prompt computed by another engine that ended otherwise."),
-        ("local", "Prompts computed here that other engines might have computed."),
-    ):
-        values = [(c.labels, c.total("handoffs", name)) for c, _ in told]
-        yield _counter(f"{OWN}:handoff_prompts_{name}", text, values)
+    outcomes = ("sent", "received", "failed", "local")
+    prompts: Samples = [({**c.labels, "outcome": n}, c.total("handoffs", n)) for c, _ in told for n in outcomes]
+    text = (
+        "Prompts computed for other engines (sent) or by them (received), tries that failed, and prompts that others "
+        "might have computed (local)."
+    )
+    yield _counter(f"{OWN}:handoff_prompts", text, prompts)
     for name, text in (
         ("tokens_received", "Prompt tokens whose keys and values other engines sent."),
         ("tokens_received_cached", "Of these: the sender had them in its cache."),

@@ -256,12 +256,6 @@ class Metrics(Collector):
             "Number of prompt tokens by where their keys and values came from.",
             lambda c: [({"source": name}, _from(c, places)) for name, places in SOURCES.items()],
         )
-        outcomes = {"handed_over": "received", "failed": "failed", "local": "local"}
-        yield self._counter(
-            "pd_handoffs",
-            "Prompts handed from prefill to decode engines; tries that failed; prompts computed where decoded.",
-            lambda c: [({"outcome": outcome}, c.total("handoffs", name)) for outcome, name in outcomes.items()],
-        )
         yield self._counter(
             "prompt_tokens_cached_by_source",
             "Number of cached prompt tokens by the tier that supplied them; p2p: another engine.",

@@ -25,6 +25,7 @@ from penstock.server import live_shapes
 from penstock.server.answers import DONE, KEEP_ALIVE, Answer, ChatAnswer, CompletionAnswer, Wishes, event
 from penstock.server.chat import Conversation
 from penstock.server.errors import ApiError, bad_request, model_not_found
+from penstock.server.kv_transfer import Transfer
 from penstock.server.limits import ClientGone, read_body
 from penstock.server.requests import (
     read_prompts,
@@ -69,6 +70,7 @@ def endpoint(state: ServerState, prepare: Prepare) -> Callable[[HttpRequest], Aw
         body = await read_body(request, state.options.max_body_bytes)
         state.check_open(1)
         call = await prepare(state, request, body)
+        transfer = Transfer.asked(call.body.kv_transfer_params, state)
         state.check_open(len(call.prompts) * call.params.n)
         if call.params.bad_words:  # once for all prompts, and off the loop when there are many
             call.params = await state.encode_bad_words(call.params)
@@ -80,6 +82,7 @@ def endpoint(state: ServerState, prepare: Prepare) -> Callable[[HttpRequest], Aw
             stream,
             priority=call.body.priority,
             salt=call.body.cache_salt or "",
+            prefill_at=transfer.prefill_at,
         )
         call.answer.begin(requests)
         if state.options.enable_log_requests:
@@ -89,7 +92,7 @@ def endpoint(state: ServerState, prepare: Prepare) -> Callable[[HttpRequest], Aw
             _warn(call.headers, f"max_tokens lowered to {room}: the model's length allows no more")
         if call.body.stream:
             return EventStream(state, call, requests, stream)
-        return await _collect(state, call, requests, stream, request.receive)
+        return await _collect(state, call, requests, stream, request.receive, transfer)
 
     return answer
 
@@ -295,7 +298,12 @@ async def _explained(state: ServerState, request: LiveRequest) -> Json | None:
 
 
 async def _collect(
-    state: ServerState, call: Call, requests: list[LiveRequest], stream: Stream, receive: Receive
+    state: ServerState,
+    call: Call,
+    requests: list[LiveRequest],
+    stream: Stream,
+    receive: Receive,
+    transfer: Transfer,
 ) -> Response:
     """The answer in one piece."""
     num_open = len(requests)
@@ -308,7 +316,8 @@ async def _collect(
                 num_open -= output.is_last
         if call.body.explain:
             call.answer.explained = await _explained(state, requests[0])
-    return Response(msgspec.json.encode(call.answer.whole()), media_type="application/json", headers=call.headers)
+    whole = transfer.told(call.answer.whole(), requests)
+    return Response(msgspec.json.encode(whole), media_type="application/json", headers=call.headers)
 
 
 class EventStream:

@@ -114,9 +114,7 @@ def valid_request_id(text: str) -> bool:
 
 def refuse_unsupported(request: Sampling) -> None:
     """Raise for what is asked and would silently not be done."""
-    for name in (
-        "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar", "kv_transfer_params",
-    ):  # fmt: skip
+    for name in ("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"):
         if getattr(request, name) is not None:
             raise bad_request(f"{name} is not supported yet", name, "not_supported")
     kind = "text" if request.response_format is None else request.response_format.get("type")

@@ -59,6 +59,7 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     explain: bool = False
     response_format: dict[str, Any] | None = None
     use_beam_search: bool | None = None
+    kv_transfer_params: dict[str, Any] | None = None
     # accepted because clients send them; they change nothing here
     user: str | None = None
     metadata: Any = None
@@ -73,7 +74,6 @@ class Sampling(msgspec.Struct, frozen=True, kw_only=True):
     guided_regex: Any = None
     guided_choice: Any = None
     guided_grammar: Any = None
-    kv_transfer_params: Any = None
 
 
 class ChatRequest(Sampling, frozen=True, kw_only=True):

@@ -17,11 +17,9 @@ import signal
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import uvicorn
 
 from penstock.config.schema import Config
 from penstock.config.values import ConfigError
@@ -32,7 +30,7 @@ from penstock.server import live
 from penstock.server.app import create_app
 from penstock.server.backend import Backend
 from penstock.server.chat import ChatRenderer, chosen_templates
-from penstock.server.http_limits import BoundedHead
+from penstock.server.http_server import make_http, server_url
 from penstock.server.live import Live
 from penstock.server.metrics import Metrics
 from penstock.server.port import listening_socket
@@ -44,7 +42,6 @@ LOOK_S = 0.1  # how often the engine's process is looked at
 KEEP_ALIVE_LOOK_S = 5.0
 STATS_S = 10.0
 ENGINE_EXIT_S = 5.0  # for the engine to leave after its last word, and again after it was killed
-LAST_WORDS_S = 3.0  # for answers that are being written when the server stops
 DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_new_tokens")
 
 
@@ -120,14 +117,6 @@ def run_server(
         sock.close()
 
 
-class _Http(uvicorn.Server):
-    """uvicorn without its signal handling: a first signal drains here, and HTTP goes on until that is done."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
-
-
 class _Server:
     """One run of `run_server`."""
 
@@ -153,6 +142,7 @@ class _Server:
             seeds=_seeds(config),
             is_clogged=lambda: backend.is_full,
             explain_route=backend.explain_route,
+            cluster=config.cluster,
         )
         app = create_app(
             self.state,
@@ -160,29 +150,8 @@ class _Server:
             open_prefixes=live.OPEN_PREFIXES,
             render_metrics=self.metrics.render,
         )
-        http = uvicorn.Config(
-            app,
-            http=BoundedHead,
-            ws="none",
-            lifespan="off",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            proxy_headers=False,
-            root_path=options.root_path,
-            ssl_keyfile=options.ssl_keyfile,
-            ssl_certfile=options.ssl_certfile,
-            timeout_keep_alive=75,
-            timeout_graceful_shutdown=int(LAST_WORDS_S),
-        )
-        try:
-            http.load()
-        except OSError as error:
-            raise ConfigError(f"cannot be read: {error.strerror or error}", "--ssl-certfile") from None
-        self.http = _Http(http)
-        scheme = "https" if options.ssl_certfile else "http"
-        host = f"[{options.host}]" if ":" in options.host else options.host
-        self.url = f"{scheme}://{host}:{sock.getsockname()[1]}{options.root_path}"
+        self.http = make_http(app, options)
+        self.url = server_url(options, sock)
         self.loading: asyncio.Future[Served] | None = None
         self.deadline_s: float | None = None  # set while draining
         self.num_signals = 0

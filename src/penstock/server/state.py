@@ -14,7 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
-from penstock.config.schema import ServerOptions
+from penstock.config.schema import ClusterOptions, ServerOptions
 from penstock.core.request import SamplingParams
 from penstock.engine.client import LOADING, FrontEnd, LiveRequest, Observer, Output, RequestError
 from penstock.engine.messages import Fatal, FromEngine, Progress, RequestRecord, ResetPrefixCache, ToEngine
@@ -105,8 +105,10 @@ class ServerState:
         is_clogged: Callable[[], bool] = lambda: False,
         explain_route: Callable[[str], dict[str, Any] | None] = lambda request_id: None,
         now: Callable[[], float] = time.monotonic,
+        cluster: ClusterOptions | None = None,
     ) -> None:
         self.options = options
+        self.cluster = cluster or ClusterOptions()
         self.send = send
         self.now = now
         self.explain_route = explain_route
@@ -267,6 +269,7 @@ class ServerState:
         *,
         priority: int = 0,
         salt: str = "",
+        prefill_at: tuple[str, ...] = (),
     ) -> list[LiveRequest]:
         """Send one request per prompt; all outputs go to `stream`. Raises ApiError, and then nothing runs."""
         now = self.now()
@@ -277,7 +280,14 @@ class ServerState:
             for k, token_ids in enumerate(prompts):
                 name = sub_id(request_id, k, len(prompts))
                 request = self.front.submit(
-                    name, token_ids, params, now, priority=priority, deadline_s=deadline_s, salt=salt
+                    name,
+                    token_ids,
+                    params,
+                    now,
+                    priority=priority,
+                    deadline_s=deadline_s,
+                    salt=salt,
+                    prefill_at=prefill_at,
                 )
                 requests.append(request)
                 self._streams[name] = stream

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 
 from penstock.config.model import KVGroup, KVLayout
 from penstock.core.cost import FittedCost
+from penstock.core.doors import RoutePolicy
 from penstock.core.kv_events import KVEvents, KVEventSource
 from penstock.core.kv_index import KVIndex
 from penstock.core.policy import FcfsPolicy
 from penstock.core.prefix import chain_root, extend_chain
 from penstock.core.request import SamplingParams
-from penstock.core.route_policies import Policy
 from penstock.core.routing import Choice, EngineViews, Replicate, RouteRequest
 from penstock.core.scheduler import Scheduler
 from penstock.core.steps import SchedulerLimits
@@ -135,14 +135,11 @@ class SimEngine:
 
     def put(self, hashes: Sequence[bytes], first: int) -> None:
         """Blocks `first` and later of a chain have been carried here: they are cached, as if computed just now."""
-        pool, now, held = self.pool, self.clock.now(), []
-        for n in range(first, len(hashes)):
-            if hashes[n] in pool.index:
-                continue
-            if not pool.num_available:
-                break
-            held.append(pool.allocate(now))
-            pool.publish(held[-1], hashes[n], hashes[n - 1] if n else None)
+        pool, now = self.pool, self.clock.now()
+        missing = [n for n in range(first, len(hashes)) if hashes[n] not in pool.index][: pool.num_available]
+        held = [pool.allocate(now) for _ in missing]
+        for n, block_id in zip(missing, held, strict=True):
+            pool.publish(block_id, hashes[n], hashes[n - 1] if n else None)
         for block_id in reversed(held):
             pool.release(block_id, -1)
         self.tell()
@@ -163,7 +160,7 @@ def trace_hashes(request: TraceRequest, block_size: int) -> list[bytes]:
 class SimFleet:
     """Replays a trace through a policy. `run` gives one outcome per request."""
 
-    def __init__(self, settings: FleetSettings, policy: Policy) -> None:
+    def __init__(self, settings: FleetSettings, policy: RoutePolicy) -> None:
         self.settings = settings
         self.policy = policy
         self.clock = VirtualClock()

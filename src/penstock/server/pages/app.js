@@ -43,9 +43,17 @@ function onSnapshot(snap) {
     }
   }
   $('#f-uptime').textContent = since(snap.uptime_s);
+  if (moved(snap)) buildScene();
   updateScene();
   if (fresh || snap.seq % 2 === 0) { updateFleet(); updateCharts(); updateFlow(); updateSpec(); updateRequests(); }
   fresh = false;
+}
+
+function moved(snap) { // did engines change their role since they were drawn?
+  const role = new Map(snap.engines.map(engine => [engine.id, engine.role]));
+  const changed = live.hello.engines.filter(engine => role.get(engine.id) !== engine.role);
+  for (const engine of changed) engine.role = role.get(engine.id);
+  return changed.length > 0;
 }
 
 function onState(state, why) { // old numbers stay, dimmed

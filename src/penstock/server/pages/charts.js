@@ -136,7 +136,8 @@ export function updateFlow() {
     for (const node of Object.values(row)) node.style.display = on ? '' : 'none';
     if (!on) continue;
     const share = total ? (data[source] || 0) / total : 0, thick = total ? Math.max(1, share * bed) : 1;
-    const center = 20 + step * (shown.indexOf(source) + .5), a = center - thick / 2, m = x1 * .5;
+    const middle = 20 + step * (shown.indexOf(source) + .5); // a thick one keeps off the edges
+    const center = Math.min(height - 2 - thick / 2, Math.max(20 + thick / 2, middle)), a = center - thick / 2, m = x1 * .5;
     row.path.style.display = total ? '' : 'none';
     row.path.setAttribute('d',
       `M6 ${y}C${m} ${y} ${m} ${a} ${x1} ${a}V${a + thick}C${m} ${a + thick} ${m} ${y + thick} 6 ${y + thick}Z`);

@@ -107,7 +107,7 @@ export function routeView({ route }) {
   const facts = [
     ['Decoded by', route.engine], ['Prompt computed by', route.prefill_at[0] || route.engine],
     ['TTFT, predicted', ms(route.predicted_ttft_s)], ['TTFT at the router', ms(route.ttft_s)],
-    ...route.runner_ups.map(next => [`Instead of ${next.engine}`, short(next.score)]),
+    ...route.runner_ups.map(next => [`Next best, ${next.engine}`, short(next.score)]),
   ];
   return el('div', { class: 'route-why' }, el('h3', {}, 'Route ', el('span', {}, route.reason)),
     el('div', { class: 'kv-list' }, facts.flatMap(([name, text]) => [name, el('b', {}, text)])));
