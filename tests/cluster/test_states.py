@@ -16,6 +16,7 @@ from penstock.cluster.messages import Ack, Alive, Commit, FirstToken, Prefill, R
 from penstock.core.moves import DEVICE
 from penstock.core.tiering import Fetched, Match, Reserve, Reserved
 from penstock.core.traffic import Offer
+from penstock.engine.client import DRAINING
 from penstock.sim.wire import LineFaults
 
 PROMPT = list(range(200, 245))
@@ -328,3 +329,31 @@ def test_an_id_that_is_used_again_meets_nothing_of_its_past(kind: type) -> None:
     cluster.network.wire(scene.p, scene.d).send(held[0])
     judge("an old message", scene.end())
     assert side.num_failed == failed, "its hand-off was spoiled"
+
+
+@pytest.mark.parametrize("patience_s", [0.01, 0.1, 5.0])
+@pytest.mark.parametrize("fault", ["", *FAULTS])
+def test_a_drain(fault: str, patience_s: float) -> None:
+    """The server is told to end, and something befalls it meanwhile: every stream ends, and then the server."""
+    scene = Scene(PAIRS, has_tiers=False)
+    cluster = scene.cluster
+    cluster.clock.run_until(0.1)
+    scene.begin()
+    asks = [cluster.ask([*PROMPT[: 20 + n], 700 + n], 9) for n in range(4)]
+    assert scene.ask is not None
+    asks.append(scene.ask)
+    cluster.clock.run_until(0.12)
+    front = cluster.front
+    front.drain(0.12 + patience_s)
+    assert cluster.ask(PROMPT, 4).error == (503, "the server is shutting down")
+    if fault:
+        FAULTS[fault](scene)
+    while front.state == DRAINING and cluster.is_up:
+        assert cluster.clock.now() < 30.0, f"it never ends: {cluster.router.engines}"
+        cluster.clock.run_until(cluster.clock.now() + 0.1)
+    cluster.clock.run_until(cluster.clock.now() + 20 * LEASE_S)
+    cluster.check()
+    for ask in asks:
+        assert ask.is_over, ask
+        assert ask.error is None or fault.endswith("dies"), ask
+        assert patience_s < 1.0 or fault or "abort" not in ask.reasons, ask

@@ -171,6 +171,7 @@ class Play:
     def check(self) -> None:
         self.cluster.check()
         for ask in self.cluster.asks:
+            assert "abort" not in ask.reasons, ask
             if ask.error is not None:
                 assert self.explains(ask), ask
                 self.happened[f"error {ask.error[0]}"] += 1

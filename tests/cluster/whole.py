@@ -24,7 +24,7 @@ from penstock.cluster.router import Router
 from penstock.core.request import Request, SamplingParams, child_seed
 from penstock.core.route_modes import ModeLimits
 from penstock.core.tiering import ClientSettings, ToEngine
-from penstock.engine.client import FrontEnd, Output, RequestError
+from penstock.engine.client import DRAINING, FrontEnd, Output, RequestError
 from penstock.engine.messages import (
     CacheEvents,
     CacheSnapshot,
@@ -201,7 +201,8 @@ class Cluster:
         for name, node in list(self.nodes.items()):
             if not node.alive and self.known_lives.get(name) == node.life:
                 del self.known_lives[name]
-                wait_s = self.restarts.wait_s(name, now) if self.router.is_ready else None
+                may_return = self.router.is_ready and self.front.state != DRAINING
+                wait_s = self.restarts.wait_s(name, now) if may_return else None
                 if wait_s is None:
                     self._deliver(*self.router.lost(name, "it was killed", now))
                     if life != self.life:
@@ -339,7 +340,7 @@ class Cluster:
             )
             expected = self.model.solo_tokens(request)
             assert tokens == expected[: len(tokens)], ask
-            assert ask.reasons[index] in (None, "stop", "length"), ask
-            assert ask.reasons[index] is None or tokens == expected, ask
+            assert ask.reasons[index] in (None, "stop", "length", "abort"), ask
+            assert ask.reasons[index] in (None, "abort") or tokens == expected, ask
             if index == 0 and ask.params.prompt_logprobs is not None and tokens:
                 assert ask.prompt_logprobs == [None, *self.model.solo_prompt_logprobs(request)], ask
