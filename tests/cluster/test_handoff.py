@@ -6,13 +6,13 @@ import os
 from collections import Counter
 
 import pytest
-from tests.cluster.world import LEASE_S, Setting, World
+from tests.cluster.world import FRONT_END, LEASE_S, Setting, World
 
 from penstock.cluster.messages import Commit, FirstToken, Prefill, Refused, Stop
 from penstock.cluster.prefill_side import PrefillSide
-from penstock.core.moves import KVTicket
+from penstock.core.moves import DEVICE, KVMove, KVTicket, MoveResult, Place
 from penstock.core.request import SamplingParams
-from penstock.engine.messages import AddRequest, TokenDelta
+from penstock.engine.messages import AddRequest, Peers, TokenDelta
 from penstock.sim.clock import stream
 from penstock.sim.mover import LinkFaults
 from penstock.sim.wire import LineFaults
@@ -220,6 +220,62 @@ def test_an_unanswered_commit_is_said_again_and_given_up_at_last() -> None:
         side.outbox.clear()
     assert num_commits >= 6
     assert now > 1.0 + 3 * a_ticket(1).lease_s
+
+
+def test_what_is_on_its_way_is_cancelled_when_nobody_wants_it_any_more() -> None:
+    side = PrefillSide("f")
+    request = side.take(Prefill(a_ticket(1), a_request()), 0.0)
+    assert request is not None
+    for id_ in (4, 2):
+        side.started(KVMove(id_, "d0.0:r", request.request_id, Place(DEVICE), Place("link:d0")), 0.1)
+    side.ended(KVMove(2, "d0.0:r", request.request_id, Place(DEVICE), Place("link:d0")), MoveResult(2), 0.2)
+    side.handle(Stop("d0.0:r", 1), 0.3)
+    assert side.cancelled == [4]
+    assert side.ended_requests == [request.request_id]
+
+
+def test_a_lost_ack_is_said_again_when_the_commit_is() -> None:
+    world = World(Setting(num_prefill=1, num_decode=1), seed=7)
+    world.ask(range(200, 240), 6, "d0", ["p0"])
+    side = world.nodes["d0"].member.decode
+    while not side.num_received:
+        assert world.clock.step()
+    sending = world.nodes["p0"].member.prefill
+    assert sending.live
+    world.network.kill("p0")  # it loses what is on its way to it, and goes on
+    world.network.revive("p0")
+    world.clock.run_until(world.clock.now() + LEASE_S)
+    assert not sending.live
+    assert sending.num_sent == 1
+    world.run()
+    world.check()
+
+
+def test_a_peer_that_is_gone_is_not_waited_for() -> None:
+    world = World(Setting(num_prefill=1, num_decode=1), seed=8)
+    world.kill("p0")
+    ask = world.ask(range(200, 240), 6, "d0", ["p0"])
+    world.clock.run_until(0.02)
+    assert world.nodes["d0"].member.decode.num_in_flight == 1
+    world.network.wire(FRONT_END, "d0").send(Peers([]))
+    world.clock.run_until(0.02 + 0.6 * LEASE_S)
+    assert ask.finish_reason is not None
+    world.run()
+    world.check()
+
+
+def test_nothing_more_is_computed_for_a_peer_that_is_gone() -> None:
+    world = World(Setting(num_prefill=1, num_decode=2), seed=9)
+    world.ask(range(200, 260), 6, "d0", ["p0"])
+    world.clock.run_until(0.01)
+    prefill = world.nodes["p0"].member.prefill
+    assert prefill.live
+    world.kill("d0")
+    world.network.wire(FRONT_END, "p0").send(Peers([]))
+    world.clock.run_until(0.02)
+    assert not [id_ for id_ in prefill.live if id_.startswith("d0.")]
+    world.run()
+    world.check()
 
 
 def test_what_an_older_epoch_says_is_not_heard() -> None:

@@ -48,7 +48,7 @@ class Cluster:
                 if engine.role == "prefill":
                     self.prefilled[name] += int(prompt_tokens_per_s * 0.1 / len(prefill))
                 self.router.receive(name, a_report(self.prefilled[name], 0, int(name in running)), self.now)
-            self.sent += self.router.tick(self.now)[1]
+            self.sent += self.router.tick(self.now)
 
     def probes(self) -> list[tuple[str, AddRequest]]:
         return [(to, message) for to, message in self.sent if isinstance(message, AddRequest)]

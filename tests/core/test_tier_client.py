@@ -13,7 +13,7 @@ from penstock.core.kv_pool import READ, KVPool
 from penstock.core.moves import DEVICE, MoveResult
 from penstock.core.tier_client import NOTHING, TierClient
 from penstock.core.tier_costs import PrefillRate
-from penstock.core.tier_saves import Save
+from penstock.core.tier_saves import ANSWER_S, Save
 from penstock.core.tiering import (
     BAD_BLOCK,
     BEST_EFFORT,
@@ -24,6 +24,8 @@ from penstock.core.tiering import (
     WRITE_SELECTIVE,
     WRITE_THROUGH,
     ClientSettings,
+    Release,
+    Reserve,
     TierSettings,
     block_key,
     key_group,
@@ -94,6 +96,11 @@ class Engine:
                 self.device[g, name] = len(self.device) + 1
             self.client.saving.published(name, names[n - 1] if n else None, n)
         self.pump()
+
+    def publish_unheard(self, names) -> None:
+        """As `publish`, while the pool does not hear."""
+        for n, name in enumerate(names):
+            self.client.saving.published(name, names[n - 1] if n else None, n)
 
     def save_all(self, error=None) -> list[Save]:
         done = []
@@ -438,3 +445,22 @@ def test_any_order_of_calls_ends_with_nothing_open(seed, windows):
     engine.work()
     assert not client.num_open
     assert not engine.pool.num_held
+
+
+def test_a_reservation_that_is_not_answered_is_given_up_and_a_late_answer_is_given_back():
+    engine = Engine(max_saves=1)
+    engine.publish_unheard(hashes(1, 3))
+    (asked,) = engine.client.messages()
+    assert isinstance(asked, Reserve)
+    late = engine.pool.handle("engine", asked, 0.0)
+    engine.client.tick(0.1)
+    assert not engine.client.messages(), "there is time"
+    engine.client.tick(0.2 + ANSWER_S)
+    assert engine.client.messages() == [Release(asked.id)]
+    assert not engine.client.num_open
+    for _, answer in late:
+        engine.client.handle(answer, 3.0)
+    engine.pump()
+    assert not engine.client.saving.ready() and not engine.pool.num_held
+    engine.publish(hashes(2, 3))
+    assert engine.save_all(), "it goes on saving"

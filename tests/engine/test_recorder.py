@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
+from tests.cluster.whole import Cluster
+from tests.cluster.whole import Setting as ClusterSetting
 from tests.core.world import Ask, Setting, World, asks_strategy, limits_of, settings_strategy, tape_strategy
 from tests.fakes.executor import FakeExecutor, HashModel, fake_layout
 
@@ -119,3 +121,33 @@ def test_any_schedule_replays(setting: Setting, asks: list[Ask], tape: list[int]
         path = Path(directory) / "record"
         path.write_bytes(file.getvalue())
         assert replay(path) >= world.scheduler.step
+
+
+def test_a_cluster_replays_with_its_moves(tmp_path: Path) -> None:
+    """Receipts, sends, loads and saves, tokens from elsewhere: as each engine's scheduler was told of them."""
+    recordings: dict[str, io.BytesIO] = {}
+    setting = replace(ClusterSetting(), num_blocks=24, windows=(None, 6))
+    cluster = Cluster(setting, 3, recordings)
+    cluster.clock.run_until(0.1)
+    for n in range(9):
+        cluster.ask([*range(200, 240), 600 + n], 6)
+        cluster.ask([*range(300, 330 + n)], 6)
+        cluster.clock.run_until(cluster.clock.now() + 0.15)
+        if n % 3 == 2:
+            for node in cluster.nodes.values():
+                node.scheduler.forget_cache()
+    cluster.run()
+    cluster.check()
+    data = b"".join(file.getvalue() for file in recordings.values())
+    assert all(word in data for word in (b"\xa5offer", b"\xa5moved", b"\xa4give", b"\xa4save"))
+    num_plans = 0
+    for name, file in recordings.items():
+        path = tmp_path / name
+        path.write_bytes(file.getvalue())
+        num_plans += replay(path)
+        changed = file.getvalue().replace(b"\xa6device", b"\xa6devise")
+        if changed != file.getvalue():
+            path.write_bytes(changed)
+            with pytest.raises(ReplayMismatch, match="moves something else"):
+                replay(path)
+    assert num_plans > 50

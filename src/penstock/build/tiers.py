@@ -44,6 +44,9 @@ class LocalPool:
             answers.append(pool_status(self.driver.pool))
         return answers + [answer for _, answer in self.driver.poll(now)]
 
+    def is_lost(self, now: float) -> bool:
+        return False
+
     def close(self) -> None:
         self.driver.close()
 

@@ -5,6 +5,8 @@ Messages are those of `core/tiering.py`. The arena's memory is a file that engin
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,8 +25,11 @@ from penstock.tiers.arena import Arena
 from penstock.tiers.driver import PoolDriver
 from penstock.tiers.open import host_slots, open_pool
 
+log = logging.getLogger("penstock.pool")
+
 BUSY_WAIT_MS, IDLE_WAIT_MS = 1, 50
 STATUS_S = 1.0
+SILENCE_S = 10.0  # after which a pool is held to be gone
 HELLO_S = 60.0  # for the pool to open its stores and recover what the disk holds
 
 
@@ -90,7 +95,11 @@ class PoolServer:
                 source, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
             except zmq.Again:
                 break
-            message = decode(*frames)
+            try:
+                message = decode(*frames)
+            except (KeyError, TypeError, UnicodeDecodeError, msgspec.DecodeError) as error:
+                log.error("dropped a message that does not decode: %s", error)
+                continue
             if isinstance(message, Hello):
                 self._sources.add(source)
                 self._send(source, self._hello(message))
@@ -136,6 +145,7 @@ class PoolWire:
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.connect(f"ipc://{directory}/pool")
+        self._heard_s = float("inf")  # until the pool has spoken it is not missed
 
     def hello(self, layout: KVLayout) -> Welcome:
         """Join the pool. Raises OSError if it does not answer, ValueError if it refuses."""
@@ -148,12 +158,18 @@ class PoolWire:
         return welcome
 
     def send(self, message: ToPool, now: float) -> None:
-        self._socket.send_multipart(encode(message))
+        with contextlib.suppress(zmq.Again):  # a pool that does not read is lost soon
+            self._socket.send_multipart(encode(message), zmq.NOBLOCK)
+
+    def is_lost(self, now: float) -> bool:
+        """Nothing was heard of it for long: it speaks every second."""
+        return now - self._heard_s > SILENCE_S
 
     def receive(self, now: float) -> Sequence[ToEngine]:
         received = []
         while self._socket.poll(0):
             received.append(decode(*self._socket.recv_multipart(zmq.NOBLOCK)))
+            self._heard_s = now
         return received
 
     def close(self) -> None:

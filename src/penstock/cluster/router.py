@@ -62,10 +62,6 @@ class Placement(Protocol):
         """The engine has this role from when it joins next."""
         ...
 
-    def tick(self, now: float) -> list[SnapshotRequest]:
-        """What has to be asked of engines now."""
-        ...
-
     def place(self, request: AddRequest, now: float) -> Placed | None:
         """None: there is no engine left for it."""
         ...
@@ -82,6 +78,10 @@ class Placement(Protocol):
 
     def ended(self, request_id: str, num_output: int, now: float) -> None: ...
 
+    def tick(self, now: float) -> list[SnapshotRequest]:
+        """Some ten times a second: what is to be forgotten, and what must be asked of engines again."""
+        ...
+
 
 @dataclass(slots=True)
 class _Live:
@@ -89,6 +89,7 @@ class _Live:
     engine: str  # "" while it waits for one that is being started again
     token_ids: list[int] = field(default_factory=list)  # that the client has
     num_replays: int = 0
+    cancel: CancelRequest | None = None  # that its engine was told
 
 
 @dataclass(slots=True)
@@ -128,14 +129,13 @@ class Router:
             return self._place(_Live(message, ""), now)
         if isinstance(message, CancelRequest | Explain):
             live = self._live.get(message.request_id)
+            if live is not None and isinstance(message, CancelRequest):
+                live.cancel = message
             if live is not None and live.engine:
                 return [], [(live.engine, message)]
-            if live is not None and isinstance(message, CancelRequest):
-                del self._live[message.request_id]
-                self.decisions.ended(message.request_id, message.finish_reason)
-                delta = TokenDelta(message.request_id, [], message.finish_reason, message.stop_reason)
-                return [Tokens([delta], now)], []
-            return ([Failed(message.request_id, 404, "no such request")] if isinstance(message, Explain) else []), []
+            if isinstance(message, CancelRequest):
+                return ([self._cancelled(message, now)] if live is not None else []), []
+            return [Failed(message.request_id, 404, "no such request")], []
         if isinstance(message, Drain):
             self._drain = message
             return [], self._drain_next()
@@ -263,6 +263,11 @@ class Router:
             return [message]
         return [msgspec.structs.replace(message, deltas=deltas)] if deltas else []
 
+    def _cancelled(self, message: CancelRequest, now: float) -> FromEngine:
+        """The last word on a request that no engine has."""
+        self._end(message.request_id, message.finish_reason, now)
+        return Tokens([TokenDelta(message.request_id, [], message.finish_reason, message.stop_reason)], now)
+
     def _end(self, request_id: str, outcome: str, now: float) -> None:
         live = self._live.pop(request_id)
         self.decisions.ended(request_id, outcome)
@@ -275,11 +280,12 @@ class Router:
 
     # ---- roles ----
 
-    def tick(self, now: float) -> tuple[list[FromEngine], Post]:
+    def tick(self, now: float) -> Post:
         """Some ten times a second: what nobody's message brings about."""
-        post: Post = [(ask.engine, WantSnapshot()) for ask in self.placement.tick(now)]
+        asked = [self.engines.get(ask.engine) for ask in self.placement.tick(now)]
+        post: Post = [(e.name, WantSnapshot()) for e in asked if e is not None and e.ready is not None]
         if self.keeper is None or not self.is_ready:
-            return [], post
+            return post
         for moved in self.keeper.tick(self.engines, now):
             engine = self.engines[moved.engine]
             if moved.what == "leave":
@@ -293,7 +299,7 @@ class Router:
                 self.placement.assign(engine.name, moved.role)
                 self.placement.joined(engine.name, engine.ready)
                 post += self._joined(now)[1]
-        return [], post
+        return post
 
     # ---- engines that die ----
 
@@ -324,6 +330,9 @@ class Router:
         peers = [e.ready.peer for e in self.engines.values() if e.ready is not None and e.ready.peer is not None]
         post: Post = [(other.name, Peers(peers)) for other in self.engines.values() if other.ready is not None]
         for request_id, live in [item for item in self._live.items() if item[1].engine == name]:
+            if live.cancel is not None:
+                out.append(self._cancelled(live.cancel, now))
+                continue
             self.placement.ended(request_id, 0, now)
             live.num_replays += 1
             if live.num_replays > MAX_REPLAYS:

@@ -210,7 +210,8 @@ class TierClient:
         return new + self.saving.messages()
 
     def tick(self, now: float) -> list[TierEvent]:
-        """Does host memory pay? Off and on again, with the figures."""
+        """Does host memory pay? Off and on again, with the figures. And what the pool does not answer is given up."""
+        self.saving.tick(now)
         verdict = self.worth.judge(now)
         events = []
         if verdict is not None and not verdict.pays:

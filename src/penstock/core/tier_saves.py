@@ -27,6 +27,7 @@ from penstock.core.tiering import (
 
 MAX_SEEN = 1 << 17  # hashes whose requests are counted
 MIN_USES = 2  # of WRITE_SELECTIVE
+ANSWER_S = 2.0  # for the pool to answer a reservation: without, it is held to be lost, question or pool
 MAX_SAVE_BLOCKS = 64  # of one reservation
 
 
@@ -54,6 +55,7 @@ class _Reservation:
     items: list[tuple[bytes, int]]  # hash, group
     save_of: tuple[int, ...] = ()  # its items' indices here
     move_indices: tuple[int, ...] = ()
+    until_s: float | None = None  # when the answer is no longer awaited; None: not yet looked at
 
 
 class TierSaves:
@@ -152,6 +154,7 @@ class TierSaves:
         """The pool's answer."""
         reservation = self._reservations.get(message.id)
         if reservation is None:
+            self._outbox.append(Release(message.id))  # it came too late
             return
         given = tuple(i for i, slot in enumerate(message.slots) if slot)
         if not given:
@@ -181,6 +184,15 @@ class TierSaves:
             self._reserve()
         new, self._outbox = self._outbox, []
         return new
+
+    def tick(self, now: float) -> None:
+        """Give up reservations that are not answered: the pool may have died."""
+        for id_, reservation in list(self._reservations.items()):
+            if reservation.until_s is None:
+                reservation.until_s = now + ANSWER_S
+            elif now >= reservation.until_s and not reservation.save_of:
+                del self._reservations[id_]
+                self._outbox.append(Release(id_))
 
     def expired(self, id_: int) -> None:
         """The pool has given the slots of a reservation to others."""

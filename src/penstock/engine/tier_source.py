@@ -34,6 +34,10 @@ class PoolLine(Protocol):
 
     def receive(self, now: float) -> Sequence[ToEngine]: ...
 
+    def is_lost(self, now: float) -> bool:
+        """The pool does not speak any more."""
+        ...
+
 
 class TierSource:
     """Called by its engine, in the engine's thread: `turn` before each plan, the others as things happen."""
@@ -43,6 +47,7 @@ class TierSource:
         self.client = client
         self.line = line
         self._loads: dict[str, tuple[int, int]] = {}  # request id -> (first block, blocks) of the offer it took
+        self._was_lost = False
         scheduler.kv.on_published = client.saving.published
 
     @property
@@ -52,6 +57,8 @@ class TierSource:
 
     def arrived(self, request: Request, now: float) -> None:
         """A request was queued: what the tiers have of it is brought into host memory while it waits."""
+        if self._was_lost:
+            return
         hit, hashes = self.scheduler.kv.ask(request)
         if len(hashes) > hit.num_blocks:
             self.client.arrived(request.id, hashes, hit.num_blocks, now)
@@ -130,6 +137,11 @@ class TierSource:
             self._save()
             if not self._tell(now) and not answers:
                 break
+        is_lost = self.line.is_lost(now)
+        if is_lost and not self._was_lost:
+            log.error("the pool of KV tiers is gone: prompts are computed from now on")
+            self.client.pool_lost()
+        self._was_lost = is_lost
 
     def _save(self) -> None:
         """Start what has got slots."""

@@ -196,7 +196,6 @@ class ManyEngines:
 
     def poll(self) -> int | None:
         """Looks after the processes: one that has ended is taken out of the router once its last words were read."""
-        self._deliver(*self.router.tick(time.monotonic()))
         now = time.monotonic()
         for name, run in list(self._runs.items()):
             code = None if run.process is None else run.process.poll()
@@ -211,6 +210,7 @@ class ManyEngines:
                 self._start(name)
             except OSError as error:
                 self._gone(name, 1, f"cannot be started: {error}", now)
+        self._deliver([], self.router.tick(now))
         if self._runs or self._due_s or not self._codes:
             return None
         return max(self._codes.values(), key=abs)
