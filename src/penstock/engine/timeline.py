@@ -88,6 +88,8 @@ class Timeline:
             if track is None:
                 continue
             last = track.spans[-1] if track.spans else None
+            if last is not None and last.kind == "load" and last.end_s is not None:
+                last.end_s = max(last.start_s, min(last.end_s, start_s))  # the rest of it was hidden by the step
             if last is not None and last.kind == "preempted" and last.end_s is None:
                 continue  # computed by a step in flight when its blocks were taken: it will be computed again
             if last is not None and last.end_s is None and last.kind in ARRIVING:
