@@ -47,7 +47,9 @@ def address_of(process: subprocess.Popen[str]) -> str:
 
 
 def rings() -> list[str]:
-    return [name for name in os.listdir("/dev/shm") if "penstock" in name] if os.path.isdir("/dev/shm") else []
+    """Shared memory that has a name; directories there belong to servers that may run beside the tests."""
+    place = Path("/dev/shm")
+    return [path.name for path in place.iterdir() if "penstock" in path.name and path.is_file()] if place.is_dir() else []
 
 
 @links
