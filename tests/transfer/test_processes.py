@@ -49,7 +49,8 @@ def address_of(process: subprocess.Popen[str]) -> str:
 def rings() -> list[str]:
     """Shared memory that has a name; directories there belong to servers that may run beside the tests."""
     place = Path("/dev/shm")
-    return [path.name for path in place.iterdir() if "penstock" in path.name and path.is_file()] if place.is_dir() else []
+    found = place.iterdir() if place.is_dir() else ()
+    return [path.name for path in found if "penstock" in path.name and path.is_file()]
 
 
 @links
