@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/live_routing.py --traces DIR [--engines 4] [--requests 250] [--policies ...]
 
 Each policy gets `penstock serve -dp N` anew: N processes of penstock-tiny with small KV caches behind one router, over
-HTTP. Lengths are divided by 32, so that a block of the trace is half of an engine's; token ids are made from the
+HTTP. Lengths are divided by 16, so that a block of the trace is one of the engines; token ids are made from the
 trace's block ids. Requests are sent as fast as `--concurrency` allows, in the trace's order: a machine with two cores
 says nothing about waiting times with so many processes, so reuse (prompt tokens from caches, of those sent) and
 imbalance (most prompt tokens computed by one engine, over the mean) are what is told. Answers are one token long, so
@@ -29,7 +29,7 @@ TRACES = {
     "conversation": "mooncake_conversation_0-30min.jsonl.gz",
     "synthetic": "mooncake_synthetic_0-8min.jsonl.gz",
 }
-SCALE = 32
+SCALE = 16
 VOCAB_SIZE = 8000
 MAX_PROMPT = 2000  # tokens of penstock-tiny
 OURS = "least_time"
@@ -84,7 +84,7 @@ def main() -> int:
     parser.add_argument("--engines", type=int, default=4)
     parser.add_argument("--requests", type=int, default=250)
     parser.add_argument("--concurrency", type=int, default=8)
-    parser.add_argument("--kv", default="12M", help="KV cache of each engine [12M]")
+    parser.add_argument("--kv", default="64M", help="KV cache of each engine [64M]")
     parser.add_argument("--pool", default="", help="host memory that all share, e.g. 96M; none by default")
     parser.add_argument("--policies", nargs="+", default=list(PREFILL_POLICIES), choices=list(PREFILL_POLICIES))
     parser.add_argument("--out", type=Path)
