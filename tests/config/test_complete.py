@@ -92,3 +92,16 @@ def test_errors_of_model_and_memory(tmp_path: Path) -> None:
         completed(tmp_path, replace(MACHINE, memory_free_bytes=200 << 20))
     with pytest.raises(ConfigError, match="--device: cuda is not supported yet"):
         completed(tmp_path, device="cuda")
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"kv_disk_path": "/anywhere"}, "--kv-offloading-size, too"),
+        ({"kv_remote_url": "redis://127.0.0.1:1/0"}, "--kv-offloading-size, too"),
+        ({"kv_offloading_size": 1, "enable_prefix_caching": False}, "switched off"),
+    ],
+)
+def test_a_tier_that_nothing_could_reach_is_refused(settings: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        complete(resolve({"model": "penstock-tiny", **settings}), MACHINE)

@@ -13,7 +13,7 @@ from penstock.config.hardware import Machine
 from penstock.config.load import model_directory
 from penstock.config.memory import MemoryPlan, max_positions, plan_memory
 from penstock.config.model import KVLayout, ModelConfig, ModelConfigError, kv_layout, load_model_config
-from penstock.config.schema import Config
+from penstock.config.schema import CacheOptions, Config
 from penstock.config.values import ConfigError
 
 CPU_BLOCK_TOKENS = 32
@@ -43,6 +43,7 @@ def complete(config: Config, machine: Machine) -> Resolved:
     except ModelConfigError as error:
         raise ConfigError(str(error), "--model") from None
     origins = dict(config.origins)
+    _check_tiers(config.cache)
     if config.runtime.device == "cuda":
         raise ConfigError("cuda is not supported yet: this version computes on the CPU", "--device")
 
@@ -83,6 +84,16 @@ def complete(config: Config, machine: Machine) -> Resolved:
     runtime = fill(runtime, "num_threads", machine.num_cores, "auto", machine.cores_note)
     done = replace(config, model=part, cache=cache, runtime=runtime, origins=origins)
     return Resolved(done, directory, model, layout, memory)
+
+
+def _check_tiers(cache: CacheOptions) -> None:
+    """Raise ConfigError for a tier that nothing could reach: no setting is silently ignored."""
+    below = {"--kv-disk-path": cache.kv_disk_path, "--kv-remote-url": cache.kv_remote_url}
+    for flag, value in below.items():
+        if value is not None and cache.kv_offloading_size is None:
+            raise ConfigError("everything below passes through host memory: give --kv-offloading-size, too", flag)
+    if cache.kv_offloading_size is not None and not cache.enable_prefix_caching:
+        raise ConfigError("tiers hold what the prefix cache publishes, which is switched off", "--kv-offloading-size")
 
 
 def can_pack(cpu_kernels: str, dtype: str, layout: KVLayout) -> bool:

@@ -36,7 +36,6 @@ class KVMove:
     src: Place
     dst: Place
     epoch: int = 0  # of the hand-off: what carries an older one is dropped unread
-    first_unit: int = 0  # of its blocks, counted over the whole hand-off: `units` below
     after_step: int = -1  # src is complete, layer by layer, when this step has computed it; -1: it is complete now
 
     @property
@@ -50,7 +49,8 @@ class KVMove:
 class MoveResult:
     """How a move ended. Its blocks are nobody's business any more: what would still come for it is dropped.
 
-    `num_units` counts (block, layer) pairs carried. `checksum` is the sum over them, modulo 2^64, of their content's
+    `num_units` counts (block, layer) pairs carried. `checksum` is the sum over them, modulo 2^64, of their content's,
+    weighted by layer and receiver's block id
     (`transfer.memory.checksum`), so that moves of one hand-off add up in any order.
     """
 

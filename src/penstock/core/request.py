@@ -162,7 +162,6 @@ class Request:
     is_on_rank: bool = False  # ranks were told of it
     arriving: int = -1  # the move that brings its prompt's beginning; -1: none
     num_sent: int = 0  # leading blocks that moves to the ticket's holder cover
-    num_units_sent: int = 0  # (block, layer) pairs of them
     epoch: int = 0  # rises at each preemption: results of older rows count as tokens, not as computed KV
     num_in_flight: int = 0  # rows in steps submitted and not committed
     num_shared: int = 0  # leading blocks that other requests hold too, when last counted

@@ -59,7 +59,7 @@ class Traffic:
         blocks = tuple(tuple(table[first:last]) for table in request.block_tables)
         dst = Place(DEVICE, blocks)
         filling = tuple(kv.begin_filling(request, request.num_computed, offer.num_tokens))
-        move = self._start(request, offer.transfer_id, offer.src, dst, offer.epoch, 0, -1)
+        move = self._start(request, offer.transfer_id, offer.src, dst, offer.epoch, -1)
         self.flights[move.id] = Flight(
             move, request, request.num_computed, offer.num_tokens, offer.is_cache, filling=filling
         )
@@ -77,21 +77,19 @@ class Traffic:
         if last <= first:
             return
         request.num_sent = last
-        src, dst, num_units = [], [], 0
-        for group, table, wanted in zip(self._kv.layout.groups, request.block_tables, ticket.block_ids, strict=True):
+        src, dst = [], []
+        for table, wanted in zip(request.block_tables, ticket.block_ids, strict=True):
             pairs = [(table[n], wanted[n - ticket.first_block]) for n in range(first, last)]
             pairs = [pair for pair in pairs if pair[1]]
             src.append(tuple(here for here, _ in pairs))
             dst.append(tuple(there for _, there in pairs))
-            num_units += len(pairs) * len(group.layers)
         here, there = Place(DEVICE, tuple(src)), Place(ticket.link, tuple(dst))
-        first_unit, request.num_units_sent = request.num_units_sent, request.num_units_sent + num_units
-        move = self._start(request, ticket.transfer_id, here, there, ticket.epoch, first_unit, after_step)
+        move = self._start(request, ticket.transfer_id, here, there, ticket.epoch, after_step)
         self.flights[move.id] = Flight(move, request)
 
     def save(self, src: Place, dst: Place) -> KVMove:
         """Copy published blocks into a tier."""
-        move = self._start(None, "", src, dst, 0, 0, -1)
+        move = self._start(None, "", src, dst, 0, -1)
         self.flights[move.id] = Flight(move, None)
         return move
 
@@ -134,11 +132,10 @@ class Traffic:
         src: Place,
         dst: Place,
         epoch: int,
-        first_unit: int,
         after_step: int,
     ) -> KVMove:
         request_id = "" if request is None else request.id
-        move = KVMove(self._num_moves, transfer_id, request_id, src, dst, epoch, first_unit, after_step)
+        move = KVMove(self._num_moves, transfer_id, request_id, src, dst, epoch, after_step)
         self._num_moves += 1
         for pool, id_ in self._pins(move):
             pool.pin(id_)

@@ -197,12 +197,12 @@ class SimMover:
         self._end(MoveResult(receipt.move.id, error, receipt.num_units, checksum=receipt.checksum))
 
     def _send(self, move: KVMove) -> None:
-        units, number = [], move.first_unit
+        units = []
         for group, here, there in zip(self._layout.groups, move.src.block_ids, move.dst.block_ids, strict=True):
             for from_id, to_id in zip(here, there, strict=True):
                 content, num_layers = self._memory.read(group.index, from_id), len(group.layers)
+                number = to_id * len(self._layout.groups) + group.index  # both ends know it by the receiver's block
                 units.append(_Unit(move.transfer_id, move.epoch, number, group.index, to_id, content, num_layers))
-                number += num_layers
         checksum = sum(map(self._checksum, units)) & MASK
         num_units = sum(unit.num_layers for unit in units)
         left_s, error = self._links.send(self.address, move.dst.where, units)

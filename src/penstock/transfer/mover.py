@@ -35,8 +35,8 @@ class LinkMover:
     A send-move (src on the device, dst at a link address) follows `counter` if it has `after_step`, layer by layer, and
     ends when its bytes have left the pool. A receive-move (dst on the device) ends when what was announced by `expect`
     has arrived. Blocks whose id at the receiver is 0 are not carried. Units are known by the receiver's block ids, so
-    `KVMove.first_unit` plays no part. A message reaches `10 * bandwidth * cost of a message` before it goes out
-    (`coalesce`); `mode` "layerwise" and "whole" are there to be compared with.
+    they add up however they are cut into moves. A message reaches `10 * bandwidth * cost of a message` before it goes
+    out (`coalesce`); `mode` "layerwise" and "whole" are there to be compared with.
 
     `notify` is called, from any thread, when a result is there to be polled; it must not call the mover. `poll_s`: how
     often the step counter is looked at while a move waits for it.
