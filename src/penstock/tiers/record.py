@@ -83,8 +83,11 @@ class RecordFormat:
         record[: len(MAGIC)] = 0
 
     def header(self, record: Bytes) -> Header | None:
-        """None: this is no record of the format, or its header is damaged. Needs the first `page_start` bytes only."""
-        view = record.data
+        """None: this is no record of the format, or its header is damaged. Needs the first `page_start` bytes only.
+
+        All of it is of one block, also while another one moves in: what is checked is a copy.
+        """
+        view = bytes(record[: self.page_start].data)
         magic, num_layers, key = _HEAD.unpack_from(view, 0)
         if magic != MAGIC or num_layers != self.num_layers:
             return None
