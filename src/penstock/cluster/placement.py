@@ -14,10 +14,12 @@ import numpy as np
 
 from penstock.cluster.decisions import Forecast
 from penstock.cluster.router import DECODE, PREFILL, Placed
-from penstock.core.cost import FittedCost, StepCoefficients, StepShape, fit_steps
+from penstock.core.cost import FittedCost, MoveCost, StepCoefficients, StepShape, fit_steps
 from penstock.core.decode_policies import decode_policy
 from penstock.core.kv_events import KVEvents, KVSnapshot, SnapshotRequest
 from penstock.core.kv_index import KVIndex
+from penstock.core.pool_contents import POOL
+from penstock.core.pool_contents import TIER as REMOTE
 from penstock.core.prefix import chain_start, extend_chain
 from penstock.core.route_modes import Mode, ModeCosts, ModeLimits, choose_mode
 from penstock.core.route_policies import prefill_policy
@@ -25,6 +27,7 @@ from penstock.core.routing import Choice, EngineReport, EngineViews, RouteReques
 from penstock.engine.messages import AddRequest, Ready, Report
 
 PRIOR = StepCoefficients(step=2e-3, token=2e-4, row=5e-5, attended=1e-8)  # until steps were measured: a small model
+PRIOR_LOAD = MoveCost(1e-3, 1e9)  # from the pool, until loads were measured
 MIN_SAMPLES, MAX_SAMPLES = 16, 512
 REFIT_S = 2.0
 TAIL_S = 0.005  # of a transfer that shows, whatever the prompt's length
@@ -61,13 +64,14 @@ class PolicyPlacement:
     ) -> None:
         self.roles = dict(roles)
         self.limits = limits or ModeLimits()
-        self.cost = FittedCost(PRIOR, chunk_tokens=2048)
+        self.cost = FittedCost(PRIOR, chunk_tokens=2048, moves={REMOTE: replace(PRIOR_LOAD)})
         self._prefill = prefill_policy(prefill, self.cost, seed)
         self._decode = decode_policy(decode, self.cost, seed)
         self._prompts: _Side | None = None
         self._answers: _Side | None = None
         self._sent: dict[str, _Sent] = {}
         self._samples: deque[tuple[StepShape, float]] = deque(maxlen=MAX_SAMPLES)
+        self._loads: dict[str, tuple[int, float]] = {}  # bytes and seconds that engines told of last
         self._fitted_s = float("-inf")
         self._mean_output = float(EXPECTED_OUTPUT)
         self._identity = ("", "", 0)  # of blocks: model, format, tokens
@@ -98,7 +102,16 @@ class PolicyPlacement:
             known = frozenset(id_ for id_, sent in self._sent.items() if sent.decode == name and sent.num_given)
             free = report.kv.free + report.kv.cached
             side.views.report(name, EngineReport(report.num_running, free, known), now)
+        self._loaded(name, report)
         self.learned(report.steps, now)
+
+    def _loaded(self, name: str, report: Report) -> None:
+        """What loads from the pool took since its last report."""
+        num_bytes, seconds = sum(tier.read_bytes for tier in report.tiers), sum(tier.load_s for tier in report.tiers)
+        old_bytes, old_s = self._loads.get(name, (0, 0.0))
+        self._loads[name] = num_bytes, seconds
+        if num_bytes > old_bytes and seconds > old_s:
+            self.cost.observe_move(num_bytes - old_bytes, REMOTE, seconds - old_s)
 
     def learned(self, steps: Sequence[tuple[int, int, int, int, float]], now: float) -> None:
         """What steps took: tokens, rows, attended, context, seconds."""
@@ -110,14 +123,14 @@ class PolicyPlacement:
             self.cost.coefficients = fit_steps(shapes, times)
 
     def changed(self, events: KVEvents, now: float) -> SnapshotRequest | None:
-        """Its cache has changed. Gives what must be asked of it if something was missed."""
-        side = self._find(events.engine)
-        return None if side is None else side.index.apply(events, now)
+        """Its cache, or the pool that all share, has changed. Gives what must be asked if something was missed."""
+        asked = [side.index.apply(events, now) for side in self._told_of(events.engine)]
+        return next(filter(None, asked), None)
 
     def restored(self, snapshot: KVSnapshot, now: float) -> SnapshotRequest | None:
         """All that it holds, as it was asked for."""
-        side = self._find(snapshot.engine)
-        return None if side is None else side.index.restore(snapshot, now)
+        asked = [side.index.restore(snapshot, now) for side in self._told_of(snapshot.engine)]
+        return next(filter(None, asked), None)
 
     def tick(self, now: float) -> list[SnapshotRequest]:
         """Promises that were not kept, engines that do not answer."""
@@ -259,6 +272,17 @@ class PolicyPlacement:
             return self._answers
         self._prompts = self._prompts or _new_side(ready)
         return self._prompts
+
+    def _told_of(self, name: str) -> list[_Side]:
+        """Who must know what this engine holds; all must of the pool."""
+        if name != POOL:
+            side = self._find(name)
+            return [] if side is None else [side]
+        sides = [side for side in (self._prompts, self._answers) if side is not None]
+        for side in sides:
+            if POOL not in side.index.rows:
+                side.views.add_pool(POOL)
+        return sides
 
     def _find(self, name: str) -> _Side | None:
         for side in (self._prompts, self._answers):

@@ -19,8 +19,9 @@ import zmq
 from penstock.config.model import KVLayout
 from penstock.config.schema import CacheOptions
 from penstock.core import tiering
+from penstock.core.pool_contents import PoolContents
 from penstock.core.pool_status import pool_status
-from penstock.core.tiering import ToEngine, ToPool
+from penstock.core.tiering import News, PoolChanged, PoolHolds, ToEngine, ToPool, WantContents
 from penstock.tiers.arena import Arena
 from penstock.tiers.driver import PoolDriver
 from penstock.tiers.open import host_slots, open_pool
@@ -52,7 +53,8 @@ class Welcome:
 _TYPES: dict[str, Any] = {
     each.__name__: each
     for each in (Hello, Welcome, tiering.Match, tiering.Fetch, tiering.Release, tiering.Reserve, tiering.Filled,
-                 tiering.Matched, tiering.Fetched, tiering.Reserved, tiering.Expired, tiering.PoolStatus)
+                 tiering.Matched, tiering.Fetched, tiering.Reserved, tiering.Expired, tiering.PoolStatus,
+                 tiering.WantContents, tiering.PoolChanged, tiering.PoolHolds)
 }  # fmt: skip
 _DECODERS = {name: msgspec.msgpack.Decoder(type_) for name, type_ in _TYPES.items()}
 _encode = msgspec.msgpack.Encoder().encode
@@ -78,6 +80,7 @@ class PoolServer:
         self._arena: Arena | None = None
         self._layout: KVLayout | None = None
         self._driver: PoolDriver | None = None
+        self._contents: PoolContents | None = None
         self._sources: set[bytes] = set()
         self._told_s = float("-inf")
 
@@ -103,12 +106,19 @@ class PoolServer:
             if isinstance(message, Hello):
                 self._sources.add(source)
                 self._send(source, self._hello(message))
+            elif isinstance(message, WantContents):
+                if self._contents is not None:
+                    self._send(source, PoolHolds(self._contents.snapshot()))
             elif self._driver is not None:
                 for to, answer in self._driver.handle(source.hex(), message, now):
                     self._send(bytes.fromhex(to), answer)
         if self._driver is not None:
             for to, answer in self._driver.poll(now):
                 self._send(bytes.fromhex(to), answer)
+            events = self._contents.take(now) if self._contents is not None else None
+            if events is not None:
+                for source in self._sources:
+                    self._send(source, PoolChanged(events))
             if now - self._told_s > STATUS_S:
                 self._told_s, status = now, pool_status(self._driver.pool)
                 for source in self._sources:
@@ -123,6 +133,7 @@ class PoolServer:
             except Exception as error:
                 return Welcome(refusal=str(error))
             self._layout = message.layout
+            self._contents = PoolContents(self._driver.pool, time.time_ns())
         assert self._arena is not None and self._layout is not None
         if message.layout.format != self._layout.format:
             return Welcome(refusal=f"the pool keeps KV as {self._layout.format}, the engine as {message.layout.format}")
@@ -157,7 +168,7 @@ class PoolWire:
             raise ValueError(welcome.refusal)
         return welcome
 
-    def send(self, message: ToPool, now: float) -> None:
+    def send(self, message: ToPool | WantContents, now: float) -> None:
         with contextlib.suppress(zmq.Again):  # a pool that does not read is lost soon
             self._socket.send_multipart(encode(message), zmq.NOBLOCK)
 
@@ -165,7 +176,7 @@ class PoolWire:
         """Nothing was heard of it for long: it speaks every second."""
         return now - self._heard_s > SILENCE_S
 
-    def receive(self, now: float) -> Sequence[ToEngine]:
+    def receive(self, now: float) -> Sequence[ToEngine | News]:
         received = []
         while self._socket.poll(0):
             received.append(decode(*self._socket.recv_multipart(zmq.NOBLOCK)))

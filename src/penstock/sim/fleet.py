@@ -136,7 +136,7 @@ class SimEngine:
     def put(self, hashes: Sequence[bytes], first: int) -> None:
         """Blocks `first` and later of a chain have been carried here: they are cached, as if computed just now.
 
-        What is here of the chain is held meanwhile, as for a request: else blocks that come drive out their own parents.
+        What is here of the chain is held meanwhile, as for a request: else blocks that come drive out their parents.
         """
         pool, now = self.pool, self.clock.now()
         held: list[int | None] = []
