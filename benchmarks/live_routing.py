@@ -7,8 +7,9 @@ HTTP. Lengths are divided by 16, so that a block of the trace is one of the engi
 trace's block ids. Requests are sent as fast as `--concurrency` allows, in the trace's order: a machine with two cores
 says nothing about waiting times with so many processes, so reuse (prompt tokens from caches, of those sent) and
 imbalance (most prompt tokens computed by one engine, over the mean) are what is told. Answers are one token long, so
-every engine's work is prompts. Two bounds stand beside the reuse: of one cache that keeps everything, and of one cache (least
-recently used) with as many blocks as all engines have together. Prints a JSON line per policy; --out writes them all.
+every engine's work is prompts. Two bounds stand beside the reuse: of one cache that keeps everything, and of one cache
+(least recently used) with as many blocks as all engines have together. Prints a JSON line per policy; --out writes
+them all.
 """
 
 from __future__ import annotations
@@ -121,7 +122,8 @@ def main() -> int:
     results = []
     for name in args.names:
         requests = requests_of(args.traces / TRACES[name], args.requests)
-        bounds = {"bound": one_cache(requests, None), "bound_lru": one_cache(requests, args.engines * blocks_of(args.kv))}
+        num_blocks = args.engines * blocks_of(args.kv)
+        bounds = {"bound": one_cache(requests, None), "bound_lru": one_cache(requests, num_blocks)}
         print(json.dumps({"trace": name, **bounds}), flush=True)
         for policy in args.policies:
             result = {"trace": name, **bounds, **measure(policy, requests, args)}
