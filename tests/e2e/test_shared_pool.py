@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import random
 
-import httpx
-from tests.e2e.serving import MODEL, RealServer, until
+from tests.e2e.serving import RealServer, until
 
 TOKENS, BLOCK = 1024, 32
 HIT = TOKENS - BLOCK  # the last block's last token is computed, and so its block
@@ -16,12 +15,13 @@ def test_a_prompt_that_only_the_pool_holds_is_predicted_as_a_load_and_is_one() -
     draw = random.Random(5)
     prompts = [[draw.randrange(16, 8000) for _ in range(TOKENS)] for _ in range(12)]
     flags = ("-dp", "2", "--kv-cache-memory-bytes", "8M", "--kv-offloading-size", "128M", "--disable-log-stats")
-    with RealServer(MODEL, *flags).until_ready() as server:
+    with RealServer(*flags) as server:
+        server.until_ready()
 
         def asked(prompt: list[int]) -> tuple[int, dict[str, float], int]:
-            """(tokens that were cached, the router's terms, the tokens it took to be)."""
+            """(tokens that were cached, the terms that the router saw, tokens that it expected to be cached)."""
             answer = server.complete(prompt, max_tokens=1, temperature=0)
-            (route, *_) = httpx.get(f"{server.url}/routes/recent").json()["routes"]
+            (route, *_) = server.http.get("/routes/recent").json()["routes"]
             return answer["usage"]["prompt_tokens_details"]["cached_tokens"], route["terms"], route["hit_tokens"]
 
         for prompt in prompts:
