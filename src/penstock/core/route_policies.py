@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from penstock.core.cost import FloatArray
+from penstock.core.cost import FloatArray, IntArray
 from penstock.core.doors import CostModel
 from penstock.core.hot_prefixes import HotPrefixes
 from penstock.core.kv_index import KVIndex
@@ -84,7 +84,10 @@ class Policy:
 
     def any_of(self, rows: BoolArray) -> int:
         """One of them, at random."""
-        found = np.flatnonzero(rows)
+        return self.one_of(np.flatnonzero(rows))
+
+    def one_of(self, found: IntArray) -> int:
+        """One of these row numbers, at random."""
         return int(found[0] if len(found) == 1 else found[self.random.randrange(len(found))])
 
 
@@ -349,15 +352,17 @@ class LeastTimePolicy(Policy):
         own_s, fetched_s = predicted.total_s, fetched.total_s
         fetches = fetched_s < own_s
         total = np.where(fetches, fetched_s, own_s) + self.tail_s
-        new_tokens = np.where(fetches, fetched.new_tokens, predicted.new_tokens)
-        scores = total + num_behind(engines, allowed) * np.where(fetches, fetched.prefill_s, predicted.prefill_s)
+        scores, delayed = total, num_behind(engines, allowed)
+        if delayed:
+            scores = total + delayed * np.where(fetches, fetched.prefill_s, predicted.prefill_s)
         kept = allowed & (within(engines.num_requests, allowed, HOT) | (engines.num_requests <= self.hot_floor))
         if request.ttft_slo_s is not None:
             in_time = kept & (total <= request.ttft_slo_s - SLO_MARGIN_S)
             kept = in_time if in_time.any() else kept
         scores = np.where(kept if kept.any() else allowed, scores, np.inf)
-        near = near_best(scores, float(total[scores.argmin()]))
-        row = self.any_of(near & (new_tokens == new_tokens[near].min()))
+        near = np.flatnonzero(near_best(scores, float(total[scores.argmin()])))
+        new_tokens = np.where(fetches[near], fetched.new_tokens[near], predicted.new_tokens[near])
+        row = self.one_of(near[new_tokens == new_tokens.min()])
         copies: tuple[Replicate, ...] = ()
         if fetches[row]:
             copies = (copy_of(request, engines, src, row, int(fetched.hit_tokens[row])),)
