@@ -86,7 +86,8 @@ def complete_groups(config: Config, groups: Sequence[RoleGroup], machine: Machin
         try:
             return complete(group.apply(config), share)
         except MemoryPlanError as error:
-            names = ", ".join(group.names)
+            alike = [group] if any(other.settings for other in groups) else groups
+            names = ", ".join(name for other in alike for name in other.names)
             raise MemoryPlanError(f"{names}: each has to do with its share of the memory: {error}") from None
 
     each = [done(group, config) for group in groups]
