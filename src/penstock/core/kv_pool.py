@@ -1,7 +1,9 @@
 """The pool of one machine: which blocks lie in host memory and in the tiers below, who reads them, what moves and goes.
 
 A state machine: `handle(source, message, now)` gives messages, `jobs()` work for the stores, `job_done(...)` takes its
-end. Knows keys, slots and seconds; no byte, clock, thread or socket. Several engines share it, each a `source`.
+end. Knows keys, slots and seconds; no byte, clock, thread or socket. Several engines share it, each a `source`; so do
+other machines' pools, its *peers*. They are served from this machine's own tiers alone, and what they bring or ask for
+goes to no shared one: pools that stand in a circle pass nothing on.
 """
 
 from __future__ import annotations
@@ -34,7 +36,7 @@ from penstock.core.tiering import (
     ToEngine,
     ToPool,
     key_group,
-)
+)  # fmt: skip
 
 MIN_USES = 2  # of WRITE_SELECTIVE: the request that computed it and one that asked for it
 READ, WRITE, DELETE, FIND = "read", "write", "delete", "find"
@@ -62,6 +64,7 @@ class KVPool:
         self.host_counts = TierCounts()
         self.lower = [LowerTier(settings, record_bytes, policy) for settings in tiers]
         self.lease_s = lease_s
+        self.peers: set[str] = set()  # sources that are other machines' pools
         self._holds: dict[tuple[str, int], Hold] = {}
         self._filling: set[bytes] = set()  # keys whose slots engines fill
         self._promotions: dict[bytes, Promotion] = {}
@@ -94,8 +97,13 @@ class KVPool:
         self._pump(now)
         return answers
 
+    def met(self, peer: str) -> None:
+        """This source will be another machine's pool."""
+        self.peers.add(peer)
+
     def lost(self, source: str, now: float) -> None:
-        """The engine is gone: its pins and reservations end."""
+        """The engine or peer is gone: its pins and reservations end."""
+        self.peers.discard(source)
         for hold in [hold for hold in self._holds.values() if hold.source == source]:
             del self._holds[hold.source, hold.id]
             self._end(hold)
@@ -132,15 +140,7 @@ class KVPool:
     def adopt(self, name: str, records: Iterable[tuple[bytes, bytes, float]], now: float) -> None:
         """What a store found at its start: (key, parent, seconds to recompute). What has no room is deleted."""
         tier = next(tier for tier in self.lower if tier.name == name)
-        assert tier.indexes is not None
-        surplus = []
-        for key, parent, recompute_s in records:
-            group = key_group(key)
-            if group >= len(tier.indexes) or not tier.indexes[group].num_free:
-                surplus.append(key)
-            elif key not in tier.indexes[group]:
-                slot, _ = tier.indexes[group].reserve() or (0, None)
-                tier.indexes[group].publish(key, parent, slot, recompute_s, now)
+        surplus = tier.adopt(records, now)
         if surplus:
             self._give_out(tier, DELETE, tuple(surplus))
 
@@ -152,7 +152,9 @@ class KVPool:
     # ---- looking up ----
 
     def _match(self, source: str, message: Match, now: float) -> Answers:
-        lookup = Lookup(source, message.id, message.keys, [self._fastest(key) for key in message.keys])
+        lookup = Lookup(source, message.id, message.keys, [self._fastest(key, source) for key in message.keys])
+        if source in self.peers:
+            return [self._matched(lookup)]
         unknown = [key for key, tier in zip(lookup.keys, lookup.tiers, strict=True) if tier == NO_TIER]
         for tier in self.lower:
             tier.worth.used(len(message.keys))
@@ -162,11 +164,12 @@ class KVPool:
                 lookup.num_jobs += 1
         return [] if lookup.num_jobs else [self._matched(lookup)]
 
-    def _fastest(self, key: bytes) -> int:
+    def _fastest(self, key: bytes, source: str) -> int:
+        """The first tier that can serve the source: a peer has none that is shared."""
         if key in self.host[key_group(key)] and key not in self._harmful:
             return IN_HOST
         for t, tier in enumerate(self.lower):
-            if tier.is_on and tier.holds(key):
+            if tier.is_on and tier.holds(key) and not (tier.is_shared and source in self.peers):
                 return IN_HOST + 1 + t
         return NO_TIER
 
@@ -183,7 +186,8 @@ class KVPool:
     def _fetch(self, source: str, message: Fetch, now: float) -> Answers:
         if (source, message.id) in self._holds:
             return []
-        hold = self._hold(source, message, is_fetch=True, now=now)
+        is_peer = source in self.peers
+        hold = self._hold(source, self._as_known(message) if is_peer else message, is_fetch=True, now=now)
         touched = []
         for i, (key, recompute_s) in enumerate(zip(hold.keys, hold.costs_s, strict=True)):
             index = self.host[key_group(key)]
@@ -195,9 +199,10 @@ class KVPool:
                     touched.append(entry)
                     hold.slots[i] = entry.slot
             elif key in self._promotions:
-                self._promotions[key].waiters.append((hold, i))
-                hold.num_pending += 1
-            elif key not in self._filling and (found := self._fastest(key)) != NO_TIER:
+                if not (is_peer and self.lower[self._promotions[key].tier].is_shared):
+                    self._promotions[key].waiters.append((hold, i))
+                    hold.num_pending += 1
+            elif key not in self._filling and (found := self._fastest(key, source)) != NO_TIER:
                 slot = self._host_slot(key_group(key))
                 if slot is None:
                     break
@@ -207,8 +212,16 @@ class KVPool:
                 hold.num_pending += 1
         for entry in reversed(touched):
             self.host[key_group(entry.key)].touch(entry, now)
-            self._consider_write(entry)
+            if not is_peer:
+                self._consider_write(entry)
         return [(source, self._fetched(hold))]
+
+    def _as_known(self, message: Fetch) -> Fetch:
+        """A peer does not say what its blocks stand behind and cost: what this pool knows of them."""
+        indexes = [self.host, *(tier.indexes for tier in self.lower if tier.indexes is not None)]
+        found = [next((e for x in indexes if (e := x[key_group(k)].get(k)) is not None), None) for k in message.keys]
+        costs_s = tuple(0.0 if entry is None else entry.recompute_s for entry in found)
+        return replace(message, parents=tuple(b"" if e is None else e.parent for e in found), costs_s=costs_s)
 
     def _hold(self, source: str, message: Fetch | Reserve, is_fetch: bool, now: float) -> Hold:
         slots, expires_s = [0] * len(message.keys), now + self.lease_s
@@ -314,13 +327,17 @@ class KVPool:
             self._filling.discard(key)
             if i < len(message.filled) and message.filled[i]:
                 self._follow(key, hold.costs_s[i], now)
-                self._publish(key, hold.parents[i], slot, hold.costs_s[i], now)
+                self._publish(key, hold.parents[i], slot, hold.costs_s[i], [hold], now)
             else:
                 self.host[key_group(key)].give_back(slot)
         return []
 
-    def _publish(self, key: bytes, parent: bytes, slot: int, recompute_s: float, now: float) -> Entry:
+    def _publish(
+        self, key: bytes, parent: bytes, slot: int, recompute_s: float, holds: Sequence[Hold], now: float
+    ) -> Entry:
+        """`holds`: of who brought it or waits for it."""
         entry = self.host[key_group(key)].publish(key, parent, slot, recompute_s, now)
+        entry.is_foreign = bool(holds) and all(hold.source in self.peers for hold in holds)
         self.host_counts.num_written += 1
         self._reprice(key)
         self._consider_write(entry)
@@ -341,7 +358,8 @@ class KVPool:
 
     def _queue_write(self, entry: Entry, policy: str) -> None:
         for tier in self.lower:
-            if tier.settings.write == policy and tier.takes_writes and not tier.holds(entry.key):
+            stays = entry.is_foreign and tier.is_shared
+            if tier.settings.write == policy and tier.takes_writes and not tier.holds(entry.key) and not stays:
                 tier.writes[entry.key] = None
 
     # ---- stores ----
@@ -464,17 +482,20 @@ class KVPool:
     def _arrived(self, promotion: Promotion, good: bool, now: float, waiting: dict[tuple[str, int], Hold]) -> None:
         """Its slot is filled, or it is read elsewhere, or it is a miss."""
         key, group = promotion.key, key_group(promotion.key)
-        if not good and promotion.waiters and (found := self._fastest(key)) != NO_TIER:
-            promotion.tier = found - IN_HOST - 1
-            self._queue_read(promotion, now)
-            return
-        del self._promotions[key]
-        entry = None
+        entry, ended = None, promotion.waiters
+        engines = [waiter for waiter in ended if waiter[0].source not in self.peers]
         if good:
-            entry = self._publish(key, promotion.parent, promotion.slot, promotion.recompute_s, now)
+            del self._promotions[key]
+            holds = [hold for hold, _ in ended]
+            entry = self._publish(key, promotion.parent, promotion.slot, promotion.recompute_s, holds, now)
+        elif engines and (found := self._fastest(key, engines[0][0].source)) != NO_TIER:
+            ended = [waiter for waiter in ended if waiter[0].source in self.peers]  # they compute it, or ask again
+            promotion.tier, promotion.waiters = found - IN_HOST - 1, engines
+            self._queue_read(promotion, now)
         else:
+            del self._promotions[key]
             self.host[group].give_back(promotion.slot)
-        for hold, i in promotion.waiters:
+        for hold, i in ended:
             hold.num_pending -= 1
             waiting[hold.source, hold.id] = hold
             if entry is not None:
@@ -494,5 +515,5 @@ class KVPool:
         lookup.num_jobs -= 1
         if lookup.num_jobs:
             return []
-        lookup.tiers = [self._fastest(key) for key in lookup.keys]
+        lookup.tiers = [self._fastest(key, lookup.source) for key in lookup.keys]
         return [self._matched(lookup)]

@@ -6,7 +6,7 @@ Written by `KVPool` alone. Knows keys and seconds; no message, no byte, no threa
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from penstock.core.eviction import Entry, TierIndex
@@ -51,6 +51,27 @@ class LowerTier:
         self._was_failing = False
 
     # ---- contents ----
+
+    @property
+    def is_shared(self) -> bool:
+        """With other machines: its contents are not this pool's to know or to evict."""
+        return self.indexes is None
+
+    def adopt(self, records: Iterable[tuple[bytes, bytes, float]], now: float) -> list[bytes]:
+        """Take in what the store holds: (key, parent, seconds to recompute). Gives the keys that there is no room for.
+
+        Not for shared tiers.
+        """
+        assert self.indexes is not None
+        surplus = []
+        for key, parent, recompute_s in records:
+            group = key_group(key)
+            if group >= len(self.indexes) or not self.indexes[group].num_free:
+                surplus.append(key)
+            elif key not in self.indexes[group]:
+                slot, _ = self.indexes[group].reserve() or (0, None)
+                self.indexes[group].publish(key, parent, slot, recompute_s, now)
+        return surplus
 
     def holds(self, key: bytes) -> bool:
         return key in self.known if self.indexes is None else key in self.indexes[key_group(key)]
