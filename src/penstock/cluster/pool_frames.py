@@ -19,7 +19,7 @@ from msgspec import Meta
 from penstock.config.model import KVLayout
 from penstock.core.tiering import key_group
 from penstock.tiers.record import MAX_KEY, RecordFormat
-from penstock.transfer.frames import Identity, LinkError, ProtocolError
+from penstock.transfer.frames import Identity, ProtocolError
 
 VERSION = 1
 MAX_FIND = 4096  # keys of one question
@@ -147,12 +147,12 @@ class RecordLine:
     def _limit(self, deadline_s: float) -> None:
         left_s = deadline_s - time.monotonic()
         if left_s <= 0:
-            raise TimeoutError("it takes too long")
+            raise TimeoutError
         self.sock.settimeout(left_s)
 
 
 def why(error: Exception) -> str:
     """What to tell people."""
-    if isinstance(error, LinkError):
-        return str(error)
+    if isinstance(error, TimeoutError):
+        return "it takes too long"
     return str(error) or type(error).__name__

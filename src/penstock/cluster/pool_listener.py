@@ -75,7 +75,7 @@ class _Guest:
             try:
                 found = self.answers.get(timeout=max(0.0, deadline_s - time.monotonic()))
             except Empty:
-                raise TimeoutError("the pool is too busy") from None
+                raise TimeoutError from None
             if isinstance(found, Matched | Reserved | Fetched) and found.id == id_:
                 if not isinstance(found, Fetched) or found.final:
                     return found
@@ -106,7 +106,7 @@ class PoolListener:
         while not self._inbox.empty():
             name, message = self._inbox.get()
             if isinstance(message, _Met):
-                driver.pool.met(name)
+                driver.pool.peers.add(name)
             elif isinstance(message, _Lost):
                 driver.lost(name, now)
             else:

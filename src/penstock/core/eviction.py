@@ -156,6 +156,16 @@ class TierIndex:
             self._push(entry)
         return found
 
+    def next_to_go(self, count: int) -> list[Entry]:
+        """`coldest`, and what stands before them, which are leaves after them: of both together twice as many."""
+        found: list[Entry] = []
+        for leaf in self.coldest(count):
+            entry: Entry | None = leaf
+            while entry is not None and len(found) < 2 * count:
+                found.append(entry)
+                entry = self.get(entry.parent)
+        return found
+
     # ---- uses ----
 
     def touch(self, entry: Entry, now: float) -> None:

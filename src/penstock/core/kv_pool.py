@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from penstock.core.eviction import AUTO, Entry, TierIndex
-from penstock.core.holds import Hold, Lookup, Promotion
+from penstock.core.holds import Hold, Lookup, Promotion, as_known, hold_of
 from penstock.core.lower_tier import LowerTier, TierCounts
 from penstock.core.tiering import (
     HOST,
@@ -36,7 +36,7 @@ from penstock.core.tiering import (
     ToEngine,
     ToPool,
     key_group,
-)  # fmt: skip
+)
 
 MIN_USES = 2  # of WRITE_SELECTIVE: the request that computed it and one that asked for it
 READ, WRITE, DELETE, FIND = "read", "write", "delete", "find"
@@ -64,7 +64,7 @@ class KVPool:
         self.host_counts = TierCounts()
         self.lower = [LowerTier(settings, record_bytes, policy) for settings in tiers]
         self.lease_s = lease_s
-        self.peers: set[str] = set()  # sources that are other machines' pools
+        self.peers: set[str] = set()  # sources that are other machines' pools: added by who meets them
         self._holds: dict[tuple[str, int], Hold] = {}
         self._filling: set[bytes] = set()  # keys whose slots engines fill
         self._promotions: dict[bytes, Promotion] = {}
@@ -96,10 +96,6 @@ class KVPool:
                     self._end(hold, harmful=message.failed)
         self._pump(now)
         return answers
-
-    def met(self, peer: str) -> None:
-        """This source will be another machine's pool."""
-        self.peers.add(peer)
 
     def lost(self, source: str, now: float) -> None:
         """The engine or peer is gone: its pins and reservations end."""
@@ -187,7 +183,9 @@ class KVPool:
         if (source, message.id) in self._holds:
             return []
         is_peer = source in self.peers
-        hold = self._hold(source, self._as_known(message) if is_peer else message, is_fetch=True, now=now)
+        if is_peer:
+            message = as_known(message, [self.host, *(tier.indexes for tier in self.lower if tier.indexes is not None)])
+        hold = self._holds[source, message.id] = hold_of(source, message, now + self.lease_s)
         touched = []
         for i, (key, recompute_s) in enumerate(zip(hold.keys, hold.costs_s, strict=True)):
             index = self.host[key_group(key)]
@@ -199,35 +197,26 @@ class KVPool:
                     touched.append(entry)
                     hold.slots[i] = entry.slot
             elif key in self._promotions:
-                if not (is_peer and self.lower[self._promotions[key].tier].is_shared):
-                    self._promotions[key].waiters.append((hold, i))
+                promotion = self._promotions[key]
+                if not (is_peer and self.lower[promotion.tier].is_shared):
+                    promotion.waiters.append((hold, i))
+                    promotion.is_foreign = promotion.is_foreign and is_peer
                     hold.num_pending += 1
             elif key not in self._filling and (found := self._fastest(key, source)) != NO_TIER:
                 slot = self._host_slot(key_group(key))
                 if slot is None:
                     break
-                promotion = Promotion(key, slot, hold.parents[i], recompute_s, found - IN_HOST - 1, [(hold, i)])
+                promotion = Promotion(
+                    key, slot, hold.parents[i], recompute_s, found - IN_HOST - 1, is_peer, [(hold, i)]
+                )
                 self._promotions[key] = promotion
-                self._queue_read(promotion, now)
+                self.lower[promotion.tier].queue_read(key, now)
                 hold.num_pending += 1
         for entry in reversed(touched):
             self.host[key_group(entry.key)].touch(entry, now)
             if not is_peer:
                 self._consider_write(entry)
         return [(source, self._fetched(hold))]
-
-    def _as_known(self, message: Fetch) -> Fetch:
-        """A peer does not say what its blocks stand behind and cost: what this pool knows of them."""
-        indexes = [self.host, *(tier.indexes for tier in self.lower if tier.indexes is not None)]
-        found = [next((e for x in indexes if (e := x[key_group(k)].get(k)) is not None), None) for k in message.keys]
-        costs_s = tuple(0.0 if entry is None else entry.recompute_s for entry in found)
-        return replace(message, parents=tuple(b"" if e is None else e.parent for e in found), costs_s=costs_s)
-
-    def _hold(self, source: str, message: Fetch | Reserve, is_fetch: bool, now: float) -> Hold:
-        slots, expires_s = [0] * len(message.keys), now + self.lease_s
-        fields = (message.keys, message.parents, message.costs_s)
-        hold = self._holds[source, message.id] = Hold(source, message.id, *fields, slots, is_fetch, expires_s)
-        return hold
 
     def _fetched(self, hold: Hold) -> Fetched:
         return Fetched(hold.id, tuple(hold.slots), not hold.num_pending, self.lease_s)
@@ -238,11 +227,6 @@ class KVPool:
         for tier in self.lower:
             if tier.indexes is not None:
                 tier.indexes[group].follow(key, recompute_s, now)
-
-    def _queue_read(self, promotion: Promotion, now: float) -> None:
-        tier = self.lower[promotion.tier]
-        tier.pin(promotion.key, now)
-        tier.reads.append(promotion.key)
 
     def _host_slot(self, group: int) -> int | None:
         self._write_ahead(group)
@@ -259,12 +243,8 @@ class KVPool:
         if self._until_write_ahead[group] > 0:
             return
         self._until_write_ahead[group] = batch // 2
-        num_left = 2 * batch
-        for leaf in index.coldest(batch):  # after a leaf its parents are leaves
-            entry: Entry | None = leaf
-            while entry is not None and num_left:
-                self._queue_write(entry, WRITE_BACK)
-                entry, num_left = index.get(entry.parent), num_left - 1
+        for entry in index.next_to_go(batch):
+            self._queue_write(entry, WRITE_BACK)
 
     def _end(self, hold: Hold, harmful: bool = False) -> None:
         """Pins and reserved slots of a hold that is no longer in `_holds`."""
@@ -300,7 +280,7 @@ class KVPool:
     def _reserve(self, source: str, message: Reserve, now: float) -> Answers:
         if (source, message.id) in self._holds:
             return []
-        hold = self._hold(source, message, is_fetch=False, now=now)
+        hold = self._holds[source, message.id] = hold_of(source, message, now + self.lease_s)
         for i, key in enumerate(hold.keys):
             group = key_group(key)
             if key in self.host[group] or key in self._filling or key in self._promotions:
@@ -327,17 +307,14 @@ class KVPool:
             self._filling.discard(key)
             if i < len(message.filled) and message.filled[i]:
                 self._follow(key, hold.costs_s[i], now)
-                self._publish(key, hold.parents[i], slot, hold.costs_s[i], [hold], now)
+                self._publish(key, hold.parents[i], slot, hold.costs_s[i], hold.source in self.peers, now)
             else:
                 self.host[key_group(key)].give_back(slot)
         return []
 
-    def _publish(
-        self, key: bytes, parent: bytes, slot: int, recompute_s: float, holds: Sequence[Hold], now: float
-    ) -> Entry:
-        """`holds`: of who brought it or waits for it."""
+    def _publish(self, key: bytes, parent: bytes, slot: int, recompute_s: float, is_foreign: bool, now: float) -> Entry:
         entry = self.host[key_group(key)].publish(key, parent, slot, recompute_s, now)
-        entry.is_foreign = bool(holds) and all(hold.source in self.peers for hold in holds)
+        entry.is_foreign = is_foreign
         self.host_counts.num_written += 1
         self._reprice(key)
         self._consider_write(entry)
@@ -486,12 +463,12 @@ class KVPool:
         engines = [waiter for waiter in ended if waiter[0].source not in self.peers]
         if good:
             del self._promotions[key]
-            holds = [hold for hold, _ in ended]
-            entry = self._publish(key, promotion.parent, promotion.slot, promotion.recompute_s, holds, now)
+            slot, is_foreign = promotion.slot, promotion.is_foreign
+            entry = self._publish(key, promotion.parent, slot, promotion.recompute_s, is_foreign, now)
         elif engines and (found := self._fastest(key, engines[0][0].source)) != NO_TIER:
             ended = [waiter for waiter in ended if waiter[0].source in self.peers]  # they compute it, or ask again
             promotion.tier, promotion.waiters = found - IN_HOST - 1, engines
-            self._queue_read(promotion, now)
+            self.lower[promotion.tier].queue_read(key, now)
         else:
             del self._promotions[key]
             self.host[group].give_back(promotion.slot)

@@ -87,6 +87,11 @@ class LowerTier:
             index.pin(entry)
             index.touch(entry, now)
 
+    def queue_read(self, key: bytes, now: float) -> None:
+        """It is wanted in host memory."""
+        self.pin(key, now)
+        self.reads.append(key)
+
     def unpin(self, key: bytes) -> None:
         index = self.index(key)
         if index is not None:
