@@ -17,6 +17,7 @@ from tests.e2e.pd import prompt
 from tests.e2e.serving import MODEL, RealServer, free_port, until
 
 NUM_TOKENS = 1000
+MAX_TRIES = 8
 FLAGS = (
     "--kv-cache-memory-bytes", "32M", "--kv-offloading-size", "64M", "--disable-log-stats", "--generation-config",
     "vllm", "--cluster-secret", "between us",
@@ -90,22 +91,30 @@ def ask(server: RealServer, token_ids: list[int], **fields: Any) -> tuple[list[i
 
 
 def test_what_one_computed_the_other_loads(pair: tuple[Engine, Engine]) -> None:
-    """Both ways. Recomputing (another salt: another cache) gives the same tokens, and has nothing from elsewhere."""
-    for (one, other), number in ((pair, 1), (pair[::-1], 2)):
-        asked, blocks = prompt(NUM_TOKENS, number), other.number("hit_blocks_total", "remote")
-        before = one.saved()
-        computed, cached = ask(one, asked)
-        assert cached == 0 and one.saved() == before + NUM_TOKENS // 32
-        assert ask(other, asked) == (computed, NUM_TOKENS // 32 * 32)
-        other.saved()
-        assert other.number("hit_blocks_total", "remote") == blocks + NUM_TOKENS // 32
-        assert ask(other, asked, cache_salt=f"salt {number}") == (computed, 0)
+    """Both ways. Recomputing (another salt: another cache) gives the same tokens, and has nothing from elsewhere.
+
+    A request waits a bounded time for its load and computes when a busy machine makes it late: then another prompt.
+    """
+    for (one, other), first in ((pair, 1), (pair[::-1], 1 + MAX_TRIES)):
+        for number in range(first, first + MAX_TRIES):
+            asked = prompt(NUM_TOKENS, number)
+            before, hits = one.saved(), other.number("hit_blocks_total", "remote")
+            computed, cached = ask(one, asked)
+            assert cached == 0 and one.saved() == before + NUM_TOKENS // 32
+            tokens, cached = ask(other, asked)
+            assert tokens == computed
+            assert ask(other, asked, cache_salt=f"salt {number}") == (computed, 0)
+            other.saved()
+            assert other.number("hit_blocks_total", "remote") == hits + cached // 32
+            if cached == NUM_TOKENS // 32 * 32:
+                break
+        else:
+            pytest.fail(f"none of {MAX_TRIES} prompts was loaded")
 
 
 def test_a_hot_prefix_is_copied_behind_a_router(pair: tuple[Engine, Engine]) -> None:
-    """The router knows that one can read what the other holds: it sends requests there, and none computes the prefix
-    again."""
-    prefix = prompt(NUM_TOKENS, 30)
+    """The router knows that one can read what the other holds: it sends requests there, which load the prefix. (Or
+    compute it, where a busy machine makes the load late: then another prefix.)"""
     with RealServer(
         "--model", MODEL, "--engine", pair[0].told, "--engine", pair[1].told, "--health-interval", "0.2", model="",
         verb="route",
@@ -115,30 +124,40 @@ def test_a_hot_prefix_is_copied_behind_a_router(pair: tuple[Engine, Engine]) -> 
             lambda: sum(e["is_up"] for e in router.http.get("/health").json()["engines"].values()) == 2,
             what="meeting both engines",
         )
-        ask(router, prefix)
-        for engine in pair:
-            engine.saved()
-        expected = [ask(pair[0], prefix + prompt(64, n), cache_salt="alone")[0] for n in range(40, 52)]
-        with ThreadPoolExecutor(6) as threads:
-            answers = list(threads.map(lambda n: ask(router, prefix + prompt(64, n)), range(40, 52)))
-        assert [tokens for tokens, _ in answers] == expected
-        assert all(cached >= 992 for _, cached in answers), "somebody computed the prefix once more"
-        routes = router.http.get("/routes/recent").json()["routes"][:12]
-        assert {route["engine"] for route in routes} == {engine.name for engine in pair}
-        assert any(route["terms"]["load"] > 0 for route in routes), "the copy was not predicted"
-        assert all(route["hit_tokens"] >= 992 for route in routes)
+        assert any(try_hot_prefix(router, pair, 100 * number) for number in range(1, 1 + MAX_TRIES))
+
+
+def try_hot_prefix(router: RealServer, pair: tuple[Engine, Engine], seed: int) -> bool:
+    """One request computes a prefix, then twelve at once begin with it: has a copy been predicted, and made?"""
+    prefix = prompt(NUM_TOKENS, seed)
+    ask(router, prefix)
+    holder = router.http.get("/routes/recent").json()["routes"][0]["engine"]
+    other = pair[0] if pair[1].name == holder else pair[1]
+    for engine in pair:
+        engine.saved()
+    hits = other.number("hit_blocks_total", "remote")
+    tails = [prefix + prompt(64, seed + number) for number in range(1, 13)]
+    with ThreadPoolExecutor(6) as threads:
+        answers = list(threads.map(lambda tail: ask(router, tail)[0], tails))
+    routes = router.http.get("/routes/recent").json()["routes"][:12]
+    copies = [route for route in routes if route["engine"] == other.name and route["terms"]["load"] > 0]
+    assert all(route["hit_tokens"] >= NUM_TOKENS // 32 * 32 for route in copies)
+    other.saved()
+    has_loaded = other.number("hit_blocks_total", "remote") >= hits + NUM_TOKENS // 32
+    assert answers == [ask(pair[0], tail, cache_salt="alone")[0] for tail in tails]
+    return bool(copies) and has_loaded
 
 
 def test_the_other_goes_on_when_one_is_killed(pair: tuple[Engine, Engine]) -> None:
     a, b = pair
-    asked = prompt(NUM_TOKENS, 60)
+    asked = prompt(NUM_TOKENS, 2000)
     expected, _ = ask(b, asked, cache_salt="alone")
     ask(a, asked)
     for pid in (*a.children(), a.process.pid):
         os.kill(pid, signal.SIGKILL)
     a.process.wait(10)
     for number in range(3):
-        tokens, cached = ask(b, prompt(NUM_TOKENS, 61 + number))
+        tokens, cached = ask(b, prompt(NUM_TOKENS, 2001 + number))
         assert cached == 0 and len(tokens) == 8
     assert ask(b, asked) == (expected, 0)
     lines = [line for line in b.errors().splitlines() if "tier remote" in line]
