@@ -38,7 +38,7 @@ def serve_cluster(
     with listening_socket(config.server) as sock, contextlib.closing(SocketDirectory()) as directory:
         if on_resolved is not None:
             on_resolved(resolved)
-        pool = None if config.cache.kv_offloading_size is None else PoolProcess(resolved.config.cache, directory.path)
+        pool = None if config.cache.kv_offloading_size is None else PoolProcess(resolved.config, directory.path)
         for group in groups:
             if group.settings:
                 log.info("%s: %s", group.role, ", ".join(f"{name} {value}" for name, value in group.settings.items()))
