@@ -79,16 +79,20 @@ def test_what_the_pool_holds_counts_everywhere_as_long_as_loading_is_sooner() ->
     """A prompt in the pool is predicted as its load, on whichever engine; measured loads that crawl change that."""
     made, before = placement(BOTH), placement(BOTH).place(ask("r0", range(2000)), 0.5)
     assert pooled(made, range(2000)) is None
+    host = TierReport("host", 100, 100, latency_s=0.001, byte_s=1e-9)
+    made.told("e0", msgspec.structs.replace(a_report(), tiers=[host]), 1.5)
     placed = made.place(ask("r1", range(2000)), 2.0)
     made.ended("r1", 1, 2.0)
     assert before is not None and before.forecast.hit_tokens == 0
     assert placed is not None and placed.forecast.hit_tokens == 1984 and placed.forecast.terms["load"] > 0
     assert placed.forecast.ttft_s is not None and before.forecast.ttft_s is not None
     assert placed.forecast.ttft_s < 0.5 * before.forecast.ttft_s
-    for n in range(1, 200):  # a gigabyte a second was expected
-        tier = TierReport("host", 100, 100, hit_blocks=62 * n, read_bytes=62_000 * n, load_s=4.0 * n)
-        made.told("e0", msgspec.structs.replace(a_report(), tiers=[tier]), 3.0 + n)
-    assert made.cost.move_seconds(62_000, "remote") > 3 * 62_000 / 1e9
+    crawls = msgspec.structs.replace(host, byte_s=1e-3)
+    other = placement(BOTH)
+    assert pooled(other, range(2000)) is None
+    other.told("e0", msgspec.structs.replace(a_report(), tiers=[crawls]), 3.0)
+    placed = other.place(ask("r0", range(2000)), 4.0)
+    assert placed is not None and placed.forecast.hit_tokens == 0
 
 
 def test_a_router_that_missed_the_pools_changes_asks_for_all_of_it_and_both_sides_learn_it() -> None:
@@ -121,6 +125,23 @@ def test_a_busy_cache_is_not_worth_waiting_for() -> None:
         side.views.busy_until_s[side.index.rows["e1"]] = 100.0
         placed = made.place(ask(f"r{n}", range(320)), 2.0)
         assert placed is not None and placed.engine != "e1"
+
+
+def test_engines_of_one_pool_load_what_another_has_computed() -> None:
+    """The idle one loads rather than computes, once somebody has told how fast host memory is, and says so."""
+    made = placement({"e0": "both", "e1": "both"})
+    cached(made, "e0", range(2000))
+    side = made._find("e0")
+    assert side is not None
+    for number, expected in enumerate((0, 1984)):
+        side.views.busy_until_s[side.index.rows["e0"]] = 100.0
+        placed = made.place(ask(f"r{number}", range(2000)), 2.0)
+        assert placed is not None and placed.engine == "e1" and placed.forecast.hit_tokens == expected
+        assert (placed.forecast.terms["load"] > 0) == bool(expected)
+        made.left("e1")
+        made.joined("e1", a_ready())
+        tiers = [TierReport("host", 100, 50, latency_s=1e-4, byte_s=1e-9)]
+        made.told("e0", msgspec.structs.replace(a_report(), tiers=tiers), 2.0)
 
 
 def test_prompts_without_a_cache_are_spread() -> None:

@@ -24,10 +24,10 @@ from penstock.core.prefix import chain_start, extend_chain
 from penstock.core.route_modes import Mode, ModeCosts, ModeLimits, choose_mode
 from penstock.core.route_policies import prefill_policy
 from penstock.core.routing import Choice, EngineReport, EngineViews, RouteRequest
+from penstock.core.tiering import HOST
 from penstock.engine.messages import AddRequest, Ready, Report
 
 PRIOR = StepCoefficients(step=2e-3, token=2e-4, row=5e-5, attended=1e-8)  # until steps were measured: a small model
-PRIOR_LOAD = MoveCost(1e-3, 1e9)  # from the pool, until loads were measured
 MIN_SAMPLES, MAX_SAMPLES = 16, 512
 REFIT_S = 2.0
 TAIL_S = 0.005  # of a transfer that shows, whatever the prompt's length
@@ -64,14 +64,13 @@ class PolicyPlacement:
     ) -> None:
         self.roles = dict(roles)
         self.limits = limits or ModeLimits()
-        self.cost = FittedCost(PRIOR, chunk_tokens=2048, moves={REMOTE: replace(PRIOR_LOAD)})
+        self.cost = FittedCost(PRIOR, chunk_tokens=2048)
         self._prefill = prefill_policy(prefill, self.cost, seed)
         self._decode = decode_policy(decode, self.cost, seed)
         self._prompts: _Side | None = None
         self._answers: _Side | None = None
         self._sent: dict[str, _Sent] = {}
         self._samples: deque[tuple[StepShape, float]] = deque(maxlen=MAX_SAMPLES)
-        self._loads: dict[str, tuple[int, float]] = {}  # bytes and seconds that engines told of last
         self._fitted_s = float("-inf")
         self._mean_output = float(EXPECTED_OUTPUT)
         self._identity = ("", "", 0)  # of blocks: model, format, tokens
@@ -95,6 +94,16 @@ class PolicyPlacement:
         """It has this role from when it joins next."""
         self.roles[name] = role
 
+    def linked(self, name: str, reads: str, serves: str) -> None:
+        """Where its pool reads what others hold, and where it serves others: addresses, "" for none."""
+        side = self._find(name)
+        if side is not None:
+            side.views.link(name, reads, serves)
+
+    def carries(self, latency_s: float, byte_s: float) -> None:
+        """How fast an engine gets what another one holds, through their pools."""
+        self.cost.moves["peer"] = MoveCost(latency_s, 1 / max(byte_s, 1e-12))
+
     def told(self, name: str, report: Report, now: float) -> None:
         """Its own numbers."""
         side = self._find(name)
@@ -102,16 +111,11 @@ class PolicyPlacement:
             known = frozenset(id_ for id_, sent in self._sent.items() if sent.decode == name and sent.num_given)
             free = report.kv.free + report.kv.cached
             side.views.report(name, EngineReport(report.num_running, free, known), now)
-        self._loaded(name, report)
         self.learned(report.steps, now)
-
-    def _loaded(self, name: str, report: Report) -> None:
-        """What loads from the pool took since its last report."""
-        num_bytes, seconds = sum(tier.read_bytes for tier in report.tiers), sum(tier.load_s for tier in report.tiers)
-        old_bytes, old_s = self._loads.get(name, (0, 0.0))
-        self._loads[name] = num_bytes, seconds
-        if num_bytes > old_bytes and seconds > old_s:
-            self.cost.observe_move(num_bytes - old_bytes, REMOTE, seconds - old_s)
+        for tier in report.tiers:
+            if tier.name == HOST and tier.state == "on":  # of the machine, which all its engines share
+                self.carries(tier.latency_s, tier.byte_s)
+                self.cost.moves[REMOTE] = MoveCost(tier.latency_s, 1 / max(tier.byte_s, 1e-12))
 
     def learned(self, steps: Sequence[tuple[int, int, int, int, float]], now: float) -> None:
         """What steps took: tokens, rows, attended, context, seconds."""
