@@ -230,8 +230,9 @@ class ClusterOptions:
     )
     kv_link: str = setting(
         "auto",
-        "how KV travels between engines; auto: shared memory on one machine",
-        choices=("auto", "shm", "tcp"),
+        "how KV travels between engines; auto: shared memory on one machine, TCP between servers; nixl and mooncake are "
+        "extras",
+        choices=("auto", "shm", "tcp", "nixl", "mooncake"),
     )
     kv_link_mode: str = setting(
         "coalesced",
