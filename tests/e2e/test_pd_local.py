@@ -115,7 +115,7 @@ def engines(request: pytest.FixtureRequest) -> Iterator[tuple[TwoEngines, Refere
 
 
 def test_two_engines_in_a_process_say_what_one_says(engines: tuple[TwoEngines, Reference]) -> None:
-    """Chunks, a hit in either prefix cache, seeded sampling: the tokens of one engine, and the KV came over the link."""
+    """Chunks, a hit in a prefix cache, seeded sampling: the tokens of one engine, and the KV came over the link."""
     two, one = engines
     first = asked(700, 1)
     requests = [

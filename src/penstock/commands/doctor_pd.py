@@ -46,4 +46,3 @@ def main(arguments: list[str]) -> int:
     print(f"--kv-link auto takes {chosen}: engines that `penstock serve --pd` starts are on one machine")
     print("all in order" if not num_bad else f"{num_bad} to fix" if num_bad > 1 else "one thing to fix")
     return 1 if num_bad else 0
-

@@ -152,7 +152,10 @@ class CacheOptions:
         16 << 30, "what it may take; a number without a unit is in GiB", low=1, unit="bytes", plain="GiB"
     )
     kv_remote_url: str | None = setting(
-        None, "Redis or Valkey for KV below that, shared by machines: redis://...", metavar="URL", secret=True
+        None,
+        "store for KV below that, shared by machines: redis://... (Redis, Valkey) or mooncake://...",
+        metavar="URL",
+        secret=True,
     )
     kv_write_policy: str = setting(
         "write_through",
@@ -230,8 +233,7 @@ class ClusterOptions:
     )
     kv_link: str = setting(
         "auto",
-        "how KV travels between engines; auto: shared memory on one machine, TCP between servers; nixl and mooncake are "
-        "extras",
+        "how KV travels between engines; auto: shared memory on one machine, tcp between servers; nixl, mooncake: extras",
         choices=("auto", "shm", "tcp", "nixl", "mooncake"),
     )
     kv_link_mode: str = setting(

@@ -17,6 +17,7 @@ from penstock.core.tiering import TierSettings
 from penstock.tiers.arena import Arena, slots_for
 from penstock.tiers.disk import DiskStore, StoreRefused
 from penstock.tiers.driver import PoolDriver, TierStore
+from penstock.tiers.mooncake import MooncakeStore
 from penstock.tiers.record import RecordFormat
 
 log = logging.getLogger("penstock.tiers")
@@ -49,12 +50,8 @@ def open_pool(options: CacheOptions, layout: KVLayout, arena: Arena) -> PoolDriv
         settings.append(TierSettings("disk", disk.num_blocks, options.kv_lower_write_policy))
     if options.kv_remote_url is not None:
         try:
-            redis = importlib.import_module("penstock.tiers.redis")
-        except ImportError:
-            raise ConfigError("needs the package redis: pip install 'penstock[redis]'", "--kv-remote-url") from None
-        try:
-            stores["remote"] = redis.RedisStore(options.kv_remote_url, layout)
-        except ValueError as error:
+            stores["remote"] = _remote(options.kv_remote_url, layout)
+        except (ImportError, ValueError) as error:
             raise ConfigError(str(error), "--kv-remote-url") from None
         settings.append(TierSettings("remote", None, options.kv_lower_write_policy))
     record_bytes = [RecordFormat.of(group).num_bytes for group in layout.groups]
@@ -64,3 +61,11 @@ def open_pool(options: CacheOptions, layout: KVLayout, arena: Arena) -> PoolDriv
         pool.adopt("disk", disk.recovered(), 0.0)
         log.info("KV tier disk: %d blocks found in %s", len(disk), options.kv_disk_path)
     return driver
+
+
+def _remote(url: str, layout: KVLayout) -> TierStore:
+    """The store that a URL names. Raises ImportError where its library is missing, ValueError."""
+    if url.startswith("mooncake://"):
+        return MooncakeStore(url, layout)
+    store: TierStore = importlib.import_module("penstock.tiers.redis").RedisStore(url, layout)
+    return store

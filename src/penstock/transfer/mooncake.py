@@ -8,9 +8,9 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
-from pathlib import Path
 from typing import Any
 
+from penstock.config.hardware import has_rdma
 from penstock.transfer import onesided
 from penstock.transfer.frames import Identity, LinkError
 from penstock.transfer.onesided import MAX_CONNECTIONS, OneSidedOutgoing, Staging
@@ -18,7 +18,6 @@ from penstock.transfer.ring import RingIncoming
 
 __all__ = ["MAX_CONNECTIONS", "dial", "incoming", "listen"]
 
-CARDS = Path("/sys/class/infiniband")  # where Linux shows RDMA devices
 DONE, PENDING = 1, 0
 
 
@@ -52,11 +51,6 @@ def load() -> Any:
     return TransferEngine
 
 
-def protocol() -> str:
-    """rdma where there is a card for it."""
-    return "rdma" if CARDS.is_dir() and any(CARDS.iterdir()) else "tcp"
-
-
 class Mooncake:
     """A `Library`."""
 
@@ -74,8 +68,9 @@ class Mooncake:
         return MooncakeWriter(self._engine, staging, place.decode(), address)
 
     def _start(self, host: str, staging: Staging) -> None:
-        if self._engine.initialize(_bracketed(host), "P2PHANDSHAKE", protocol(), ""):
-            raise LinkError(f"Mooncake does not start at {host} over {protocol()}")
+        protocol = "rdma" if has_rdma() else "tcp"
+        if self._engine.initialize(_bracketed(host), "P2PHANDSHAKE", protocol, ""):
+            raise LinkError(f"Mooncake does not start at {host} over {protocol}")
         if self._engine.register_memory(staging.address, staging.num_bytes):
             raise LinkError(f"Mooncake cannot register {staging.num_bytes} bytes")
 
