@@ -233,7 +233,7 @@ class ClusterOptions:
     )
     kv_link: str = setting(
         "auto",
-        "how KV travels between engines; auto: shared memory on one machine, tcp between servers; nixl, mooncake: extras",
+        "how KV travels between engines; auto: shared memory on a machine, tcp between servers; nixl, mooncake: extras",
         choices=("auto", "shm", "tcp", "nixl", "mooncake"),
     )
     kv_link_mode: str = setting(

@@ -39,10 +39,11 @@ RECHECK_S = 5e-5  # between two looks at writes on their way
 
 
 class Staging:
-    """Memory for one ring: `num_bytes` bytes at `address`, zeros."""
+    """Memory for one ring: `num_bytes` bytes at `address`, zeros, its pages there from the beginning (as in shm.py)."""
 
     def __init__(self, num_bytes: int) -> None:
-        self._memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | getattr(mmap, "MAP_POPULATE", 0)
+        self._memory = mmap.mmap(-1, num_bytes, flags=flags)
         self.num_bytes = num_bytes
         self.view = memoryview(self._memory)
         self.address = int(np.frombuffer(self.view, np.uint8).ctypes.data)
