@@ -14,13 +14,13 @@ from pathlib import Path
 import msgspec
 
 from penstock.cluster.pool import PoolServer
-from penstock.config.schema import CacheOptions
+from penstock.config.kv_pool import PoolSettings
 
 
 def main(directory: str) -> int:
     logging.basicConfig(format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
-    options = msgspec.msgpack.decode(sys.stdin.buffer.read(int.from_bytes(sys.stdin.buffer.read(8), "little")),
-                                     type=CacheOptions)  # fmt: skip
+    encoded = sys.stdin.buffer.read(int.from_bytes(sys.stdin.buffer.read(8), "little"))
+    settings = msgspec.msgpack.decode(encoded, type=PoolSettings)
     gone = threading.Event()
 
     def hear() -> None:
@@ -28,7 +28,7 @@ def main(directory: str) -> int:
         gone.set()
 
     threading.Thread(target=hear, name="penstock-parent", daemon=True).start()
-    server = PoolServer(options, Path(directory))
+    server = PoolServer(settings, Path(directory))
     try:
         server.run(gone.is_set)
     finally:

@@ -154,9 +154,16 @@ class CacheOptions:
     )
     kv_remote_url: str | None = setting(
         None,
-        "store for KV below that, shared by machines: redis://... (Redis, Valkey) or mooncake://...",
+        "KV below that, shared by machines: Redis or Valkey (redis://...), Mooncake Store (mooncake://HOST:PORT of its "
+        "master), or another machine's pool (penstock://HOST:PORT)",
         metavar="URL",
         secret=True,
+    )
+    kv_pool_listen: str | None = setting(
+        None,
+        "let other machines load from this machine's host memory and disk, and write there (--kv-remote-url "
+        "penstock://HOST:PORT); needs --cluster-secret",
+        metavar="HOST:PORT",
     )
     kv_write_policy: str = setting(
         "write_through",

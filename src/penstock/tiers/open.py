@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from penstock.config.model import KVLayout
@@ -36,8 +37,17 @@ def host_slots(options: CacheOptions, layout: KVLayout) -> tuple[int, ...]:
     return slots
 
 
-def open_pool(options: CacheOptions, layout: KVLayout, arena: Arena) -> PoolDriver:
-    """The pool at work. Raises ConfigError for a disk or a store that cannot be used."""
+def open_pool(
+    options: CacheOptions,
+    layout: KVLayout,
+    arena: Arena,
+    remote: TierStore | None = None,
+    wake: Callable[[], None] = lambda: None,
+) -> PoolDriver:
+    """The pool at work. `remote`: the store of the remote tier where its URL names none that this room knows.
+
+    Raises ConfigError for a disk or a store that cannot be used.
+    """
     stores: dict[str, TierStore] = {}
     settings: list[TierSettings] = []
     disk: DiskStore | None = None
@@ -49,14 +59,11 @@ def open_pool(options: CacheOptions, layout: KVLayout, arena: Arena) -> PoolDriv
         stores["disk"] = disk
         settings.append(TierSettings("disk", disk.num_blocks, options.kv_lower_write_policy))
     if options.kv_remote_url is not None:
-        try:
-            stores["remote"] = _remote(options.kv_remote_url, layout)
-        except (ImportError, ValueError) as error:
-            raise ConfigError(str(error), "--kv-remote-url") from None
+        stores["remote"] = remote or _remote(options.kv_remote_url, layout)
         settings.append(TierSettings("remote", None, options.kv_lower_write_policy))
     record_bytes = [RecordFormat.of(group).num_bytes for group in layout.groups]
     pool = KVPool(record_bytes, arena.num_slots, settings, options.kv_eviction_policy)
-    driver = PoolDriver(pool, arena, stores)
+    driver = PoolDriver(pool, arena, stores, wake)
     if disk is not None and len(disk):
         pool.adopt("disk", disk.recovered(), 0.0)
         log.info("KV tier disk: %d blocks found in %s", len(disk), options.kv_disk_path)
@@ -64,8 +71,11 @@ def open_pool(options: CacheOptions, layout: KVLayout, arena: Arena) -> PoolDriv
 
 
 def _remote(url: str, layout: KVLayout) -> TierStore:
-    """The store that a URL names. Raises ImportError where its library is missing, ValueError."""
-    if url.startswith("mooncake://"):
-        return MooncakeStore(url, layout)
-    store: TierStore = importlib.import_module("penstock.tiers.redis").RedisStore(url, layout)
+    """The store that a URL names. Raises ConfigError for one that names none, or whose library is missing."""
+    try:
+        if url.startswith("mooncake://"):
+            return MooncakeStore(url, layout)
+        store: TierStore = importlib.import_module("penstock.tiers.redis").RedisStore(url, layout)
+    except (ImportError, ValueError) as error:
+        raise ConfigError(str(error), "--kv-remote-url") from None
     return store
