@@ -58,7 +58,7 @@ def parse(url: str) -> tuple[str, int, int]:
 
 
 class MooncakeStore:
-    """A `Store` (core/doors.py) with `find`. Connects when it is first used, and again after the master was gone.
+    """A `Store` (core/doors.py) with `find`. Connects at once if the master is there, else when it is first used.
 
     Blocks go through a registered buffer of this store: what comes is looked at before it enters the arena, and the
     library never knows the arena. A call to a master that is gone takes at most about `timeout_s`, and up to about 5 s
@@ -80,6 +80,7 @@ class MooncakeStore:
         self._addresses = [int(slot.ctypes.data) for slot in self._slots]
         self._client: Any = None
         self._must_look = True  # whether the master is there, before a call: the library would wait for minutes
+        self.find([])  # the first request would not wait for a client that has yet to start
 
     def find(self, keys: Sequence[bytes]) -> list[bool]:
         """Which are there now."""
