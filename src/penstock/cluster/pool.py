@@ -144,6 +144,10 @@ class PoolServer:
             if self.listener is not None:
                 self.listener.turn(self._driver, now)
             self._deliver(self._driver.poll(now))
+            if (
+                SILENCE_S < now - self._told_s < float("inf")
+            ):  # engines held the pool to be gone, and have told routers so
+                self._contents = PoolContents(self._driver.pool, time.time_ns())
             events = self._contents.take(now) if self._contents is not None else None
             if events is not None:
                 for source in self._sources:
