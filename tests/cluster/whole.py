@@ -18,6 +18,7 @@ from tests.cluster.world import BLOCK_SIZE, LEASE_S, VOCAB_SIZE
 from tests.fakes.executor import EOS_IDS, HashModel, fake_layout, logprob_of
 from tests.fakes.host_tier import PretendedPool, Stores, TierFaults
 
+from penstock.cluster.beats import Silences
 from penstock.cluster.placement import PolicyPlacement
 from penstock.cluster.restarts import Restarts
 from penstock.cluster.router import Router
@@ -53,6 +54,8 @@ class Setting:
     depth: int = 1
     min_tokens: int = 6
     max_restarts: int = 5
+    hang_s: float = 3.0
+    stuck_s: float = 6.0
     has_tiers: bool = True
     client_tiers: ClientSettings = field(
         default_factory=lambda: ClientSettings(min_tokens=8, detour_s=0.0, latency_s=1e-6, byte_s=1e-9)
@@ -118,6 +121,8 @@ class Cluster:
         self.placement = PolicyPlacement(roles, *setting.policies, limits, self.seed)
         self.router = Router(roles, self.placement)
         self.restarts = Restarts(setting.max_restarts)
+        self.silences = Silences(setting.hang_s)
+        self.heard: set[str] = set()  # who has beaten since the front end looked
         tokenizer: Any = SimpleNamespace(eos_ids=tuple(EOS_IDS))
         self.front = FrontEnd(self._submit, tokenizer, VOCAB_SIZE)
         self.open: dict[str, Ask] = {}  # by request id, of this front end
@@ -198,6 +203,11 @@ class Cluster:
             return
         now = self.clock.now()
         self._deliver([], self.router.tick(now))
+        serving = [name for name in self.router.serving if name in self.known_lives]
+        for name in self.silences.look(serving, self.heard, now):
+            self.happened["hung"] += 1
+            self.kill(name)
+        self.heard.clear()
         for name, node in list(self.nodes.items()):
             if not node.alive and self.known_lives.get(name) == node.life:
                 del self.known_lives[name]
@@ -298,7 +308,7 @@ class Cluster:
 
     def run(self, until_s: float = 60.0) -> None:
         """Until every request is over and everything has calmed down."""
-        while not all(ask.is_over for ask in self.asks):
+        while not all(ask.is_over for ask in self.asks) or any(node.hangs for node in self.nodes.values()):
             assert self.clock.now() < until_s, [ask for ask in self.asks if not ask.is_over]
             self.clock.run_until(self.clock.now() + 0.1)
         self.is_healing = True
