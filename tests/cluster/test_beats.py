@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 from tests.cluster.node import Node
 from tests.cluster.whole import Cluster, Setting
+from tests.fakes.host_tier import TierFaults
 
 from penstock.cluster.beat_pipe import BeatReader, beating
 from penstock.cluster.beats import MAX_LOOK_S, STUCK_S, Pulse, Silences
@@ -88,3 +89,18 @@ def test_a_long_step_is_no_hang() -> None:
     cluster.run(until_s=20.0)
     cluster.check()
     assert ask.error is None and cluster.happened["hung"] == 0 and cluster.lives["p0"] == 1
+
+
+def test_what_a_dead_engine_held_in_the_pool_goes_at_once() -> None:
+    """Its pins would stand until their lease ends, here after the test."""
+    setting = Setting(roles={"p0": "prefill", "d0": "decode"}, hang_s=0.5, tiers=TierFaults(lease_s=FOR_EVER_S))
+    cluster = Cluster(setting, seed=5)
+    cluster.clock.run_until(0.1)
+    for n in range(3):
+        cluster.ask([320 + n] * 30, 4)
+    while not any(source.startswith("p0") for source, _ in cluster.pool.pool._holds):
+        assert cluster.clock.now() < 5 and cluster.clock.step(), "the prefill engine holds nothing at any moment"
+    cluster.nodes["p0"].stop(FOR_EVER_S)
+    cluster.run(until_s=20.0)
+    cluster.check()
+    assert cluster.happened["hung"] == 1

@@ -271,8 +271,17 @@ class Cluster:
     # ---- what can happen ----
 
     def kill(self, name: str) -> None:
-        if self.nodes[name].alive:
-            self.nodes[name].kill()
+        node = self.nodes[name]
+        if node.alive:
+            node.kill()
+            self.clock.call_in(self._random.choice([0.0, 0.001, 0.1]), lambda: self._pool_hears(node.source))
+
+    def _pool_hears(self, source: str) -> None:
+        """That an engine's connection broke."""
+        if self.clock.now() < self.pool.stopped_until_s:
+            self.clock.call_at(self.pool.stopped_until_s, lambda: self._pool_hears(source))
+        else:
+            self.pool.lost(source)
 
     def kill_pool(self, revive_s: float) -> None:
         if not self.pool.alive:

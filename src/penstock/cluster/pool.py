@@ -29,6 +29,7 @@ log = logging.getLogger("penstock.pool")
 
 BUSY_WAIT_MS, IDLE_WAIT_MS = 1, 50
 STATUS_S = 1.0
+LOOK_S = 0.2  # after a connection broke: by then it shows whose it was
 SILENCE_S = 10.0  # after which a pool is held to be gone
 HELLO_S = 60.0  # for the pool to open its stores and recover what the disk holds
 
@@ -68,23 +69,32 @@ def decode(name: bytes, body: bytes) -> Any:
 
 
 class PoolServer:
-    """Serves the engines of one machine at `directory`/pool until `stop` says so."""
+    """Serves the engines of one machine at `directory`/pool until `stop` says so.
+
+    An engine's connection breaks when its process ends, whatever ended it: then what the pool holds for it goes. zmq
+    says that one broke, but not whose; who cannot be sent to is gone.
+    """
 
     def __init__(self, options: CacheOptions, directory: Path) -> None:
         self.options, self.directory = options, directory
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._broken = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._socket.bind(f"ipc://{directory}/pool")
         self._arena: Arena | None = None
         self._layout: KVLayout | None = None
         self._driver: PoolDriver | None = None
         self._sources: set[bytes] = set()
-        self._told_s = float("-inf")
+        self._told_s = self._look_until_s = float("-inf")
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._broken, zmq.POLLIN)
 
     def run(self, stop: Callable[[], bool]) -> None:
         while not stop():
             is_busy = self._driver is not None and self._driver.pool.num_held > 0
-            self._socket.poll(BUSY_WAIT_MS if is_busy else IDLE_WAIT_MS)
+            self._poller.poll(BUSY_WAIT_MS if is_busy else IDLE_WAIT_MS)
             self.turn()
 
     def turn(self) -> None:
@@ -103,16 +113,25 @@ class PoolServer:
             if isinstance(message, Hello):
                 self._sources.add(source)
                 self._send(source, self._hello(message))
-            elif self._driver is not None:
+            elif self._driver is not None and source in self._sources:  # else it is the last word of a dead one
                 for to, answer in self._driver.handle(source.hex(), message, now):
                     self._send(bytes.fromhex(to), answer)
         if self._driver is not None:
             for to, answer in self._driver.poll(now):
                 self._send(bytes.fromhex(to), answer)
-            if now - self._told_s > STATUS_S:
-                self._told_s, status = now, pool_status(self._driver.pool)
-                for source in self._sources:
-                    self._send(source, status)
+            self._look(self._driver, now)
+
+    def _look(self, driver: PoolDriver, now: float) -> None:
+        """Tell all engines how the pool is, and find out who is gone."""
+        while self._broken.poll(0):
+            self._broken.recv_multipart(zmq.NOBLOCK)
+            self._look_until_s = now + LOOK_S
+        if now - self._told_s <= STATUS_S and now > self._look_until_s:
+            return
+        self._told_s, status = now, pool_status(driver.pool)
+        for source in [source for source in self._sources if not self._send(source, status)]:
+            self._sources.discard(source)
+            driver.lost(source.hex(), now)
 
     def _hello(self, message: Hello) -> Welcome:
         path = self.directory / "arena"
@@ -128,10 +147,21 @@ class PoolServer:
             return Welcome(refusal=f"the pool keeps KV as {self._layout.format}, the engine as {message.layout.format}")
         return Welcome(str(path), self._arena.num_slots)
 
-    def _send(self, to: bytes, message: Any) -> None:
-        self._socket.send_multipart([to, *encode(message)])  # one that is gone costs nothing: ROUTER drops it
+    def _send(self, to: bytes, message: Any) -> bool:
+        """Whether somebody is there; one that does not read costs nothing."""
+        try:
+            self._socket.send_multipart([to, *encode(message)], zmq.NOBLOCK)
+        except zmq.Again:
+            return True
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            return False
+        return True
 
     def close(self) -> None:
+        self._socket.disable_monitor()
+        self._broken.close(linger=0)
         self._socket.close(linger=0)
         self._context.term()
         if self._driver is not None:
@@ -144,6 +174,7 @@ class PoolWire:
     def __init__(self, directory: str) -> None:
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(f"ipc://{directory}/pool")
         self._heard_s = float("inf")  # until the pool has spoken it is not missed
 
