@@ -128,6 +128,8 @@ class Node:
         now = self.cluster.clock.now()
         if not self.alive or now < max(self.stopped_until_s, self.stuck_until_s):
             return
+        if self.busy and self.cluster.setting.is_inline:
+            return
         self.num_marks += 1
         member, network = self.member, self.cluster.network
         for life, message in network.wire(self.name, ROUTER).receive():

@@ -63,13 +63,15 @@ def draw_setting(seed: int) -> Setting:
         max_saves=choice([4, 1]),
     )
     hang_s = stream(seed, "hang").choice([0.3, 3.0])
+    depth = stream(seed, "depth").choice([1, 1, 2])
     return Setting(
         roles=choice(ROLES),
         windows=choice([(None,), (None,), (None, 6), (7,)]),
         num_blocks=choice([60, 34, 24]),
         max_num_seqs=choice([6, 2]),
         max_num_batched_tokens=choice([16, 7, 64]),
-        depth=choice([1, 1, 2]),
+        depth=depth,
+        is_inline=depth == 1 and stream(seed, "inline").random() < 0.5,
         min_tokens=choice([1, 6, 40]),
         max_restarts=choice([5, 5, 0]),
         hang_s=hang_s,

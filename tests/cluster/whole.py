@@ -52,6 +52,7 @@ class Setting:
     max_num_seqs: int = 6
     max_num_batched_tokens: int = 16
     depth: int = 1
+    is_inline: bool = False  # at depth 1: a loop hears nothing while a step runs
     min_tokens: int = 6
     max_restarts: int = 5
     hang_s: float = 3.0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -169,6 +170,9 @@ def test_a_prefill_engine_that_hangs(one: Reference) -> None:
             os.kill(stopped, signal.SIGSTOP)
             assert found.result() == expected
         until(lambda: "engine prefill-0: it hangs" in server.errors(), what="a word about it")
+        lines = server.errors().splitlines()
+        assert all(re.match(r"\d\d:\d\d:\d\d (WARNING|ERROR)  ", line) for line in lines), lines
+        assert any(" decode-0: " in line and "nothing was heard for 1.0 s" in line for line in lines), lines
         until(lambda: not is_running(stopped), what="its end")
         hands_over(server)
         server.until_idle()

@@ -36,7 +36,9 @@ def serve_cluster(
     with listening_socket(config.server) as sock, contextlib.closing(SocketDirectory()) as directory:
         if on_resolved is not None:
             on_resolved(resolved)
-        pool = None if config.cache.kv_offloading_size is None else PoolProcess(resolved.config.cache, directory.path)
+        pool = None
+        if config.cache.kv_offloading_size is not None:
+            pool = PoolProcess(resolved.config.cache, directory.path, config.runtime.log_level)
         fleet = _Fleet(resolved, make_seats(config, roles, directory.path))
         try:
             return int(import_server().run_cluster(resolved, roles, fleet.launch, sock, on_ready))

@@ -19,6 +19,7 @@ from queue import SimpleQueue
 from penstock.build.handover import decode
 from penstock.build.start import Stages, begin, import_builder, import_member, no_collections
 from penstock.config.kv_events import event_settings
+from penstock.config.log import set_up_logging
 from penstock.engine.loop import run_engine
 from penstock.engine.messages import Fatal, Progress
 from penstock.engine.wire import ZmqWire, dial
@@ -30,6 +31,7 @@ def main(encoded: bytes, address: SimpleQueue[str], start_s: float, beats: int |
     stages.done("start Python")
     handover = decode(encoded)
     resolved, seat = handover.resolved, handover.seat
+    set_up_logging(resolved.config.runtime.log_level, "" if seat is None else seat.name)
     if seat is not None and seat.cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, seat.cores)
     with no_collections():

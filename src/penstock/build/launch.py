@@ -68,8 +68,8 @@ class EngineProcess:
 class PoolProcess:
     """The process of a machine's KV pool. It leaves when this one does, or at `close`."""
 
-    def __init__(self, options: CacheOptions, directory: str) -> None:
-        command = [sys.executable, "-m", "penstock.build.pool_process", directory]
+    def __init__(self, options: CacheOptions, directory: str, log_level: str) -> None:
+        command = [sys.executable, "-m", "penstock.build.pool_process", directory, log_level]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=_findable(dict(os.environ)))
         encoded = msgspec.msgpack.encode(options)
         assert self._process.stdin is not None
