@@ -62,6 +62,7 @@ def draw_setting(seed: int) -> Setting:
         save_bytes=choice([16 << 20, 100]),
         max_saves=choice([4, 1]),
     )
+    flips = stream(seed, "flips")
     hang_s = stream(seed, "hang").choice([0.3, 3.0])
     depth = stream(seed, "depth").choice([1, 1, 2])
     return Setting(
@@ -75,6 +76,8 @@ def draw_setting(seed: int) -> Setting:
         min_tokens=choice([1, 6, 40]),
         max_restarts=choice([5, 5, 0]),
         hang_s=hang_s,
+        flips=flips.choice([0.0, 0.3, 0.9]),
+        drain_s=flips.choice([0.0, 0.5]),
         stuck_s=2 * hang_s,
         has_tiers=choice([True, True, False]),
         client_tiers=client,
@@ -198,7 +201,7 @@ class Play:
         for side in (self.cluster.placement._prompts, self.cluster.placement._answers):
             self.happened["gaps"] += 0 if side is None else side.index.num_gaps
         self.happened["replayed"] += self.cluster.router.num_replayed
-        self.happened["hung"] += self.cluster.happened["hung"]
+        self.happened += self.cluster.happened
         self.happened["stale"] += self.cluster.links.num_stale
 
     def explains(self, ask: Ask) -> bool:
@@ -216,7 +219,7 @@ def test_faults_of_every_kind_change_no_token_and_leave_nothing_behind(part: int
     happened: Counter[str] = Counter()
     for seed in range(part, NUM_SEEDS, NUM_PARTS):
         happened += Play(seed).run().happened
-    shown = (*FAULTS, "received", "failed", "loaded", "saved", "gaps", "replayed", "stale", "hung")
+    shown = (*FAULTS, "received", "failed", "loaded", "saved", "gaps", "replayed", "stale", "hung", "flipped")
     for kind in shown:
         assert happened[kind], f"no seed of this part shows {kind}"
 

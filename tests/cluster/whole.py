@@ -1,7 +1,7 @@
 """The whole cluster in one process on virtual time: clients, front end, router, engines, pool; faults from one seed.
 
-Real are FrontEnd, Router, PolicyPlacement, Member, Engine, Scheduler, TierSource and KVPool; pretended are ranks,
-links, stores, wires and processes. Tokens are hashes of the KV that was read, so whatever is wrong shows in them.
+Real are FrontEnd, Router, RoleKeeper, PolicyPlacement, Member, Engine, Scheduler, TierSource and KVPool; pretended are
+ranks, links, stores, wires and processes, and drawn from the seed is when an engine is to change its role. Tokens are hashes of the KV that was read, so whatever is wrong shows in them.
 """
 
 from __future__ import annotations
@@ -21,9 +21,11 @@ from tests.fakes.host_tier import PretendedPool, Stores, TierFaults
 from penstock.cluster.beats import Silences
 from penstock.cluster.placement import PolicyPlacement
 from penstock.cluster.restarts import Restarts
+from penstock.cluster.roles import RoleKeeper
 from penstock.cluster.router import Router
 from penstock.core.request import Request, SamplingParams, child_seed
 from penstock.core.route_modes import ModeLimits
+from penstock.core.scaling import DECODE, PREFILL, Need, RoleScaler, ScalingLimits, Signals, Window
 from penstock.core.tiering import ClientSettings, ToEngine
 from penstock.engine.client import DRAINING, FrontEnd, Output, RequestError
 from penstock.engine.messages import (
@@ -38,6 +40,7 @@ from penstock.sim.clock import VirtualClock, stream
 from penstock.sim.mover import LinkFaults, PretendedLinks
 from penstock.sim.wire import LineFaults, PretendedNetwork
 
+FLIP_S = 0.2
 POLL_S = 0.1  # the front end looks after processes and its router so often
 CLOSED = "the connection was closed"
 
@@ -65,7 +68,24 @@ class Setting:
     messages: LineFaults = field(default_factory=lambda: LineFaults(delay_s=0.001))
     links: LinkFaults = field(default_factory=LinkFaults)
     events_lost: float = 0.0
+    flips: float = 0.0  # of a window of FLIP_S: that a role is to give an engine to the other
+    drain_s: float = 0.5
     policies: tuple[str, str] = ("least_time", "request_count")
+
+
+class DrawnScaler(RoleScaler):
+    """Who changes its role is no matter of load."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        super().__init__()
+        self._cluster = cluster
+        self._random = stream(cluster.seed, "flips", cluster.life)
+
+    def observe(self, window: Window, now: float) -> Signals:
+        donor = self._random.choice([PREFILL, DECODE])
+        draws = self._random.random() < self._cluster.setting.flips and not self._cluster.is_healing
+        flip = (donor, DECODE if donor == PREFILL else PREFILL) if draws else None
+        return Signals(Need(0.0, 0.0, 0.0), flip, {}, "by lot")
 
 
 @dataclass
@@ -120,7 +140,9 @@ class Cluster:
         setting, roles = self.setting, self.setting.roles
         limits = ModeLimits(max_output_on_p=0, max_total_on_p=0, max_new_on_d=setting.min_tokens)
         self.placement = PolicyPlacement(roles, *setting.policies, limits, self.seed)
-        self.router = Router(roles, self.placement)
+        keeper = RoleKeeper(self.placement.cost, ScalingLimits(window_s=FLIP_S), drain_s=setting.drain_s)
+        keeper._scaler = DrawnScaler(self)
+        self.router = Router(roles, self.placement, keeper)
         self.restarts = Restarts(setting.max_restarts)
         self.silences = Silences(setting.hang_s)
         self.heard: set[str] = set()  # who has beaten since the front end looked
@@ -308,11 +330,16 @@ class Cluster:
                 ask.error = 0, CLOSED
         for name in self.nodes:
             self.kill(name)
+        self._count_flips()
         self.pool.close()
         self.network.kill(POOL)
         self.network.kill(ROUTER)
         self.life, self.is_up = self.life + 1, False
         self.clock.call_in(revive_s, self.begin)
+
+    def _count_flips(self) -> None:
+        assert self.router.keeper is not None
+        self.happened["flipped"] += self.router.keeper.num_changes
 
     # ---- what must hold ----
 
@@ -323,6 +350,7 @@ class Cluster:
             self.clock.run_until(self.clock.now() + 0.1)
         self.is_healing = True
         self.clock.run_until(self.clock.now() + 6 * LEASE_S)
+        self._count_flips()
         self._submit(ResetPrefixCache())  # every engine tells something, so that every gap is found
         self.clock.run_until(self.clock.now() + 2.5)
 
