@@ -56,7 +56,6 @@ def draw_setting(seed: int) -> Setting:
         wait_s=choice([0.02, 0.2]),
         max_wait_s=1.0,
         min_tokens=8,
-        detour_s=0.0,
         latency_s=1e-6,
         byte_s=1e-9,
         save_bytes=choice([16 << 20, 100]),

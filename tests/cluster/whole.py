@@ -62,7 +62,7 @@ class Setting:
     stuck_s: float = 6.0
     has_tiers: bool = True
     client_tiers: ClientSettings = field(
-        default_factory=lambda: ClientSettings(min_tokens=8, detour_s=0.0, latency_s=1e-6, byte_s=1e-9)
+        default_factory=lambda: ClientSettings(min_tokens=8, latency_s=1e-6, byte_s=1e-9)
     )
     tiers: TierFaults = field(default_factory=TierFaults)
     messages: LineFaults = field(default_factory=lambda: LineFaults(delay_s=0.001))
