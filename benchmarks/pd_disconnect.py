@@ -4,9 +4,9 @@ Runs `penstock serve --pd 1P1D` (penstock-tiny) with its front end in this proce
 be read as they come: a watcher asks for one after every step. --requests times a client sends a prompt of 1,900 tokens,
 waits until the prefill engine computes, waits a random time more and drops its connection. Measured, on the machine's
 one monotonic clock: `free_ms`, from the drop to the first report of the prefill engine in which no request holds a
-block, and `behind_step_ms`, how much of that came after the end of the step that was running at the drop. What is wanted
-(`kept`): free within 100 ms or, if that is later, when the step in flight has ended. A report is written where the next
-step would be planned, so its time is that of the step boundary.
+block, and `behind_step_ms`, how much of that came after the end of the step that was running at the drop. What is
+wanted (`kept`): free within 100 ms or, if that is later, when the step in flight has ended. A report is written where
+the next step would be planned, so its time is that of the step boundary.
 
 Prints one JSON document, --out writes it. Exit code 1 when blocks were never given back. Linux only.
 """
@@ -30,7 +30,7 @@ from penstock.bench.flags import machine, write_json
 from penstock.build.serve import serve
 from penstock.config.cluster import check_cluster
 from penstock.config.load import resolve
-from penstock.engine.messages import FromEngine, Report, Watch
+from penstock.engine.messages import Report, Watch
 from penstock.server.backend import ManyEngines
 
 PROMPT_TOKENS = 1900

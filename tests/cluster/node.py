@@ -186,7 +186,6 @@ class Node:
         self.stopped_until_s = self.copies.paused_until_s = self.cluster.clock.now() + seconds
         self.cluster.clock.call_at(self.stopped_until_s, self.turn)
 
-
     def stick(self, seconds: float) -> None:
         """Its loop waits for a call that does not return meanwhile; its other threads run."""
         self.stuck_until_s = self.cluster.clock.now() + seconds

@@ -33,7 +33,7 @@ class Publisher:
     """An engine with hashes of its own, which change when it is started anew, and what it has published."""
 
     def __init__(self, seed, num_kept=10_000):
-        self.draw, self.num_kept = random.Random(seed), num_kept
+        self.draw, self.num_kept, self.time_s = random.Random(seed), num_kept, 0.0
         self.restart()
 
     def restart(self):
@@ -63,7 +63,8 @@ class Publisher:
         events = self.source.take(0.0)
         if events is None:
             return None
-        frames = encode(events, 0.0)
+        self.time_s += 1.0
+        frames = encode(events, self.time_s)
         self.kept = [*self.kept, (events.seq, frames[2])][-self.num_kept :]
         return frames
 
@@ -120,6 +121,26 @@ def test_a_replay_makes_up_for_what_was_lost(seed, fates):
     again = Router()
     again.feed([cache.everything()])
     assert again.holds(seen) == router.holds(seen)
+
+
+def test_a_new_start_is_seen_also_by_who_knows_the_last_life_from_a_replay_only():
+    publisher, router = Publisher(3), Router()
+    cache = RemoteCache("e", ROOT, SIZE, can_replay=True)
+    seen = set()
+    while not publisher.held or len(publisher.kept) < 5:
+        publisher.act()
+        seen |= set(publisher.held.values())
+    router.feed(publisher.replay(cache))
+    assert router.holds(seen) == set(publisher.held.values()) != set()
+    late = [b"", publisher.kept[-1][0].to_bytes(8, "big"), publisher.kept[-1][1]]
+    assert cache.told(late) == [], "it came by the replay already"
+    assert cache.wanted is None
+    publisher.restart()
+    while (frames := publisher.act()) is None:
+        pass
+    router.feed(cache.told(frames))
+    seen |= set(publisher.held.values())
+    assert router.holds(seen) == set(publisher.held.values())
 
 
 @given(st.integers(0, 2**32), st.lists(st.booleans(), min_size=1, max_size=60), st.booleans())

@@ -142,7 +142,7 @@ class Play:
 
     def disturb(self) -> None:
         draw, cluster = self.draw, self.cluster
-        kind = draw.choice(["kill", "kill", "stop", "hang", "stick", "stall", "cancel", "cancel", "row", "pool", "router"])
+        kind = draw.choice(("kill", "cancel", *FAULTS[:9]))
         name, short = draw.choice(sorted(cluster.setting.roles)), draw.choice([0.05, 0.4, 1.5])
         node, until_s = cluster.nodes[name], cluster.clock.now() + short
         if kind == "kill":

@@ -1,7 +1,8 @@
 """The whole cluster in one process on virtual time: clients, front end, router, engines, pool; faults from one seed.
 
 Real are FrontEnd, Router, RoleKeeper, PolicyPlacement, Member, Engine, Scheduler, TierSource and KVPool; pretended are
-ranks, links, stores, wires and processes, and drawn from the seed is when an engine is to change its role. Tokens are hashes of the KV that was read, so whatever is wrong shows in them.
+ranks, links, stores, wires and processes, and drawn from the seed is when an engine is to change its role. Tokens are
+hashes of the KV that was read, so whatever is wrong shows in them.
 """
 
 from __future__ import annotations

@@ -51,9 +51,7 @@ def test_no_end_is_faster(tiers, load, base, slope, first_block):
 def test_deep_blocks_pay_for_shallow_ones():
     """Attention makes deep blocks dearer: a slow tier costs time at first, and pays from some depth on."""
     prefill = PrefillRate(token_s=1e-4, pair_s=1e-6)
-    ends = [
-        choose_end([1] * n, {1: (0.001, 0.02)}, lambda n: prefill.seconds(32 * n, 32 * n + 32)) for n in (8, 64)
-    ]
+    ends = [choose_end([1] * n, {1: (0.001, 0.02)}, lambda n: prefill.seconds(32 * n, 32 * n + 32)) for n in (8, 64)]
     assert ends == [0, 64]
 
 

@@ -1,8 +1,8 @@
 """An engine process: `python -m penstock.build.engine_process START [NAME BEATS]`.
 
 It reads its configuration from standard input, later the address of the front end's wire, dials it and serves until it
-is drained. START: when it was launched, monotonic seconds. NAME: of an engine among others; BEATS: the descriptor of the
-pipe by which it says that it goes on. Imports no torch at its top (build/start.py says why).
+is drained. START: when it was launched, monotonic seconds. NAME: of an engine among others; BEATS: the descriptor of
+the pipe by which it says that it goes on. Imports no torch at its top (build/start.py says why).
 """
 
 from __future__ import annotations

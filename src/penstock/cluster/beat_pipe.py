@@ -1,4 +1,4 @@
-"""An engine's beats on their way to its front end: one byte each through a pipe, from a thread beside the engine's loop.
+"""An engine's beats on their way to its front end: a byte each through a pipe, from a thread beside the engine's loop.
 
 A pipe takes no lock that the loop holds and lives as long as both processes. When a beat is due says `beats.py`.
 """

@@ -1,4 +1,4 @@
-"""How penstock's processes log: one line an event on standard error, with the time and whose it is. Knows no process."""
+"""How penstock's processes log: one line an event on standard error, with time and whose it is. Knows no process."""
 
 from __future__ import annotations
 

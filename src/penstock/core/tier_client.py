@@ -323,9 +323,7 @@ class TierClient:
             end -= 1
         return end
 
-    def _window_end(
-        self, first: int, tiers: Sequence[Sequence[int]], load: dict[int, tuple[float, float]]
-    ) -> int:
+    def _window_end(self, first: int, tiers: Sequence[Sequence[int]], load: dict[int, tuple[float, float]]) -> int:
         """Without a full-attention group only the last window is loaded: the deepest end that pays."""
         for end in range(first + len(tiers), first, -1):
             if self._windows_have(first, end, tiers):
