@@ -171,7 +171,7 @@ def test_a_prefill_engine_that_hangs(one: Reference) -> None:
             assert found.result() == expected
         until(lambda: "engine prefill-0: it hangs" in server.errors(), what="a word about it")
         lines = server.errors().splitlines()
-        assert all(re.match(r"\d\d:\d\d:\d\d (WARNING|ERROR)  ", line) for line in lines), lines
+        assert all(re.match(r"\d\d:\d\d:\d\d (WARNING|ERROR  ) ", line) for line in lines), lines
         assert any(" decode-0: " in line and "nothing was heard for 1.0 s" in line for line in lines), lines
         until(lambda: not is_running(stopped), what="its end")
         hands_over(server)
