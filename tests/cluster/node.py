@@ -183,12 +183,13 @@ class Node:
 
     def stop(self, seconds: float) -> None:
         """As SIGSTOP and SIGCONT do."""
-        self.stopped_until_s = self.copies.paused_until_s = self.cluster.clock.now() + seconds
+        until_s = max(self.stopped_until_s, self.cluster.clock.now() + seconds)
+        self.stopped_until_s = self.copies.paused_until_s = until_s
         self.cluster.clock.call_at(self.stopped_until_s, self.turn)
 
     def stick(self, seconds: float) -> None:
         """Its loop waits for a call that does not return meanwhile; its other threads run."""
-        self.stuck_until_s = self.cluster.clock.now() + seconds
+        self.stuck_until_s = max(self.stuck_until_s, self.cluster.clock.now() + seconds)
         self.cluster.clock.call_at(self.stuck_until_s, self.turn)
 
 
