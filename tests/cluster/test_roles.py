@@ -30,8 +30,8 @@ def a_report(prefill: int, generated: int, running: int = 0, waiting: int = 0) -
 class Cluster:
     """A router with a keeper, and engines that only report."""
 
-    def __init__(self, roles: dict[str, str] = ROLES) -> None:
-        self.keeper = RoleKeeper(COST, LIMITS, drain_s=3.0)
+    def __init__(self, roles: dict[str, str] = ROLES, may_change: bool = True) -> None:
+        self.keeper = RoleKeeper(COST, LIMITS, drain_s=3.0, may_change=may_change)
         self.router = Router(roles, PolicyPlacement(roles, "least_time", "remaining_slots"), self.keeper)
         self.now = 0.0
         self.sent: list[tuple[str, object]] = []
@@ -87,6 +87,14 @@ def test_a_spare_decode_engine_becomes_a_prefill_engine_once_it_answers() -> Non
     placed = cluster.router.placement.place(a_request(), cluster.now)
     assert placed is not None
     assert placed.engine not in (name, "p0", "p1"), "the one that is left decodes"
+
+
+def test_who_may_not_change_still_tells_what_is_lacking() -> None:
+    cluster = Cluster(may_change=False)
+    cluster.pass_by(8.0, 40_000)
+    assert cluster.roles() == ROLES and not cluster.probes()
+    assert cluster.keeper.signals is not None
+    assert cluster.keeper.signals.scale == {"prefill": 6, "decode": 1}
 
 
 def test_who_leaves_gets_nothing_new_and_ends_what_it_has() -> None:

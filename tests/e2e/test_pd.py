@@ -5,6 +5,7 @@ E0 with native kernels, whatever the link, the mode, the model and the chunks; E
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -156,3 +157,23 @@ def test_a_client_that_leaves_frees_everything(pair: Pair) -> None:
         pair.server.until_idle()
         body["prompt"] = [prompt(1900, 90 + k) for k in range(12)]
     pair.check(asked(1000, 71))
+
+
+@pytest.mark.skipif(not usable_kernels(), reason="bit-equal with native kernels only")
+def test_roles_may_have_settings_of_their_own(tmp_path: Path) -> None:
+    roles = tmp_path / "roles.yaml"
+    roles.write_text(
+        "prefill: {engines: 2, kv_cache_memory_bytes: 16M, max_num_batched_tokens: 96}\n"
+        f"decode: {{kv_cache_memory_bytes: {KV_BYTES}, max_num_seqs: 4}}\n"
+    )
+    with RealServer("--pd", str(roles), *COMMON, model=MODEL) as server:
+        one = Reference()
+        pair = Pair(server.until_ready(), one, True)
+        for number in range(3):
+            pair.check(asked(300 + number, 900 + number))
+        server.until_idle()
+        assert handoffs(server)["received"] == 3 and handoffs(server)["failed"] == 0
+        text = server.http.get("/metrics").text
+        one.close()
+    blocks = [int(n) for n in re.findall(r'cache_config_info{.*num_gpu_blocks="(\d+)"', text)]
+    assert len(blocks) == 3 and blocks[0] == blocks[1] < blocks[2]

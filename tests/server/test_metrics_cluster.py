@@ -7,8 +7,11 @@ from tests.server.synthetic_cluster import CLUSTER, cluster_report, decode_repor
 from tests.server.test_metrics import record
 
 from penstock.cluster.merge import merged_report, without_gauges
+from penstock.cluster.roles import RoleKeeper
 from penstock.config.schema import CacheOptions
+from penstock.core.cost import FittedCost, StepCoefficients
 from penstock.core.request import SamplingParams
+from penstock.core.scaling import Need, Signals
 from penstock.server.metrics import Metrics
 
 Found = dict[tuple[str, ...], float]
@@ -45,6 +48,22 @@ def test_engines_have_numbers_in_the_order_of_the_cluster() -> None:
     assert found["penstock:engine_info", "1", "decode-0", "decode"] == 1
     configs = [key for key in found if key[0] == "vllm:cache_config_info"]
     assert [key[1] for key in configs] == ["0", "1"]
+
+
+def test_an_autoscaler_is_told_what_each_role_needs() -> None:
+    roles = RoleKeeper(FittedCost(StepCoefficients(step=0.01, token=1e-4)))
+    metrics = Metrics("m", CacheOptions(), roles=roles)
+    found = samples(metrics)
+    assert found["penstock:role_changes_total", ""] == 0
+    assert not [key for key in found if key[0].startswith("penstock:engines")], "nothing was measured yet"
+    roles.signals = Signals(Need(2.5, 0.25, 7.0), None, {"prefill": 3, "decode": 1}, "")
+    roles.num_changes = 2
+    found = samples(metrics)
+    assert found["penstock:engines_needed", "", "prefill"] == 2.5
+    assert found["penstock:engines_needed", "", "decode"] == 0.25
+    assert found["penstock:engines_wanted", "", "prefill"] == 3 and found["penstock:engines_wanted", "", "decode"] == 1
+    assert found["penstock:decode_slots_free_soon", ""] == 7
+    assert found["penstock:role_changes_total", ""] == 2
 
 
 def test_prompt_tokens_have_vllms_sources_and_count_once() -> None:

@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import secrets
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 from penstock.build.launch import EngineProcess, PoolProcess
 from penstock.build.start import import_server
-from penstock.cluster.seat import Seat, chosen_link, make_roles
+from penstock.cluster.seat import Seat, chosen_link
 from penstock.config.complete import Resolved, complete
 from penstock.config.hardware import Machine, probe
 from penstock.config.memory import MemoryPlanError
+from penstock.config.roles import RoleGroup, role_groups
 from penstock.config.schema import Config
 from penstock.config.socket_directory import SocketDirectory
 from penstock.engine.messages import Ready
 from penstock.server.port import listening_socket
+
+log = logging.getLogger("penstock.server")
 
 
 def serve_cluster(
@@ -27,19 +31,21 @@ def serve_cluster(
     on_resolved: Callable[[Resolved], None] | None = None,
 ) -> int:
     """As `build.serve.serve`, for a configuration with `pd`."""
-    roles = make_roles(config.cluster.pd, config.cluster.data_parallel_size)
+    groups = role_groups(config.cluster)
     machine = probe()
-    try:
-        resolved = complete(config, share_of(machine, len(roles)))
-    except MemoryPlanError as error:
-        raise MemoryPlanError(f"{', '.join(roles)}: each has to do with its share of the memory: {error}") from None
+    each = complete_groups(config, groups, machine)
+    resolved, roles = each[0], {name: group.role for group in groups for name in group.names}
     with listening_socket(config.server) as sock, contextlib.closing(SocketDirectory()) as directory:
         if on_resolved is not None:
             on_resolved(resolved)
         pool = None
         if config.cache.kv_offloading_size is not None:
             pool = PoolProcess(resolved.config.cache, directory.path, config.runtime.log_level)
-        fleet = _Fleet(resolved, make_seats(config, roles, directory.path))
+        for group in groups:
+            if group.settings:
+                log.info("%s: %s", group.role, ", ".join(f"{name} {value}" for name, value in group.settings.items()))
+        by_name = {name: done for group, done in zip(groups, each, strict=True) for name in group.names}
+        fleet = _Fleet(by_name, make_seats(by_name, roles, directory.path))
         try:
             return int(import_server().run_cluster(resolved, roles, fleet.launch, sock, on_ready))
         finally:
@@ -51,15 +57,15 @@ def serve_cluster(
 class _Fleet:
     """The engines' processes. The first of each starts at once, so that it loads while others import what they need."""
 
-    def __init__(self, resolved: Resolved, seats: Sequence[Seat]) -> None:
+    def __init__(self, resolved: Mapping[str, Resolved], seats: Sequence[Seat]) -> None:
         self._resolved = resolved
         self._seats = {seat.name: seat for seat in seats}
-        self._early = {name: EngineProcess(resolved, seat) for name, seat in self._seats.items()}
+        self._early = {name: EngineProcess(resolved[name], seat) for name, seat in self._seats.items()}
         self._processes = dict(self._early)  # the last of each name
 
     def launch(self, name: str, address: str) -> EngineProcess:
         """A process of this name that dials `address`."""
-        process = self._early.pop(name, None) or EngineProcess(self._resolved, self._seats[name])
+        process = self._early.pop(name, None) or EngineProcess(self._resolved[name], self._seats[name])
         self._processes[name] = process
         process.dial(address)
         return process
@@ -69,6 +75,28 @@ class _Fleet:
         for process in self._processes.values():
             if process.poll() is None:
                 process.kill()
+
+
+def complete_groups(config: Config, groups: Sequence[RoleGroup], machine: Machine) -> list[Resolved]:
+    """Each group's configuration, for one of its engines. All take prompts of the same length: what the tightest takes.
+
+    Raises ConfigError, MemoryPlanError.
+    """
+    share = share_of(machine, sum(len(group.names) for group in groups))
+
+    def done(group: RoleGroup, config: Config) -> Resolved:
+        try:
+            return complete(group.apply(config), share)
+        except MemoryPlanError as error:
+            names = ", ".join(group.names)
+            raise MemoryPlanError(f"{names}: each has to do with its share of the memory: {error}") from None
+
+    each = [done(group, config) for group in groups]
+    lengths = [resolved.memory.max_model_len for resolved in each]
+    if len(set(lengths)) > 1:
+        shorter = replace(config, model=replace(config.model, max_model_len=min(lengths)))
+        each = [done(group, shorter) for group in groups]
+    return each
 
 
 def share_of(machine: Machine, num_engines: int) -> Machine:
@@ -83,22 +111,33 @@ def share_of(machine: Machine, num_engines: int) -> Machine:
     )
 
 
-def make_seats(config: Config, roles: dict[str, str], directory: str) -> list[Seat]:
-    """One for each engine. Processors are dealt out while there is one for each."""
+def make_seats(resolved: Mapping[str, Resolved], roles: Mapping[str, str], directory: str) -> list[Seat]:
+    """One for each engine. Processors are dealt out by numbers of threads, while there is one for each engine."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
-    each = len(cores) // len(roles)
-    secret = config.cluster.cluster_secret or secrets.token_hex(32)
+    shares = deal_cores(cores, [resolved[name].config.runtime.num_threads or 1 for name in roles])
+    options = next(iter(resolved.values())).config.cluster
+    secret = options.cluster_secret or secrets.token_hex(32)
     return [
         Seat(
             name=name,
             role=role,
             directory=directory,
             secret=secret,
-            link=chosen_link(config.cluster.kv_link),
-            link_mode=config.cluster.kv_link_mode,
-            cores=tuple(cores[n * each : (n + 1) * each]),
-            lease_s=config.cluster.kv_lease_s,
-            min_tokens=config.cluster.pd_min_tokens,
+            link=chosen_link(options.kv_link),
+            link_mode=options.kv_link_mode,
+            cores=share,
+            lease_s=options.kv_lease_s,
+            min_tokens=options.pd_min_tokens,
         )
-        for n, (name, role) in enumerate(roles.items())
+        for (name, role), share in zip(roles.items(), shares, strict=True)
     ]
+
+
+def deal_cores(cores: Sequence[int], num_threads: Sequence[int]) -> list[tuple[int, ...]]:
+    """Each engine's own cores, in proportion to its threads; none for anybody where somebody would have none."""
+    total, begin, shares = sum(num_threads), 0, []
+    for number in num_threads:
+        end = begin + len(cores) * number // total
+        shares.append(tuple(cores[begin:end]))
+        begin = end
+    return shares if all(shares) else [()] * len(num_threads)

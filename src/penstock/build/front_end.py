@@ -36,7 +36,7 @@ def run_cluster(
         max_new_on_d=options.pd_min_tokens,
     )
     placement = PolicyPlacement(roles, options.route_policy, options.decode_policy, limits)
-    keeper = RoleKeeper(placement.cost) if options.pd is not None and options.pd_scaling else None
+    keeper = None if options.pd is None else RoleKeeper(placement.cost, may_change=options.pd_scaling)
     router = Router(roles, placement, keeper)
     backend = ManyEngines(router, launch, Restarts(options.engine_restarts), Silences(options.engine_hang_s))
     return int(run_server(resolved.config, backend, lambda: _served(resolved), on_ready=on_ready, sock=sock))

@@ -51,14 +51,22 @@ class Moved:
 
 
 class RoleKeeper:
-    """`tick` some ten times a second. `signals`: of the last window, for an outer autoscaler, too."""
+    """`tick` some ten times a second. `signals`: of the last window, for an outer autoscaler, too.
+
+    `may_change` False: it measures, and every engine keeps its role.
+    """
 
     def __init__(
-        self, cost: FittedCost, limits: ScalingLimits | None = None, tpot_slo_s: float = 0.05, drain_s: float = 30.0
+        self,
+        cost: FittedCost,
+        limits: ScalingLimits | None = None,
+        tpot_slo_s: float = 0.05,
+        drain_s: float = 30.0,
+        may_change: bool = True,
     ) -> None:
         self.cost = cost
         self.limits = limits or ScalingLimits()
-        self.tpot_slo_s, self.drain_s = tpot_slo_s, drain_s
+        self.tpot_slo_s, self.drain_s, self.may_change = tpot_slo_s, drain_s, may_change
         self.signals: Signals | None = None
         self.num_changes = 0
         self._scaler = RoleScaler(self.limits)
@@ -89,7 +97,7 @@ class RoleKeeper:
             self._begin_s = now
             self._remember(engines)
             self.signals = self._scaler.observe(window, now)
-            if self.signals.flip is not None and not self._changes:
+            if self.signals.flip is not None and self.may_change and not self._changes:
                 moves += self._begin(engines, *self.signals.flip, now)
         return moves
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from penstock.config.values import ConfigError
-
 
 @dataclass(frozen=True, slots=True)
 class Seat:
@@ -31,26 +29,3 @@ class Seat:
 def chosen_link(setting: str) -> str:
     """The link that `--kv-link` means for engines of one machine."""
     return "shm" if setting == "auto" else setting
-
-
-def make_roles(pd: str | None, num_both: int) -> dict[str, str]:
-    """Engine name -> role: of "1P1D" or "2p2d", or so many that do both phases. Raises ConfigError."""
-    if pd is None:
-        return {f"engine-{n}": "both" for n in range(num_both)}
-    if num_both > 1:
-        raise ConfigError("engines for one phase or for both, not some of each", "--pd and --data-parallel-size")
-    return parse_roles(pd)
-
-
-def parse_roles(text: str) -> dict[str, str]:
-    """Engine name -> role, of "1P1D" or "2p2d". Raises ConfigError."""
-    upper = text.strip().upper()
-    prefill, p, rest = upper.partition("P")
-    decode, d, end = rest.partition("D")
-    if not (p and d and not end and prefill.isdecimal() and decode.isdecimal()):
-        raise ConfigError(f"{text!r} is not of the form 1P1D", "--pd")
-    num_prefill, num_decode = int(prefill), int(decode)
-    if not (1 <= num_prefill <= 64 and 1 <= num_decode <= 64):
-        raise ConfigError(f"{text!r}: between 1 and 64 engines of each role", "--pd")
-    roles = {f"prefill-{n}": "prefill" for n in range(num_prefill)}
-    return roles | {f"decode-{n}": "decode" for n in range(num_decode)}

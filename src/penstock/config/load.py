@@ -75,7 +75,7 @@ def resolve(
     return Config(**parts, origins=origins, warnings=tuple(warnings))
 
 
-def read_config_file(path: str | Path) -> dict[str, Any]:
+def read_config_file(path: str | Path, flag: str = "--config") -> dict[str, Any]:
     """The mapping in a YAML (or JSON) file; {} for an empty one. Raises ConfigError."""
     import yaml  # here, so that `penstock --help` does not pay for it
 
@@ -83,14 +83,14 @@ def read_config_file(path: str | Path) -> dict[str, Any]:
         with open(path, encoding="utf-8") as file:
             data = yaml.safe_load(file)
     except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}", "--config") from None
+        raise ConfigError(f"cannot read {path}: {error.strerror}", flag) from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         first = " ".join(str(error).split())
-        raise ConfigError(f"{path} is not valid YAML: {first}", "--config") from None
+        raise ConfigError(f"{path} is not valid YAML: {first}", flag) from None
     if data is None:
         return {}
     if not isinstance(data, dict):
-        raise ConfigError(f"{path} must hold settings as `name: value` lines", "--config")
+        raise ConfigError(f"{path} must hold settings as `name: value` lines", flag)
     return data
 
 

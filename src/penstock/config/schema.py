@@ -24,6 +24,7 @@ def setting(default: Any, text: str, **extra: Any) -> Any:
         auto       True: "auto" (and -1) means None, to be filled in from the model and the machine
         aliases    other flags with the same meaning, SGLang's mostly: ("--context-length",)
         off        flags that switch a bool off, besides `--no-...`
+        mapping    True: a text that a file may also give as a mapping; then it is that mapping's JSON
         switch     (value of the bare flag, value of `--no-...`) for a setting with choices
         metavar    name of the value in the help text
         secret     True: never printed
@@ -224,9 +225,11 @@ class ClusterOptions:
     )
     pd: str | None = setting(
         None,
-        "prefill and decode engines of their own on this machine, e.g. 1P1D or 2P2D; default: one engine for both",
+        "prefill and decode engines of their own on this machine: 1P1D, 2P2D, or a YAML file with settings for each "
+        "role; default: one engine for both",
         metavar="xPyD",
         headline=True,
+        mapping=True,
     )
     kv_link: str = setting(
         "auto",
@@ -293,6 +296,7 @@ class ClusterOptions:
         "publish what the cache holds, for routers, in vLLM's form: "
         '{"enable_kv_cache_events": true, "endpoint": "tcp://*:5557"}',
         metavar="JSON",
+        mapping=True,
     )
 
 

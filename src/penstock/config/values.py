@@ -89,6 +89,8 @@ def _convert(setting: Setting, raw: Any, flag: str) -> Any:
             return value
         if setting.kind == "list":
             return _parse_list(raw)
+        if isinstance(raw, dict) and setting.extra.get("mapping"):
+            return json.dumps(raw)
         if not isinstance(raw, (str, int, float)):
             raise ValueError(raw)
         if isinstance(raw, bool) and "switch" in setting.extra:

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from penstock.cluster.beats import Silences
 from penstock.cluster.restarts import Restarts
+from penstock.cluster.roles import RoleKeeper
 from penstock.cluster.router import Router
 from penstock.engine.messages import Drain, Fatal, FromEngine, Ready, ToEngine
 from penstock.engine.wire import LoopWire, ZmqWire, listen
@@ -96,6 +97,11 @@ class Backend(Protocol):
         """Decisions since start."""
         ...
 
+    @property
+    def roles(self) -> RoleKeeper | None:
+        """What watches how many engines each role needs; None where there are no roles."""
+        ...
+
 
 class OneEngine:
     """A single engine. `launch(address)` starts the process that dials `address`."""
@@ -146,6 +152,10 @@ class OneEngine:
     @property
     def num_routes(self) -> int:
         return 0
+
+    @property
+    def roles(self) -> RoleKeeper | None:
+        return None
 
 
 @dataclass(slots=True)
@@ -305,6 +315,10 @@ class ManyEngines:
     @property
     def num_routes(self) -> int:
         return self.router.decisions.num_made
+
+    @property
+    def roles(self) -> RoleKeeper | None:
+        return self.router.keeper
 
     def _receive(self, name: str, messages: Sequence[FromEngine]) -> None:
         for message in messages:

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
 
+from penstock.core.scaling import Signals
 from penstock.engine.messages import Report
 from penstock.server.metric_counts import LINK_TOTALS, TIER_TOTALS, EngineCounts
 
@@ -28,6 +29,21 @@ def cluster_families(engines: Sequence[EngineCounts], prefix: str) -> Iterator[M
         yield from _links(engines, prefix)
     if any(report.tiers for _, report in told):
         yield from _tiers(told, prefix)
+
+
+def scaling_families(signals: Signals | None, num_changes: int, labels: dict[str, str]) -> Iterator[Metric]:
+    """What an autoscaler wants to know. `signals` of the last window, None before its end."""
+    model = {"model_name": labels["model_name"]}
+    yield _counter(f"{OWN}:role_changes", "Engines that have changed their role.", [(model, num_changes)])
+    if signals is None:
+        return
+    needed = {"prefill": signals.need.prefill, "decode": signals.need.decode}
+    each: Samples = [({**model, "role": role}, value) for role, value in needed.items()]
+    yield _gauge(f"{OWN}:engines_needed", "Engines that the last window's load asks for, with fractions.", each)
+    wanted: Samples = [({**model, "role": role}, value) for role, value in signals.scale.items()]
+    yield _gauge(f"{OWN}:engines_wanted", "The same in whole engines, at least one: what to scale a role to.", wanted)
+    soon: Samples = [(model, signals.need.slots_free_soon)]
+    yield _gauge(f"{OWN}:decode_slots_free_soon", "Decode slots that are free by the end of the next window.", soon)
 
 
 Told = Sequence[tuple[EngineCounts, Report]]

@@ -24,10 +24,11 @@ from prometheus_client.core import (
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 
+from penstock.cluster.roles import RoleKeeper
 from penstock.config.schema import CacheOptions
 from penstock.core.request import SamplingParams
 from penstock.engine.messages import FromEngine, Ready, Report, RequestRecord
-from penstock.server.metric_cluster import cluster_families
+from penstock.server.metric_cluster import cluster_families, scaling_families
 from penstock.server.metric_counts import TOKEN_TIME_BUCKETS, EngineCounts, Histogram, one_two_five
 
 # vLLM knows two reasons to wait: no room, or something the request needs is not there yet.
@@ -66,7 +67,8 @@ class Metrics(Collector):
 
     `model_name` is the first served name; `engine` the index of the engine, a string as in vLLM. Where there are
     several they count from 0 in the order in which Ready names them, and `engine_of` says which one a request is
-    decoded by. The buckets of token counts end at the model's length limit, so they are made when Ready says it.
+    decoded by. `roles` knows how many engines each role needs. The buckets of token counts end at the model's length
+    limit, so they are made when Ready says it.
     """
 
     def __init__(
@@ -76,11 +78,13 @@ class Metrics(Collector):
         prefix: str = "vllm",
         engine: str = "0",
         engine_of: Callable[[str], str] = lambda request_id: "",
+        roles: RoleKeeper | None = None,
     ) -> None:
         self.prefix = prefix
         self.cache = cache
         self._model_name = model_name
         self._engine_of = engine_of
+        self._roles = roles
         self.ready: Ready | None = None
         self._bounds = one_two_five(1 << 20)
         self._default = self._new_counts(engine)  # for what belongs to no engine that is known
@@ -204,6 +208,8 @@ class Metrics(Collector):
                 family.add_metric(tuple(counts.labels.values()), histogram.cumulative(), histogram.total)
             yield family
         yield from cluster_families(engines, self.prefix)
+        if self._roles is not None:
+            yield from scaling_families(self._roles.signals, self._roles.num_changes, self._default.labels)
 
     def _gauge(self, name: str, text: str, values: Callable[[EngineCounts], Iterable[Sample]]) -> Metric:
         family = GaugeMetricFamily(f"{self.prefix}:{name}", text)

@@ -133,7 +133,8 @@ class _Server:
         self.backend, self.load = backend, load
         self.on_ready = on_ready or _log_ready
         name = model_names(config)[0]
-        self.metrics = Metrics(name, config.cache, options.metrics_prefix, engine_of=backend.engine_of)
+        prefix, roles = options.metrics_prefix, backend.roles
+        self.metrics = Metrics(name, config.cache, prefix, engine_of=backend.engine_of, roles=roles)
         self.live = Live(config, name, backend.send, routes=backend)
         self.state = ServerState(
             options,
