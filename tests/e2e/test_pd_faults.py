@@ -164,11 +164,9 @@ def test_a_prefill_engine_that_hangs(one: Reference) -> None:
     arguments = ("--pd", "1P1D", "--engine-hang-s", "2", "--kv-lease-s", "1", "--kv-cache-memory-bytes", KV_BYTES)
     with RealServer(*arguments, *COMMON) as server:
         stopped = engine_pids(server.until_ready())["prefill-0"]
-        with ThreadPoolExecutor(1) as threads:
-            found = threads.submit(ask, server, request)
-            until(lambda: prompts_in_work(server), what="a prompt that is computed")
-            os.kill(stopped, signal.SIGSTOP)
-            assert found.result() == expected
+        hands_over(server)
+        os.kill(stopped, signal.SIGSTOP)
+        assert ask(server, request) == expected
         until(lambda: "engine prefill-0: it hangs" in server.errors(), what="a word about it")
         lines = server.errors().splitlines()
         assert all(re.match(r"\d\d:\d\d:\d\d (WARNING|ERROR  ) ", line) for line in lines), lines
