@@ -1,7 +1,7 @@
 """What do KV tiers bring on this machine: GB/s and latency of each, where loading beats recomputing, hits by policy?
 
 `speed`: blocks of Qwen3-0.6B's shape (28 layers x 8 KV heads x 128, bf16, 32 tokens: 3.7 MB) are written and read in
-runs of 1 to 32, checksums included, contents compared; a line is fitted through the times. `crossover`: from those
+runs of 1 to 64, checksums included, contents compared; a line is fitted through the times. `crossover`: from those
 lines, the prefill rate above which recomputing a prompt is sooner than loading it, by its length; attention counts with
 the square. `workload`: multi-turn chats on the very machines that serve (BlockPool, TierClient, KVPool), on virtual
 time with the measured rates: device memory for 5 % of all blocks, host 4x and disk 16x of that.
@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import os
 import random
+import socket
 import statistics
 import tempfile
 import time
@@ -25,7 +26,12 @@ from typing import Any
 import numpy as np
 
 from penstock.bench.flags import machine, write_json
+from penstock.build.launch import PoolProcess
+from penstock.cluster.pool import PoolWire
+from penstock.cluster.pool_store import PeerStore
 from penstock.config.model import KVGroup, KVLayout
+from penstock.config.schema import CacheOptions, ClusterOptions, Config
+from penstock.config.socket_directory import SocketDirectory
 from penstock.core.blocks import BlockPool
 from penstock.core.kv_pool import READ, KVPool
 from penstock.core.moves import DEVICE, KVMove, MoveResult, Place
@@ -38,7 +44,7 @@ from penstock.tiers.mover import TierMover
 from penstock.tiers.record import RecordFormat
 
 BLOCK_TOKENS = 32
-RUNS = (1, 2, 4, 8, 16, 32)  # blocks
+RUNS = (1, 2, 4, 8, 16, 32, 64)  # blocks
 # A token of Qwen3-0.6B: 2 x 0.44e9 operations in matrices, and 4 x 28 layers x 16 heads x 128 per earlier token.
 PAIR_SHARE = 4 * 28 * 16 * 128 / (2 * 0.44e9)
 
@@ -128,6 +134,24 @@ def measure_store(store: Any, layout: KVLayout, rounds: int, before_read: Callab
     return {what: fit(found, layout.groups[0].block_bytes) for what, found in times.items()}
 
 
+def measure_peer(layout: KVLayout, rounds: int) -> dict[str, Any]:
+    """The host memory of another machine's pool, which here is another process on this one."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        place = f"127.0.0.1:{free.getsockname()[1]}"
+    size = (max(RUNS) + 16) * RecordFormat.of(layout.groups[0]).num_bytes
+    cache = CacheOptions(kv_offloading_size=size, kv_pool_listen=place)
+    directory = SocketDirectory()
+    pool = PoolProcess(Config(cache=cache, cluster=ClusterOptions(cluster_secret="benchmark")), directory.path)
+    line = PoolWire(directory.path)
+    line.hello(layout)  # as its engine does; then it listens
+    store = PeerStore(f"tcp://{place}", layout, "benchmark", timeout_s=10.0)
+    try:
+        return measure_store(store, layout, rounds, lambda: None)
+    finally:
+        for each in (store, line, pool, directory):
+            each.close()
+
+
 def drop_page_cache(directory: Path) -> None:
     """Of the store's files: what is read then comes from the disk."""
     for path in directory.glob("*.segment"):
@@ -145,6 +169,7 @@ def measure(rounds: int, directory: Path | None, redis_url: str | None) -> dict[
         found["disk, page cache"] = measure_store(store, layout, rounds, lambda: None)
         found["disk"] = measure_store(store, layout, rounds, lambda: drop_page_cache(Path(name)))
         store.close()
+    found["peer"] = measure_peer(layout, rounds)
     if redis_url:
         from penstock.tiers.redis import RedisStore  # the extra may not be here
 

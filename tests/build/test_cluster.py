@@ -39,7 +39,12 @@ def test_roles_have_their_own_settings_and_one_length() -> None:
 
 
 def test_who_does_not_fit_is_named() -> None:
-    config = resolve({"pd": "1P2D", "kv_cache_memory_bytes": "1G"}, environ={})
-    machine = dataclasses.replace(probe(), memory_free_bytes=1 << 30)
-    with pytest.raises(MemoryPlanError, match="prefill-0: each has to do with its share"):
-        complete_groups(config, role_groups(config.cluster), machine)
+    machine = dataclasses.replace(probe(), memory_free_bytes=3 << 30)
+    roles = '{"prefill": 2, "decode": {"kv_cache_memory_bytes": "4G"}}'
+    for settings_, names in (
+        ({"pd": "1P1D", "kv_cache_memory_bytes": "4G"}, "prefill-0, decode-0"),
+        ({"pd": roles, "kv_cache_memory_bytes": "8M"}, "decode-0"),
+    ):
+        config = resolve(settings_, environ={})
+        with pytest.raises(MemoryPlanError, match=f"{names}: each has to do with its share"):
+            complete_groups(config, role_groups(config.cluster), machine)

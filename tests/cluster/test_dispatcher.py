@@ -128,3 +128,46 @@ def test_models_and_sizes():
     assert mind.place("none", [], None, {"b"}, 1.0).engine == "a"
     start = chain_start("route", "", 16)
     assert start != chain_start("route", "", 32)
+
+
+def linked_pair():
+    """`b` reads where `a` serves; `a` holds a prompt and is busy."""
+    mind = Dispatcher({"a": "both", "b": "both"})
+    facts = {"block_size": 32, "num_blocks": 1000, "models": ("m",), "block_bytes": 100_000}
+    mind.joined("a", Facts(serves="host-a:7000", **facts), 0.0)
+    mind.joined("b", Facts(reads="host-a:7000", **facts), 0.0)
+    assert mind.place("first", prompt(1), 8, {"b"}, 0.0).engine == "a"
+    mind.ended("first", 8, "stop", 1.0)
+    for number in range(3):
+        mind.place(f"long {number}", prompt(100 + number, 8000), 8, {"b"}, 1.0)
+    return mind
+
+
+def test_a_prompt_goes_where_its_beginning_can_be_copied_to():
+    """Only as fast as its engine has measured; not while that says that its remote tier is off."""
+    mind = linked_pair()
+    mind.reads_others("b", 1e-3, 1e-9)
+    placed = mind.place("copy", prompt(1), 8, set(), 1.0)
+    assert placed.engine == "b" and placed.forecast.hit_tokens == 608
+    assert placed.forecast.terms["load"] == pytest.approx(1.0 + 1.9, rel=1e-3), "19 blocks of 0.1 ms, in ms"
+    mind.began("copy", 1.5)
+    assert not mind.placement._samples, "a load says nothing of what computing costs"
+    mind.ended("copy", 8, "stop", 2.0)
+
+    for latency_s, byte_s in ((None, 0.0), (1e-3, 1e-3)):
+        mind = linked_pair()
+        mind.reads_others("b", 1e-3, 1e-9)
+        mind.reads_others("b", latency_s, byte_s)
+        placed = mind.place("compute", prompt(1), 8, set(), 1.0)
+        assert placed.engine == "b" and placed.forecast.hit_tokens == 0
+
+
+def test_the_slowest_of_those_that_copy_is_predicted_with():
+    mind = linked_pair()
+    mind.reads_others("a", 1e-3, 2e-9)
+    mind.reads_others("b", 2e-3, 1e-9)
+    assert mind.placement.cost.move_seconds(10**6, "peer") == pytest.approx(2e-3 + 2e-3)
+    mind.left("a")
+    mind.reads_others("b", 2e-3, 1e-9)
+    assert mind.placement.cost.move_seconds(10**6, "peer") == pytest.approx(2e-3 + 1e-3)
+    mind.reads_others("nobody", 1.0, 1.0)

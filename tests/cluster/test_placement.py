@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from penstock.cluster.placement import PolicyPlacement
 from penstock.core.kv_events import KVEventSource
 from penstock.core.prefix import chain_start, extend_chain
 from penstock.core.request import SamplingParams
 from penstock.core.route_modes import ModeLimits
-from penstock.engine.messages import AddRequest, KVReport, Ready, Report
+from penstock.engine.messages import AddRequest, KVReport, Ready, Report, TierReport
 
 BOTH = {"e0": "both", "e1": "both", "e2": "both"}
 SPLIT = {"p0": "prefill", "p1": "prefill", "d0": "decode", "d1": "decode"}
@@ -74,6 +76,23 @@ def test_a_busy_cache_is_not_worth_waiting_for() -> None:
         side.views.busy_until_s[side.index.rows["e1"]] = 100.0
         placed = made.place(ask(f"r{n}", range(320)), 2.0)
         assert placed is not None and placed.engine != "e1"
+
+
+def test_engines_of_one_pool_load_what_another_has_computed() -> None:
+    """The idle one loads rather than computes, once somebody has told how fast host memory is, and says so."""
+    made = placement({"e0": "both", "e1": "both"})
+    cached(made, "e0", range(2000))
+    side = made._find("e0")
+    assert side is not None
+    for number, expected in enumerate((0, 1984)):
+        side.views.busy_until_s[side.index.rows["e0"]] = 100.0
+        placed = made.place(ask(f"r{number}", range(2000)), 2.0)
+        assert placed is not None and placed.engine == "e1" and placed.forecast.hit_tokens == expected
+        assert (placed.forecast.terms["load"] > 0) == bool(expected)
+        made.left("e1")
+        made.joined("e1", a_ready())
+        tiers = [TierReport("host", 100, 50, latency_s=1e-4, byte_s=1e-9)]
+        made.told("e0", msgspec.structs.replace(a_report(), tiers=tiers), 2.0)
 
 
 def test_prompts_without_a_cache_are_spread() -> None:

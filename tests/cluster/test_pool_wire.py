@@ -15,6 +15,7 @@ import pytest
 from tests.tiers.tier_blocks import TWO
 
 from penstock.cluster.pool import PoolServer, PoolWire
+from penstock.config.kv_pool import PoolSettings
 from penstock.config.schema import CacheOptions
 from penstock.core.tiering import Match, Release, Reserve, Reserved, block_key
 
@@ -66,7 +67,7 @@ def reserve(wire: PoolWire) -> tuple[int, ...]:
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[PoolServer]:
     """A pool, served by a thread."""
-    running, stop = PoolServer(CacheOptions(kv_offloading_size=4 << 20), tmp_path), threading.Event()
+    running, stop = PoolServer(PoolSettings(CacheOptions(kv_offloading_size=4 << 20)), tmp_path), threading.Event()
     thread = threading.Thread(target=running.run, args=(stop.is_set,), daemon=True)
     thread.start()
     yield running

@@ -84,6 +84,7 @@ def draw_setting(seed: int) -> Setting:
             host_blocks=choice([60, 24, 8]),
             disk_blocks=choice([100, 30]),
             has_remote=choice([True, False]),
+            peer_until_s=stream(seed, "has peer").choice([0.0, 1.5]),
             write=choice([WRITE_THROUGH, WRITE_SELECTIVE, WRITE_BACK]),
             lease_s=choice([1.0, 0.1]),
             job_s=choice([0.001, 0.03]),

@@ -99,6 +99,7 @@ def test_errors_of_model_and_memory(tmp_path: Path) -> None:
     [
         ({"kv_disk_path": "/anywhere"}, "--kv-offloading-size, too"),
         ({"kv_remote_url": "redis://127.0.0.1:1/0"}, "--kv-offloading-size, too"),
+        ({"kv_pool_listen": "127.0.0.1:7000"}, "--kv-offloading-size, too"),
         ({"kv_offloading_size": 1, "enable_prefix_caching": False}, "switched off"),
     ],
 )

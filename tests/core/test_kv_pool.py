@@ -179,12 +179,14 @@ def remote(write=WRITE_THROUGH, **more) -> TierSettings:
     host=st.integers(1, 8),
 )
 def test_any_order_ends_with_nothing_held(seed, writes, policy, host):
-    """Random messages of three engines, deaths, leases that end, failing stores: `check` after each; nothing leaks."""
+    """Random messages of two engines and a peer, deaths, leases that end, failing stores: `check` after each; nothing
+    leaks."""
     dice = random.Random(seed)
     world = World([disk((10, 10), writes[0]), remote(writes[1])], (host, host), policy, lease_s=30.0)
     open_ids: dict[str, list] = {"a": [], "b": [], "c": []}
     for id_ in range(120):
         source = dice.choice("abc")
+        world.pool.peers.add("c")
         first = dice.randrange(3)
         keys = [k for g in range(2) for k in chain(dice.randrange(4), 8, g)[first : first + dice.randrange(1, 6)]]
         action = dice.randrange(10)

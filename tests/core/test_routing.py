@@ -125,6 +125,36 @@ def test_ours_copies_from_a_peer_what_is_cheaper_to_copy():
     assert not fleet.pick(prefill_policy("least_time", slow, 1), request(prompt)).copies
 
 
+@pytest.mark.parametrize("policy", ["least_time", "mooncake"])
+def test_copies_come_from_those_that_can_be_read(policy):
+    """e1 reads e0's pool, e2 and e3 one store; e4 reads nothing. Each gets the longest prefix that it can reach."""
+    fleet, prompt = Fleet(5), hashes("p", 12)
+    for engine, reads, serves in (
+        ("e0", "", "zero:1"), ("e1", "zero:1", "one:1"), ("e2", "store:6", ""), ("e3", "store:6", ""), ("e4", "", ""),
+    ):  # fmt: skip
+        fleet.views.link(engine, reads, serves)
+    for engine, num in (("e0", 6), ("e1", 12), ("e2", 8)):
+        fleet.hold(engine, prompt[:num])
+    found = {}
+    for row in range(5):
+        fleet.views.alive[:] = True
+        fleet.views.busy_until_s[:] = 100.0
+        fleet.views.busy_until_s[row] = 0.0
+        choice = fleet.pick(prefill_policy(policy, make_cost(), 1), request(prompt))
+        assert choice.engine == f"e{row}"
+        found[choice.engine] = [(copy.src, len(copy.hashes)) for copy in choice.copies], choice.hit_tokens // SIZE
+    assert found["e0"] == ([], 6) and found["e1"] == ([], 12) and found["e2"] == ([], 8)
+    assert found["e3"] == ([("e2", 8)], 8) and found["e4"] == ([], 0)
+    fleet.views.remove("e2")
+    fleet.views.link("e4", "one:1", "")
+    fleet.views.busy_until_s[:] = 100.0
+    fleet.views.busy_until_s[4] = 0.0
+    (copy,) = fleet.pick(prefill_policy(policy, make_cost(), 1), request(prompt)).copies
+    assert (copy.src, copy.dst, len(copy.hashes)) == ("e1", "e4", 12)
+    row = fleet.views.add("e5", num_blocks=1000)
+    assert not fleet.views.reach[row].any() and not fleet.views.reach[:, row].any()
+
+
 @given(st.integers(0, 12), st.integers(0, 12), st.integers(0, 12), st.floats(0, 0.2), st.floats(0, 0.2))
 @settings(deadline=None)
 def test_more_in_a_cache_never_looks_worse(device, host, pool, host_s, pool_s):

@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from tests.fakes.peer_pool import PEER, PretendedPeer
+
 from penstock.config.model import KVLayout
 from penstock.core.kv_pool import DELETE, FIND, READ, Answers, KVPool
 from penstock.core.moves import CANCELLED, DEVICE, KVMove, MoveResult
@@ -50,6 +52,7 @@ class TierFaults:
     host_blocks: int = 40
     disk_blocks: int = 60
     has_remote: bool = False
+    peer_until_s: float = 0.0  # another machine's pool takes and brings blocks until then
     write: str = WRITE_THROUGH
     lease_s: float = 1.0
     job_s: float = 0.001
@@ -67,6 +70,7 @@ class Stores:
     kept: dict[str, dict[bytes, tuple[Record, bytes, float]]] = field(
         default_factory=lambda: {"disk": {}, "remote": {}}
     )
+    elsewhere: dict[bytes, tuple[Record, bytes]] = field(default_factory=dict)  # at another machine
 
 
 class PretendedPool:
@@ -100,6 +104,10 @@ class PretendedPool:
         self._jobs: dict[str, list[Job]] = {tier.name: [] for tier in tiers}
         self._submit()
         self._beat()
+        self.peer: PretendedPeer | None = None
+        if faults.peer_until_s:
+            draws = stream(seed, "peer", life)
+            self.peer = PretendedPeer(self, draws, stores.elsewhere, faults.peer_until_s)
 
     def lost(self, source: str) -> None:
         """The engine's connection broke."""
@@ -125,7 +133,10 @@ class PretendedPool:
 
     def _answer(self, answers: Answers) -> None:
         for source, answer in answers:
-            self._send(source, answer)
+            if source != PEER:
+                self._send(source, answer)
+            elif self.peer is not None:
+                self.peer.hear(answer)
         self._submit()
 
     def _submit(self) -> None:

@@ -38,9 +38,7 @@ def serve_cluster(
     with listening_socket(config.server) as sock, contextlib.closing(SocketDirectory()) as directory:
         if on_resolved is not None:
             on_resolved(resolved)
-        pool = None
-        if config.cache.kv_offloading_size is not None:
-            pool = PoolProcess(resolved.config.cache, directory.path, config.runtime.log_level)
+        pool = None if config.cache.kv_offloading_size is None else PoolProcess(resolved.config, directory.path)
         for group in groups:
             if group.settings:
                 log.info("%s: %s", group.role, ", ".join(f"{name} {value}" for name, value in group.settings.items()))
@@ -88,7 +86,8 @@ def complete_groups(config: Config, groups: Sequence[RoleGroup], machine: Machin
         try:
             return complete(group.apply(config), share)
         except MemoryPlanError as error:
-            names = ", ".join(group.names)
+            alike = [group] if any(other.settings for other in groups) else groups
+            names = ", ".join(name for other in alike for name in other.names)
             raise MemoryPlanError(f"{names}: each has to do with its share of the memory: {error}") from None
 
     each = [done(group, config) for group in groups]

@@ -14,6 +14,8 @@ from penstock.build.start import Stages
 from penstock.build.tiers import Tiers, open_tiers
 from penstock.cluster.seat import Seat
 from penstock.config.complete import Resolved, can_pack
+from penstock.config.fingerprint import model_fingerprint
+from penstock.config.kv_pool import pool_settings
 from penstock.config.model import KVLayout
 from penstock.config.schema import Config
 from penstock.config.values import ConfigError
@@ -92,17 +94,19 @@ def build_engine(
     stages: Stages,
     arena: Any | None = None,
     seat: Seat | None = None,
+    pool: str = "",
 ) -> BuiltEngine:
     """Load the model and put an engine around it, weights into the arena where one was begun.
 
-    `seat`: its place among engines that hand prompts to one another: then it has links. torch's number of threads is
+    `seat`: its place among engines that hand prompts to one another: then it has links. `pool`: the directory of the
+    machine's KV pool where that is a process of its own. torch's number of threads is
     changed on the calling thread while this runs and while a step does, and is as before in between. Raises
     CheckpointError, MemoryError.
     """
     config = resolved.config
     assert config.runtime.num_threads is not None
     with torch_threads(config.runtime.num_threads):
-        return _build(resolved, progress, stages, arena, seat)
+        return _build(resolved, progress, stages, arena, seat, pool)
 
 
 @contextmanager
@@ -132,7 +136,7 @@ def _stepping(run: Callable[[StepPlan], StepResult], threads: int) -> Callable[[
 
 
 def _build(
-    resolved: Resolved, progress: ProgressCallback, stages: Stages, arena: Any | None, seat: Seat | None
+    resolved: Resolved, progress: ProgressCallback, stages: Stages, arena: Any | None, seat: Seat | None, pool: str
 ) -> BuiltEngine:
     config, shape = resolved.config, resolved.model
     assert config.runtime.num_threads is not None and config.model.max_model_len is not None
@@ -170,7 +174,8 @@ def _build(
         attention = NativeAttention()
     tiers = None
     if config.cache.kv_offloading_size is not None:
-        tiers = open_tiers(config.cache, layout, store.byte_views(), (seat and seat.directory) or None)
+        directory = (seat and seat.directory) or pool or None
+        tiers = open_tiers(pool_settings(config), layout, store.byte_views(), directory)
     counter = None if seat is None else StepCounter()
     sampler = Sampler(max_num_seqs, shape.vocab_size)
     loads = None if tiers is None else tiers.mover
@@ -185,7 +190,7 @@ def _build(
             max_num_seqs, config.scheduler.max_num_batched_tokens, config.scheduler.max_queue_wait_s
         ),
         policy=_policy(config, seat),
-        model_id=f"{shape.architecture}:{resolved.directory.resolve()}:{config.model.dtype}",
+        model_id=f"{shape.architecture}:{_fingerprint(resolved)}",
         prefix_caching=config.cache.enable_prefix_caching,
         feeds_back=executor.feeds_back,
     )
@@ -215,6 +220,14 @@ def _build(
         block_bytes=sum(group.block_bytes for group in layout.groups),
     )
     return BuiltEngine(engine, executor, runner, ready, links, tiers, counter)
+
+
+def _fingerprint(resolved: Resolved) -> str:
+    """Of what KV depends on beside its layout: tiers outlive the engine, and machines that share them keep the
+    checkpoint in different places."""
+    model = resolved.config.model
+    random = model.seed if model.load_format == "dummy" else None
+    return model_fingerprint(resolved.directory, model.dtype, model.quantization, model.load_format == "dummy", random)
 
 
 def _policy(config: Config, seat: Seat | None) -> str:

@@ -41,7 +41,12 @@ def main(encoded: bytes, address: SimpleQueue[str], start_s: float, beats: int |
         wire = dial(address.get())
         try:
             built = builder.build_engine(
-                resolved, lambda stage, done, total: wire.send(Progress(stage, done, total)), stages, arena, seat
+                resolved,
+                lambda stage, done, total: wire.send(Progress(stage, done, total)),
+                stages,
+                arena,
+                seat,
+                handover.pool,
             )
             del arena  # the weights keep it
             settings = event_settings(resolved.config.cluster.kv_events_config)

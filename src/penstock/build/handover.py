@@ -15,8 +15,11 @@ from penstock.config.complete import Resolved
 
 @dataclass(frozen=True, slots=True)
 class Handover:
+    """`pool`: the directory of the machine's KV pool, "" where the engine has one of its own or none."""
+
     resolved: Resolved
     seat: Seat | None = None
+    pool: str = ""
 
 
 def encode(handover: Handover) -> bytes:

@@ -14,16 +14,20 @@ from penstock.build.handover import Handover, encode
 from penstock.cluster.beat_pipe import BeatReader
 from penstock.cluster.seat import Seat
 from penstock.config.complete import Resolved
+from penstock.config.kv_pool import pool_settings
 from penstock.config.openmp import bound_spinning
-from penstock.config.schema import CacheOptions
+from penstock.config.schema import Config
 
 POOL_EXIT_S = 10.0  # for blocks on their way to disk
 
 
 class EngineProcess:
-    """A process that loads at once and dials when it is told an address. Its log goes where ours goes."""
+    """A process that loads at once and dials when it is told an address. Its log goes where ours goes.
 
-    def __init__(self, resolved: Resolved, seat: Seat | None = None) -> None:
+    `pool`: the directory of the machine's KV pool, where that is a process of its own.
+    """
+
+    def __init__(self, resolved: Resolved, seat: Seat | None = None, pool: str = "") -> None:
         command = [sys.executable, "-m", "penstock.build.engine_process", repr(time.monotonic())]
         self._beats = BeatReader()
         writer = self._beats.writer
@@ -34,7 +38,7 @@ class EngineProcess:
             self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, pass_fds=(writer,))
         finally:
             os.close(writer)
-        encoded = encode(Handover(resolved, seat))
+        encoded = encode(Handover(resolved, seat, pool))
         self._tell(len(encoded).to_bytes(8, "little") + encoded)
 
     def dial(self, address: str) -> None:
@@ -68,10 +72,10 @@ class EngineProcess:
 class PoolProcess:
     """The process of a machine's KV pool. It leaves when this one does, or at `close`."""
 
-    def __init__(self, options: CacheOptions, directory: str, log_level: str) -> None:
-        command = [sys.executable, "-m", "penstock.build.pool_process", directory, log_level]
+    def __init__(self, config: Config, directory: str) -> None:
+        command = [sys.executable, "-m", "penstock.build.pool_process", directory, config.runtime.log_level]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=_findable(dict(os.environ)))
-        encoded = msgspec.msgpack.encode(options)
+        encoded = msgspec.msgpack.encode(pool_settings(config))
         assert self._process.stdin is not None
         self._process.stdin.write(len(encoded).to_bytes(8, "little") + encoded)
         self._process.stdin.flush()

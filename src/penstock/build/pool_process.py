@@ -13,14 +13,14 @@ from pathlib import Path
 import msgspec
 
 from penstock.cluster.pool import PoolServer
+from penstock.config.kv_pool import PoolSettings
 from penstock.config.log import set_up_logging
-from penstock.config.schema import CacheOptions
 
 
 def main(directory: str, log_level: str) -> int:
     set_up_logging(log_level, "pool")
-    options = msgspec.msgpack.decode(sys.stdin.buffer.read(int.from_bytes(sys.stdin.buffer.read(8), "little")),
-                                     type=CacheOptions)  # fmt: skip
+    encoded = sys.stdin.buffer.read(int.from_bytes(sys.stdin.buffer.read(8), "little"))
+    settings = msgspec.msgpack.decode(encoded, type=PoolSettings)
     gone = threading.Event()
 
     def hear() -> None:
@@ -28,7 +28,7 @@ def main(directory: str, log_level: str) -> int:
         gone.set()
 
     threading.Thread(target=hear, name="penstock-parent", daemon=True).start()
-    server = PoolServer(options, Path(directory))
+    server = PoolServer(settings, Path(directory))
     try:
         server.run(gone.is_set)
     finally:

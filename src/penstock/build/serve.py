@@ -5,10 +5,11 @@ The engine is launched first, so that it loads while this process imports what a
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 
 from penstock.build.cluster import serve_cluster
-from penstock.build.launch import EngineProcess
+from penstock.build.launch import EngineProcess, PoolProcess
 from penstock.build.start import import_server
 from penstock.cluster.seat import Seat
 from penstock.config.cluster import check_cluster
@@ -16,6 +17,7 @@ from penstock.config.complete import Resolved, complete
 from penstock.config.fingerprint import model_fingerprint
 from penstock.config.hardware import probe
 from penstock.config.schema import Config
+from penstock.config.socket_directory import SocketDirectory
 from penstock.engine.messages import Ready
 from penstock.server.port import listening_socket
 
@@ -55,10 +57,14 @@ def serve(
     if config.cluster.pd is not None or config.cluster.data_parallel_size > 1:
         return serve_cluster(config, on_ready=on_ready, on_resolved=on_resolved)
     resolved = complete(config, probe())
-    with listening_socket(resolved.config.server) as sock:
+    with listening_socket(resolved.config.server) as sock, contextlib.ExitStack() as stack:
         if on_resolved is not None:
             on_resolved(resolved)
-        engine = EngineProcess(resolved, seat_of(resolved))
+        shared = ""
+        if resolved.config.cache.kv_pool_listen is not None:  # it answers others while the engine computes
+            shared = stack.enter_context(contextlib.closing(SocketDirectory())).path
+            stack.enter_context(contextlib.closing(PoolProcess(resolved.config, shared)))
+        engine = EngineProcess(resolved, seat_of(resolved), shared)
         try:
             return int(import_server().run(resolved, engine, sock, on_ready))
         finally:

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from penstock.cluster.pool import STATUS_S, PoolWire
+from penstock.cluster.pool import STATUS_S, PoolWire, open_machine_pool
+from penstock.config.kv_pool import PoolSettings
 from penstock.config.model import KVLayout
 from penstock.config.schema import CacheOptions
+from penstock.config.values import ConfigError
 from penstock.core.pool_status import pool_status
 from penstock.core.scheduler import Scheduler
 from penstock.core.tier_client import TierClient
@@ -21,7 +23,7 @@ from penstock.engine.tier_source import TierSource
 from penstock.tiers.arena import Arena
 from penstock.tiers.driver import PoolDriver
 from penstock.tiers.mover import TierMover
-from penstock.tiers.open import host_slots, open_pool
+from penstock.tiers.open import host_slots
 
 ENGINE = "engine"  # this process's name to its own pool
 
@@ -69,15 +71,17 @@ class Tiers:
 
 
 def open_tiers(
-    options: CacheOptions, layout: KVLayout, pools: Sequence[NDArray[np.uint8]], directory: str | None
+    settings: PoolSettings, layout: KVLayout, pools: Sequence[NDArray[np.uint8]], directory: str | None
 ) -> Tiers:
     """`pools`: the device's memory by layer; `directory`: where the machine's shared pool is, None for one of its own.
 
     Raises ConfigError, OSError, ValueError.
     """
     if directory is None:
-        arena = Arena.private(layout, host_slots(options, layout))
-        line: LocalPool | PoolWire = LocalPool(open_pool(options, layout, arena))
+        if settings.cache.kv_pool_listen is not None:
+            raise ConfigError("a server's pool can be shared; this engine has none", "--kv-pool-listen")
+        arena = Arena.private(layout, host_slots(settings.cache, layout))
+        line: LocalPool | PoolWire = LocalPool(open_machine_pool(settings, layout, arena))
     else:
         line = PoolWire(directory)
         welcome = line.hello(layout)

@@ -33,6 +33,9 @@ class Facts:
     slots: int = 256
     max_model_len: int = 0
     models: tuple[str, ...] = ()
+    block_bytes: int = 0
+    reads: str = ""  # where its KV pool reads what others hold: host:port
+    serves: str = ""  # where it serves others
 
 
 @dataclass(slots=True)
@@ -41,7 +44,7 @@ class _Call:
     num_tokens: int
     placed_s: float
     hit_tokens: int
-    was_alone: bool  # its prefill waited for nobody whom we sent
+    was_alone: bool  # its prefill waited for nobody whom we sent, nor for a load
     has_begun: bool = False
     num_tries: int = 1
 
@@ -74,6 +77,7 @@ class Dispatcher:
         self.num_retries = 0
         self._publishes, self._lasts_s = publishes, lasts_s
         self._guesses: dict[str, SentPrompts] = {}
+        self._rates: dict[str, tuple[float, float]] = {}  # of those that read what others hold
         self._calls: dict[str, _Call] = {}
 
     # ---- engines ----
@@ -86,8 +90,10 @@ class Dispatcher:
         ready = Ready(
             model_id="", max_model_len=facts.max_model_len, block_size=self.block_size, num_blocks=num_blocks,
             max_num_seqs=facts.slots, device="", memory=[], timeline=[], cache_model=CHAIN,
+            block_bytes=facts.block_bytes,
         )  # fmt: skip
         self.placement.joined(name, ready)
+        self.placement.linked(name, facts.reads, facts.serves)
         known: RemoteCache | SentPrompts | None
         if name in self._publishes and facts.block_size in (0, self.block_size):
             root = chain_start(CHAIN, "", self.block_size)
@@ -98,6 +104,7 @@ class Dispatcher:
 
     def left(self, name: str) -> None:
         """It does not answer."""
+        self._rates.pop(name, None)
         if self.facts.pop(name, None) is not None:
             self.placement.left(name)
 
@@ -114,6 +121,20 @@ class Dispatcher:
             num_blocks = facts.num_blocks or MAX_BLOCKS
             free = int((1.0 - usage) * num_blocks)
             self.placement.told(name, _report(now, num_running, num_waiting, num_blocks, free), now)
+
+    def reads_others(self, name: str, latency_s: float | None, byte_s: float = 0.0) -> None:
+        """How fast its pool gets what others hold, as it has measured; None: not at all, for now.
+
+        One rate is predicted with for all: the slowest.
+        """
+        facts = self.facts.get(name)
+        if facts is None:
+            return
+        self.placement.linked(name, facts.reads if latency_s is not None else "", facts.serves)
+        self._rates.pop(name, None)
+        if latency_s is not None:
+            self._rates[name] = latency_s, byte_s
+            self.placement.carries(*map(max, zip(*self._rates.values(), strict=True)))
 
     def tick(self, now: float) -> None:
         """To be called about once a second."""
@@ -154,7 +175,9 @@ class Dispatcher:
             return None
         num_tries = 1 if call is None else call.num_tries + 1
         first = placed.prefill_at[0] if placed.prefill_at else placed.engine
-        alone = all(other.has_begun for other in self._calls.values() if other.engine in (first, placed.engine))
+        alone = not placed.forecast.terms.get("load") and all(
+            other.has_begun for other in self._calls.values() if other.engine in (first, placed.engine)
+        )
         self._calls[request_id] = _Call(
             placed.engine, len(token_ids), now, placed.forecast.hit_tokens or 0, alone, num_tries=num_tries
         )

@@ -14,7 +14,7 @@ import numpy as np
 
 from penstock.cluster.decisions import Forecast
 from penstock.cluster.router import DECODE, PREFILL, Placed
-from penstock.core.cost import FittedCost, StepCoefficients, StepShape, fit_steps
+from penstock.core.cost import FittedCost, MoveCost, StepCoefficients, StepShape, fit_steps
 from penstock.core.decode_policies import decode_policy
 from penstock.core.kv_events import KVEvents, KVSnapshot, SnapshotRequest
 from penstock.core.kv_index import KVIndex
@@ -22,6 +22,7 @@ from penstock.core.prefix import chain_start, extend_chain
 from penstock.core.route_modes import Mode, ModeCosts, ModeLimits, choose_mode
 from penstock.core.route_policies import prefill_policy
 from penstock.core.routing import Choice, EngineReport, EngineViews, RouteRequest
+from penstock.core.tiering import HOST
 from penstock.engine.messages import AddRequest, Ready, Report
 
 PRIOR = StepCoefficients(step=2e-3, token=2e-4, row=5e-5, attended=1e-8)  # until steps were measured: a small model
@@ -91,6 +92,16 @@ class PolicyPlacement:
         """It has this role from when it joins next."""
         self.roles[name] = role
 
+    def linked(self, name: str, reads: str, serves: str) -> None:
+        """Where its pool reads what others hold, and where it serves others: addresses, "" for none."""
+        side = self._find(name)
+        if side is not None:
+            side.views.link(name, reads, serves)
+
+    def carries(self, latency_s: float, byte_s: float) -> None:
+        """How fast an engine gets what another one holds, through their pools."""
+        self.cost.moves["peer"] = MoveCost(latency_s, 1 / max(byte_s, 1e-12))
+
     def told(self, name: str, report: Report, now: float) -> None:
         """Its own numbers."""
         side = self._find(name)
@@ -99,6 +110,9 @@ class PolicyPlacement:
             free = report.kv.free + report.kv.cached
             side.views.report(name, EngineReport(report.num_running, free, known), now)
         self.learned(report.steps, now)
+        for tier in report.tiers:
+            if tier.name == HOST and tier.state == "on":  # of the machine, which all its engines share
+                self.carries(tier.latency_s, tier.byte_s)
 
     def learned(self, steps: Sequence[tuple[int, int, int, int, float]], now: float) -> None:
         """What steps took: tokens, rows, attended, context, seconds."""

@@ -1,12 +1,15 @@
 """The pool of a machine's KV tiers in a process of its own, and the line that engines speak to it by. Knows zmq.
 
 Messages are those of `core/tiering.py`. The arena's memory is a file that engines map: only slots' numbers travel.
+Other machines' pools are let in where the settings say so (`pool_listener.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import os
+import socket
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,9 +19,13 @@ from typing import Any
 import msgspec
 import zmq
 
+from penstock.cluster.pool_frames import pool_identity
+from penstock.cluster.pool_listener import PEER, PoolListener
+from penstock.cluster.pool_store import PeerStore
+from penstock.config.kv_pool import SCHEME, PoolSettings, listen_address, peer_address
 from penstock.config.model import KVLayout
-from penstock.config.schema import CacheOptions
 from penstock.core import tiering
+from penstock.core.kv_pool import Answers
 from penstock.core.pool_status import pool_status
 from penstock.core.tiering import ToEngine, ToPool
 from penstock.tiers.arena import Arena
@@ -27,7 +34,7 @@ from penstock.tiers.open import host_slots, open_pool
 
 log = logging.getLogger("penstock.pool")
 
-BUSY_WAIT_MS, IDLE_WAIT_MS = 1, 50
+IDLE_WAIT_MS = 50
 STATUS_S = 1.0
 LOOK_S = 0.2  # after a connection broke: by then it shows whose it was
 SILENCE_S = 10.0  # after which a pool is held to be gone
@@ -68,15 +75,24 @@ def decode(name: bytes, body: bytes) -> Any:
     return _DECODERS[name.decode()].decode(body)
 
 
+def open_machine_pool(
+    settings: PoolSettings, layout: KVLayout, arena: Arena, wake: Callable[[], None] = lambda: None
+) -> PoolDriver:
+    """The pool at work, with another machine's as a tier where that is its remote one. Raises ConfigError."""
+    address = peer_address(settings.cache.kv_remote_url)
+    remote = None if address is None else PeerStore(address, layout, settings.secret)
+    return open_pool(settings.cache, layout, arena, remote, wake)
+
+
 class PoolServer:
-    """Serves the engines of one machine at `directory`/pool until `stop` says so.
+    """Serves the engines of one machine at `directory`/pool until `stop` says so, and its peers where it listens.
 
     An engine's connection breaks when its process ends, whatever ended it: then what the pool holds for it goes. zmq
     says that one broke, but not whose; who cannot be sent to is gone.
     """
 
-    def __init__(self, options: CacheOptions, directory: Path) -> None:
-        self.options, self.directory = options, directory
+    def __init__(self, settings: PoolSettings, directory: Path) -> None:
+        self.settings, self.directory = settings, directory
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
@@ -85,21 +101,35 @@ class PoolServer:
         self._arena: Arena | None = None
         self._layout: KVLayout | None = None
         self._driver: PoolDriver | None = None
+        self.listener: PoolListener | None = None
         self._sources: set[bytes] = set()
         self._told_s = self._look_until_s = float("-inf")
+        self._woken, self._waker = socket.socketpair()
+        self._woken.setblocking(False)
+        self._waker.setblocking(False)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._woken, zmq.POLLIN)
         self._poller.register(self._broken, zmq.POLLIN)
 
     def run(self, stop: Callable[[], bool]) -> None:
         while not stop():
-            is_busy = self._driver is not None and self._driver.pool.num_held > 0
-            self._poller.poll(BUSY_WAIT_MS if is_busy else IDLE_WAIT_MS)
+            self._poller.poll(IDLE_WAIT_MS)
             self.turn()
+
+    def _wake(self) -> None:
+        """From any thread: `turn` has something to do."""
+        with contextlib.suppress(BlockingIOError):  # it was told often enough
+            self._waker.send(b"\0")
 
     def turn(self) -> None:
         """Take in what has come, answer what can be answered."""
         now = time.monotonic()
+        with contextlib.suppress(BlockingIOError):
+            self._woken.recv(4096)
+        while self._broken.poll(0):
+            self._broken.recv_multipart(zmq.NOBLOCK)
+            self._look_until_s = now + LOOK_S
         for _ in range(256):
             try:
                 source, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
@@ -114,18 +144,15 @@ class PoolServer:
                 self._sources.add(source)
                 self._send(source, self._hello(message))
             elif self._driver is not None and source in self._sources:  # else it is the last word of a dead one
-                for to, answer in self._driver.handle(source.hex(), message, now):
-                    self._send(bytes.fromhex(to), answer)
+                self._deliver(self._driver.handle(source.hex(), message, now))
         if self._driver is not None:
-            for to, answer in self._driver.poll(now):
-                self._send(bytes.fromhex(to), answer)
+            if self.listener is not None:
+                self.listener.turn(self._driver, now)
+            self._deliver(self._driver.poll(now))
             self._look(self._driver, now)
 
     def _look(self, driver: PoolDriver, now: float) -> None:
         """Tell all engines how the pool is, and find out who is gone."""
-        while self._broken.poll(0):
-            self._broken.recv_multipart(zmq.NOBLOCK)
-            self._look_until_s = now + LOOK_S
         if now - self._told_s <= STATUS_S and now > self._look_until_s:
             return
         self._told_s, status = now, pool_status(driver.pool)
@@ -134,11 +161,14 @@ class PoolServer:
             driver.lost(source.hex(), now)
 
     def _hello(self, message: Hello) -> Welcome:
-        path = self.directory / "arena"
+        path, cache = self.directory / "arena", self.settings.cache
         if self._driver is None:
             try:
-                self._arena = Arena.create(path, message.layout, host_slots(self.options, message.layout))
-                self._driver = open_pool(self.options, message.layout, self._arena)
+                if self._arena is None:
+                    self._arena = Arena.create(path, message.layout, host_slots(cache, message.layout))
+                if cache.kv_pool_listen is not None and self.listener is None:
+                    self.listener = self._listen(cache.kv_pool_listen, message.layout, self._arena)
+                self._driver = open_machine_pool(self.settings, message.layout, self._arena, self._wake)
             except Exception as error:
                 return Welcome(refusal=str(error))
             self._layout = message.layout
@@ -146,6 +176,23 @@ class PoolServer:
         if message.layout.format != self._layout.format:
             return Welcome(refusal=f"the pool keeps KV as {self._layout.format}, the engine as {message.layout.format}")
         return Welcome(str(path), self._arena.num_slots)
+
+    def _listen(self, place: str, layout: KVLayout, arena: Arena) -> PoolListener:
+        """Raises OSError that names the address."""
+        identity = pool_identity(f"the KV pool of {socket.gethostname()} ({os.getpid()})", layout, self.settings.secret)
+        try:
+            listener = PoolListener(listen_address(place), identity, arena, self._wake)
+        except OSError as error:
+            raise OSError(f"--kv-pool-listen {place}: {error.strerror or error}") from None
+        log.info("other machines find this pool at %s", listener.address.replace("tcp://", SCHEME))
+        return listener
+
+    def _deliver(self, answers: Answers) -> None:
+        for to, answer in answers:
+            if not to.startswith(PEER):
+                self._send(bytes.fromhex(to), answer)
+            elif self.listener is not None:
+                self.listener.deliver(to, answer)
 
     def _send(self, to: bytes, message: Any) -> bool:
         """Whether somebody is there; one that does not read costs nothing."""
@@ -164,8 +211,12 @@ class PoolServer:
         self._broken.close(linger=0)
         self._socket.close(linger=0)
         self._context.term()
+        if self.listener is not None:
+            self.listener.close()
         if self._driver is not None:
             self._driver.close()
+        self._woken.close()
+        self._waker.close()
 
 
 class PoolWire:

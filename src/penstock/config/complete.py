@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.config.hardware import Machine
+from penstock.config.kv_pool import check_pool
 from penstock.config.load import model_directory
 from penstock.config.memory import MemoryPlan, max_positions, plan_memory
 from penstock.config.model import KVLayout, ModelConfig, ModelConfigError, kv_layout, load_model_config
@@ -44,6 +45,7 @@ def complete(config: Config, machine: Machine) -> Resolved:
         raise ConfigError(str(error), "--model") from None
     origins = dict(config.origins)
     _check_tiers(config.cache)
+    check_pool(config)
     if config.runtime.device == "cuda":
         raise ConfigError("cuda is not supported yet: this version computes on the CPU", "--device")
 
@@ -88,7 +90,11 @@ def complete(config: Config, machine: Machine) -> Resolved:
 
 def _check_tiers(cache: CacheOptions) -> None:
     """Raise ConfigError for a tier that nothing could reach: no setting is silently ignored."""
-    below = {"--kv-disk-path": cache.kv_disk_path, "--kv-remote-url": cache.kv_remote_url}
+    below = {
+        "--kv-disk-path": cache.kv_disk_path,
+        "--kv-remote-url": cache.kv_remote_url,
+        "--kv-pool-listen": cache.kv_pool_listen,
+    }
     for flag, value in below.items():
         if value is not None and cache.kv_offloading_size is None:
             raise ConfigError("everything below passes through host memory: give --kv-offloading-size, too", flag)

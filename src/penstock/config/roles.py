@@ -79,7 +79,8 @@ def parse_roles(text: str) -> list[RoleGroup]:
     decode, d, end = rest.partition("D")
     if not (p and d and not end and prefill.isdecimal() and decode.isdecimal()):
         raise ConfigError(f"{text!r} is not of the form 1P1D, and no .yaml file", FLAG)
-    return [_group("prefill", int(prefill), {}, FLAG), _group("decode", int(decode), {}, FLAG)]
+    flag = f"{FLAG} {text}"
+    return [_group("prefill", int(prefill), {}, flag), _group("decode", int(decode), {}, flag)]
 
 
 def _from_mapping(given: Mapping[str, Any], flag: str) -> list[RoleGroup]:

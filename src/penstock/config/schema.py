@@ -153,7 +153,17 @@ class CacheOptions:
         16 << 30, "what it may take; a number without a unit is in GiB", low=1, unit="bytes", plain="GiB"
     )
     kv_remote_url: str | None = setting(
-        None, "Redis or Valkey for KV below that, shared by machines: redis://...", metavar="URL", secret=True
+        None,
+        "KV below that, shared by machines: Redis or Valkey (redis://...), or another machine's pool "
+        "(penstock://HOST:PORT)",
+        metavar="URL",
+        secret=True,
+    )
+    kv_pool_listen: str | None = setting(
+        None,
+        "let other machines load from this machine's host memory and disk, and write there (--kv-remote-url "
+        "penstock://HOST:PORT); needs --cluster-secret",
+        metavar="HOST:PORT",
     )
     kv_write_policy: str = setting(
         "write_through",

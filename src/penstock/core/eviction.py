@@ -19,7 +19,7 @@ AUTO = "auto"
 
 @dataclass(slots=True, eq=False)
 class Entry:
-    """A resident block. Written by its index, `spent_s` by the pool."""
+    """A resident block. Written by its index, `spent_s` and `is_foreign` by the pool."""
 
     key: bytes
     parent: bytes  # key of the block before it in the same group, b"" for none
@@ -34,6 +34,7 @@ class Entry:
     last_use: int = 0  # of the index's counter
     score: float = 0.0  # of its policy, at its last use
     spent_s: float = 0.0  # seconds of its tier's store that it took
+    is_foreign: bool = False  # other machines alone have brought it or asked for it: it goes to no tier that is shared
 
 
 class EvictionPolicy(Protocol):
@@ -153,6 +154,16 @@ class TierIndex:
             found.append(entry)
         for entry in found:
             self._push(entry)
+        return found
+
+    def next_to_go(self, count: int) -> list[Entry]:
+        """`coldest`, and what stands before them, which are leaves after them: of both together twice as many."""
+        found: list[Entry] = []
+        for leaf in self.coldest(count):
+            entry: Entry | None = leaf
+            while entry is not None and len(found) < 2 * count:
+                found.append(entry)
+                entry = self.get(entry.parent)
         return found
 
     # ---- uses ----

@@ -5,7 +5,11 @@ Plain data, written by `KVPool` alone.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+from penstock.core.eviction import Entry, TierIndex
+from penstock.core.tiering import Fetch, Reserve, key_group
 
 
 @dataclass(slots=True, eq=False)
@@ -23,6 +27,23 @@ class Hold:
     num_pending: int = 0  # blocks still on their way up
 
 
+def hold_of(source: str, message: Fetch | Reserve, expires_s: float) -> Hold:
+    """With no slot yet."""
+    fields = (message.keys, message.parents, message.costs_s)
+    return Hold(source, message.id, *fields, [0] * len(message.keys), isinstance(message, Fetch), expires_s)
+
+
+def as_known(message: Fetch, indexes: Sequence[Sequence[TierIndex]]) -> Fetch:
+    """A peer does not say what its blocks stand behind and cost: what a pool's own tiers know of them."""
+
+    def entry(key: bytes) -> Entry | None:
+        return next((found for tier in indexes if (found := tier[key_group(key)].get(key)) is not None), None)
+
+    found = [entry(key) for key in message.keys]
+    parents = tuple(b"" if each is None else each.parent for each in found)
+    return replace(message, parents=parents, costs_s=tuple(0.0 if e is None else e.recompute_s for e in found))
+
+
 @dataclass(slots=True, eq=False)
 class Promotion:
     """A block on its way into host memory. Nobody may wait for it any more: then it is dropped if not yet read."""
@@ -32,6 +53,7 @@ class Promotion:
     parent: bytes
     recompute_s: float
     tier: int  # where it is read now
+    is_foreign: bool = False  # only peers have asked for it
     waiters: list[tuple[Hold, int]] = field(default_factory=list)
 
 

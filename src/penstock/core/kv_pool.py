@@ -1,7 +1,9 @@
 """The pool of one machine: which blocks lie in host memory and in the tiers below, who reads them, what moves and goes.
 
 A state machine: `handle(source, message, now)` gives messages, `jobs()` work for the stores, `job_done(...)` takes its
-end. Knows keys, slots and seconds; no byte, clock, thread or socket. Several engines share it, each a `source`.
+end. Knows keys, slots and seconds; no byte, clock, thread or socket. Several engines share it, each a `source`; so do
+other machines' pools, its *peers*. They are served from this machine's own tiers alone, and what they bring or ask for
+goes to no shared one: pools that stand in a circle pass nothing on.
 """
 
 from __future__ import annotations
@@ -10,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from penstock.core.eviction import AUTO, Entry, TierIndex
-from penstock.core.holds import Hold, Lookup, Promotion
+from penstock.core.holds import Hold, Lookup, Promotion, as_known, hold_of
 from penstock.core.lower_tier import LowerTier, TierCounts
 from penstock.core.tiering import (
     HOST,
@@ -62,6 +64,7 @@ class KVPool:
         self.host_counts = TierCounts()
         self.lower = [LowerTier(settings, record_bytes, policy) for settings in tiers]
         self.lease_s = lease_s
+        self.peers: set[str] = set()  # sources that are other machines' pools: added by who meets them
         self._holds: dict[tuple[str, int], Hold] = {}
         self._filling: set[bytes] = set()  # keys whose slots engines fill
         self._promotions: dict[bytes, Promotion] = {}
@@ -95,7 +98,8 @@ class KVPool:
         return answers
 
     def lost(self, source: str, now: float) -> None:
-        """The engine is gone: its pins and reservations end."""
+        """The engine or peer is gone: its pins and reservations end."""
+        self.peers.discard(source)
         for hold in [hold for hold in self._holds.values() if hold.source == source]:
             del self._holds[hold.source, hold.id]
             self._end(hold)
@@ -132,15 +136,7 @@ class KVPool:
     def adopt(self, name: str, records: Iterable[tuple[bytes, bytes, float]], now: float) -> None:
         """What a store found at its start: (key, parent, seconds to recompute). What has no room is deleted."""
         tier = next(tier for tier in self.lower if tier.name == name)
-        assert tier.indexes is not None
-        surplus = []
-        for key, parent, recompute_s in records:
-            group = key_group(key)
-            if group >= len(tier.indexes) or not tier.indexes[group].num_free:
-                surplus.append(key)
-            elif key not in tier.indexes[group]:
-                slot, _ = tier.indexes[group].reserve() or (0, None)
-                tier.indexes[group].publish(key, parent, slot, recompute_s, now)
+        surplus = tier.adopt(records, now)
         if surplus:
             self._give_out(tier, DELETE, tuple(surplus))
 
@@ -152,7 +148,9 @@ class KVPool:
     # ---- looking up ----
 
     def _match(self, source: str, message: Match, now: float) -> Answers:
-        lookup = Lookup(source, message.id, message.keys, [self._fastest(key) for key in message.keys])
+        lookup = Lookup(source, message.id, message.keys, [self._fastest(key, source) for key in message.keys])
+        if source in self.peers:
+            return [self._matched(lookup)]
         unknown = [key for key, tier in zip(lookup.keys, lookup.tiers, strict=True) if tier == NO_TIER]
         for tier in self.lower:
             tier.worth.used(len(message.keys))
@@ -162,11 +160,12 @@ class KVPool:
                 lookup.num_jobs += 1
         return [] if lookup.num_jobs else [self._matched(lookup)]
 
-    def _fastest(self, key: bytes) -> int:
+    def _fastest(self, key: bytes, source: str) -> int:
+        """The first tier that can serve the source: a peer has none that is shared."""
         if key in self.host[key_group(key)] and key not in self._harmful:
             return IN_HOST
         for t, tier in enumerate(self.lower):
-            if tier.is_on and tier.holds(key):
+            if tier.is_on and tier.holds(key) and not (tier.is_shared and source in self.peers):
                 return IN_HOST + 1 + t
         return NO_TIER
 
@@ -183,7 +182,10 @@ class KVPool:
     def _fetch(self, source: str, message: Fetch, now: float) -> Answers:
         if (source, message.id) in self._holds:
             return []
-        hold = self._hold(source, message, is_fetch=True, now=now)
+        is_peer = source in self.peers
+        if is_peer:
+            message = as_known(message, [self.host, *(tier.indexes for tier in self.lower if tier.indexes is not None)])
+        hold = self._holds[source, message.id] = hold_of(source, message, now + self.lease_s)
         touched = []
         for i, (key, recompute_s) in enumerate(zip(hold.keys, hold.costs_s, strict=True)):
             index = self.host[key_group(key)]
@@ -195,26 +197,26 @@ class KVPool:
                     touched.append(entry)
                     hold.slots[i] = entry.slot
             elif key in self._promotions:
-                self._promotions[key].waiters.append((hold, i))
-                hold.num_pending += 1
-            elif key not in self._filling and (found := self._fastest(key)) != NO_TIER:
+                promotion = self._promotions[key]
+                if not (is_peer and self.lower[promotion.tier].is_shared):
+                    promotion.waiters.append((hold, i))
+                    promotion.is_foreign = promotion.is_foreign and is_peer
+                    hold.num_pending += 1
+            elif key not in self._filling and (found := self._fastest(key, source)) != NO_TIER:
                 slot = self._host_slot(key_group(key))
                 if slot is None:
                     break
-                promotion = Promotion(key, slot, hold.parents[i], recompute_s, found - IN_HOST - 1, [(hold, i)])
+                promotion = Promotion(
+                    key, slot, hold.parents[i], recompute_s, found - IN_HOST - 1, is_peer, [(hold, i)]
+                )
                 self._promotions[key] = promotion
-                self._queue_read(promotion, now)
+                self.lower[promotion.tier].queue_read(key, now)
                 hold.num_pending += 1
         for entry in reversed(touched):
             self.host[key_group(entry.key)].touch(entry, now)
-            self._consider_write(entry)
+            if not is_peer:
+                self._consider_write(entry)
         return [(source, self._fetched(hold))]
-
-    def _hold(self, source: str, message: Fetch | Reserve, is_fetch: bool, now: float) -> Hold:
-        slots, expires_s = [0] * len(message.keys), now + self.lease_s
-        fields = (message.keys, message.parents, message.costs_s)
-        hold = self._holds[source, message.id] = Hold(source, message.id, *fields, slots, is_fetch, expires_s)
-        return hold
 
     def _fetched(self, hold: Hold) -> Fetched:
         return Fetched(hold.id, tuple(hold.slots), not hold.num_pending, self.lease_s)
@@ -225,11 +227,6 @@ class KVPool:
         for tier in self.lower:
             if tier.indexes is not None:
                 tier.indexes[group].follow(key, recompute_s, now)
-
-    def _queue_read(self, promotion: Promotion, now: float) -> None:
-        tier = self.lower[promotion.tier]
-        tier.pin(promotion.key, now)
-        tier.reads.append(promotion.key)
 
     def _host_slot(self, group: int) -> int | None:
         self._write_ahead(group)
@@ -246,12 +243,8 @@ class KVPool:
         if self._until_write_ahead[group] > 0:
             return
         self._until_write_ahead[group] = batch // 2
-        num_left = 2 * batch
-        for leaf in index.coldest(batch):  # after a leaf its parents are leaves
-            entry: Entry | None = leaf
-            while entry is not None and num_left:
-                self._queue_write(entry, WRITE_BACK)
-                entry, num_left = index.get(entry.parent), num_left - 1
+        for entry in index.next_to_go(batch):
+            self._queue_write(entry, WRITE_BACK)
 
     def _end(self, hold: Hold, harmful: bool = False) -> None:
         """Pins and reserved slots of a hold that is no longer in `_holds`."""
@@ -287,7 +280,7 @@ class KVPool:
     def _reserve(self, source: str, message: Reserve, now: float) -> Answers:
         if (source, message.id) in self._holds:
             return []
-        hold = self._hold(source, message, is_fetch=False, now=now)
+        hold = self._holds[source, message.id] = hold_of(source, message, now + self.lease_s)
         for i, key in enumerate(hold.keys):
             group = key_group(key)
             if key in self.host[group] or key in self._filling or key in self._promotions:
@@ -314,13 +307,14 @@ class KVPool:
             self._filling.discard(key)
             if i < len(message.filled) and message.filled[i]:
                 self._follow(key, hold.costs_s[i], now)
-                self._publish(key, hold.parents[i], slot, hold.costs_s[i], now)
+                self._publish(key, hold.parents[i], slot, hold.costs_s[i], hold.source in self.peers, now)
             else:
                 self.host[key_group(key)].give_back(slot)
         return []
 
-    def _publish(self, key: bytes, parent: bytes, slot: int, recompute_s: float, now: float) -> Entry:
+    def _publish(self, key: bytes, parent: bytes, slot: int, recompute_s: float, is_foreign: bool, now: float) -> Entry:
         entry = self.host[key_group(key)].publish(key, parent, slot, recompute_s, now)
+        entry.is_foreign = is_foreign
         self.host_counts.num_written += 1
         self._reprice(key)
         self._consider_write(entry)
@@ -341,7 +335,8 @@ class KVPool:
 
     def _queue_write(self, entry: Entry, policy: str) -> None:
         for tier in self.lower:
-            if tier.settings.write == policy and tier.takes_writes and not tier.holds(entry.key):
+            stays = entry.is_foreign and tier.is_shared
+            if tier.settings.write == policy and tier.takes_writes and not tier.holds(entry.key) and not stays:
                 tier.writes[entry.key] = None
 
     # ---- stores ----
@@ -464,17 +459,20 @@ class KVPool:
     def _arrived(self, promotion: Promotion, good: bool, now: float, waiting: dict[tuple[str, int], Hold]) -> None:
         """Its slot is filled, or it is read elsewhere, or it is a miss."""
         key, group = promotion.key, key_group(promotion.key)
-        if not good and promotion.waiters and (found := self._fastest(key)) != NO_TIER:
-            promotion.tier = found - IN_HOST - 1
-            self._queue_read(promotion, now)
-            return
-        del self._promotions[key]
-        entry = None
+        entry, ended = None, promotion.waiters
+        engines = [waiter for waiter in ended if waiter[0].source not in self.peers]
         if good:
-            entry = self._publish(key, promotion.parent, promotion.slot, promotion.recompute_s, now)
+            del self._promotions[key]
+            slot, is_foreign = promotion.slot, promotion.is_foreign
+            entry = self._publish(key, promotion.parent, slot, promotion.recompute_s, is_foreign, now)
+        elif engines and (found := self._fastest(key, engines[0][0].source)) != NO_TIER:
+            ended = [waiter for waiter in ended if waiter[0].source in self.peers]  # they compute it, or ask again
+            promotion.tier, promotion.waiters = found - IN_HOST - 1, engines
+            self.lower[promotion.tier].queue_read(key, now)
         else:
+            del self._promotions[key]
             self.host[group].give_back(promotion.slot)
-        for hold, i in promotion.waiters:
+        for hold, i in ended:
             hold.num_pending -= 1
             waiting[hold.source, hold.id] = hold
             if entry is not None:
@@ -494,5 +492,5 @@ class KVPool:
         lookup.num_jobs -= 1
         if lookup.num_jobs:
             return []
-        lookup.tiers = [self._fastest(key) for key in lookup.keys]
+        lookup.tiers = [self._fastest(key, lookup.source) for key in lookup.keys]
         return [self._matched(lookup)]

@@ -6,7 +6,7 @@ Written by `KVPool` alone. Knows keys and seconds; no message, no byte, no threa
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from penstock.core.eviction import Entry, TierIndex
@@ -52,6 +52,27 @@ class LowerTier:
 
     # ---- contents ----
 
+    @property
+    def is_shared(self) -> bool:
+        """With other machines: its contents are not this pool's to know or to evict."""
+        return self.indexes is None
+
+    def adopt(self, records: Iterable[tuple[bytes, bytes, float]], now: float) -> list[bytes]:
+        """Take in what the store holds: (key, parent, seconds to recompute). Gives the keys that there is no room for.
+
+        Not for shared tiers.
+        """
+        assert self.indexes is not None
+        surplus = []
+        for key, parent, recompute_s in records:
+            group = key_group(key)
+            if group >= len(self.indexes) or not self.indexes[group].num_free:
+                surplus.append(key)
+            elif key not in self.indexes[group]:
+                slot, _ = self.indexes[group].reserve() or (0, None)
+                self.indexes[group].publish(key, parent, slot, recompute_s, now)
+        return surplus
+
     def holds(self, key: bytes) -> bool:
         return key in self.known if self.indexes is None else key in self.indexes[key_group(key)]
 
@@ -65,6 +86,11 @@ class LowerTier:
             entry = index.entries[key]
             index.pin(entry)
             index.touch(entry, now)
+
+    def queue_read(self, key: bytes, now: float) -> None:
+        """It is wanted in host memory."""
+        self.pin(key, now)
+        self.reads.append(key)
 
     def unpin(self, key: bytes) -> None:
         index = self.index(key)

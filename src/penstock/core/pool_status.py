@@ -14,5 +14,5 @@ def pool_status(pool: KVPool) -> PoolStatus:
     for tier in pool.lower:
         index = None if tier.indexes is None else tier.indexes[largest]
         capacity, used = (0, len(tier.known)) if index is None else (index.num_slots, len(index.entries))
-        found.append(TierStatus(tier.name, capacity, used, tier.state))
+        found.append(TierStatus(tier.name, capacity, used, tier.state, tier.rate.latency_s, tier.rate.byte_s))
     return PoolStatus(tuple(found))

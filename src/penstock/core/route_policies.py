@@ -12,17 +12,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from penstock.core.cost import FloatArray
+from penstock.core.cost import FloatArray, IntArray
 from penstock.core.doors import CostModel
 from penstock.core.hot_prefixes import HotPrefixes
 from penstock.core.kv_index import KVIndex
-from penstock.core.prediction import Prediction, load_seconds, predict
+from penstock.core.prediction import Prediction, load_seconds, predict, prefill_after
 from penstock.core.routing import BoolArray, Choice, EngineViews, Replicate, RouteRequest
 
 TIE_SHARE, TIE_S = 0.10, 0.020  # scores within the larger of the two are equal
 HOT = 3.0  # times the mean
 SLO_MARGIN_S = 0.1
 NUM_RUNNER_UPS = 3
+MAX_SOURCES = 64  # engines with the longest hits that others may copy from; of 1,000, all would cost 7 ms a decision
 
 
 def candidates(request: RouteRequest, engines: EngineViews) -> BoolArray:
@@ -267,18 +268,23 @@ class PreblePolicy(Policy):
 
 def fetch_from_best(
     request: RouteRequest, engines: EngineViews, predicted: Prediction, allowed: BoolArray, cost: CostModel
-) -> tuple[int, Prediction]:
-    """(row of the engine with the longest hit in its device, what the others get when they copy it from there)."""
+) -> tuple[IntArray, Prediction]:
+    """(per row, of those it can copy from the one with the longest hit in its device; what it gets by copying)."""
     own = np.where(allowed, predicted.device_tokens, 0)
-    src = int(own.argmax())
-    best = int(own[src])
-    hit = np.full(len(own), best)
-    if not best:
+    if engines.reach is None:
+        src = np.full(len(own), own.argmax())
+        hit = own[src]
+    else:
+        holders = np.argsort(-own, kind="stable")[:MAX_SOURCES]
+        offered = np.where(engines.reach[:, holders], own[holders], 0)
+        best = offered.argmax(axis=1)
+        src, hit = holders[best], offered[np.arange(len(own)), best]
+    if not hit.any():
         return src, Prediction(predicted.wait_s, np.full(len(own), np.inf), predicted.prefill_s, own, hit, hit)
-    num_blocks = (best - own) // engines.block_size
+    num_blocks = np.maximum(hit - own, 0) // engines.block_size
     load_s = load_seconds(num_blocks, engines.block_bytes, "peer", cost)
     load_s[num_blocks <= 0] = np.inf
-    prefill_s = cost.prefill_seconds(request.prompt_tokens - best, best) * engines.slowness
+    prefill_s = prefill_after(hit, request.prompt_tokens, cost) * engines.slowness
     return src, Prediction(predicted.wait_s, load_s, prefill_s, own, hit, request.prompt_tokens - hit)
 
 
@@ -303,14 +309,14 @@ class MooncakePolicy(Policy):
             return None
         predicted = predict(request, engines, index, self.cost, now, tiers=self.tiers)
         src, fetched = fetch_from_best(request, engines, predicted, allowed, self.cost)
-        own, best = predicted.device_tokens, int(fetched.hit_tokens[src])
+        own, best = predicted.device_tokens, fetched.hit_tokens
         fetches = (best > self.balancing * own) & np.isfinite(fetched.load_s)
         # The transfer is counted in full, as in the algorithm, though it may run while the request waits.
         scores = np.where(fetches, fetched.wait_s + fetched.load_s + fetched.prefill_s, predicted.total_s)
         row = self.among(np.where(allowed, scores, np.inf))
         if not fetches[row]:
             return chosen(row, 1e3 * scores, allowed, engines, predicted)
-        copies = (copy_of(request, engines, src, row, best),)
+        copies = (copy_of(request, engines, int(src[row]), row, int(best[row])),)
         return chosen(row, 1e3 * scores, allowed, engines, fetched, copies)
 
 
@@ -343,7 +349,7 @@ class LeastTimePolicy(Policy):
         row = self.any_of(near_best(np.where(kept if kept.any() else allowed, total, np.inf)))
         copies: tuple[Replicate, ...] = ()
         if fetches[row]:
-            copies = (copy_of(request, engines, src, row, int(fetched.hit_tokens[row])),)
+            copies = (copy_of(request, engines, int(src[row]), row, int(fetched.hit_tokens[row])),)
         if self.hot is not None:
             copies += self.hot.copies(request, engines, predicted, allowed, self.cost, now)
         return chosen(row, 1e3 * total, allowed, engines, fetched if fetches[row] else predicted, copies)

@@ -108,6 +108,9 @@ class EngineViews:
     slots: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))
     num_running: IntArray = field(default_factory=lambda: np.zeros(0, np.int64))  # reservations counted
     _last_done_s: FloatArray = field(default_factory=lambda: np.zeros(0))
+    _pools: dict[str, tuple[str, str]] = field(default_factory=dict)  # engine -> (reads, serves)
+    _reach: BoolArray | None = None  # None: to be found
+    _are_linked: bool = False
     _sent: dict[str, _Sent] = field(default_factory=dict)
     _reserved: dict[str, _Reserved] = field(default_factory=dict)
 
@@ -127,7 +130,30 @@ class EngineViews:
         self.num_blocks[row] = self.free_blocks[row] = num_blocks
         self.slots[row] = slots
         self.alive[row] = True
+        self._reach = None
         return row
+
+    def link(self, engine: str, reads: str, serves: str) -> None:
+        """Where an engine's pool reads what others hold, and where it serves others: addresses, "" for none.
+
+        From the first call on only engines that are linked copy from each other: one reads where the other serves, or
+        both read in the same place, for what one computes it has written there.
+        """
+        if self._pools.get(engine, ("", "")) != (reads, serves):
+            self._pools[engine] = reads, serves
+            self._reach, self._are_linked = None, True
+
+    @property
+    def reach(self) -> BoolArray | None:
+        """[row, row]: may the first copy what the second's device holds? None: all may, where a copy is possible."""
+        if not self._are_linked:
+            return None
+        if self._reach is None:
+            pools = [self._pools.get(name, ("", "")) for name in self.names]
+            reads, serves = (np.array(places) for places in zip(*pools, strict=True))
+            shared = (reads[:, None] == serves[None, :]) | (reads[:, None] == reads[None, :])
+            self._reach = np.asarray(shared & (reads != "")[:, None])
+        return self._reach
 
     def add_pool(self, name: str) -> int:
         """A shared pool: in the index, never chosen."""
@@ -144,6 +170,8 @@ class EngineViews:
         self.index.remove(engine)
         self.alive[row] = False
         self.names[row] = ""
+        self._pools.pop(engine, None)
+        self._reach = None
         lost = [id_ for id_, sent in self._sent.items() if sent.row == row]
         for id_ in lost:
             del self._sent[id_]

@@ -144,6 +144,8 @@ class TierStatus:
     capacity: int
     used: int
     state: str  # "on", or why it is off
+    latency_s: float = 0.0  # of a read into host memory, as measured, and per byte; 0: it is host memory
+    byte_s: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

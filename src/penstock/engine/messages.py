@@ -230,6 +230,8 @@ class TierReport(msgspec.Struct, array_like=True, frozen=True):
     load_s: float = 0.0  # that loads took
     saved_s: float = 0.0  # that computing the same would have taken, as predicted, less load_s
     state: str = "on"  # or "off: why"
+    latency_s: float = 0.0  # of a read from there onto the device, as measured so far, and
+    byte_s: float = 0.0  # per byte
 
 
 class Report(Message, frozen=True):

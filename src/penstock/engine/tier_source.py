@@ -116,6 +116,8 @@ class TierSource:
                     load_s=share * client.load_s,
                     saved_s=share * (client.saved_s - client.load_s),
                     state=tier.state if tier.name != HOST or client.worth.is_on else "off: it does not pay",
+                    latency_s=client.rate.latency_s + tier.latency_s,
+                    byte_s=client.rate.byte_s + tier.byte_s,
                 )
             )
         return reports

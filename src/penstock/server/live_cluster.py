@@ -157,6 +157,8 @@ def _one_tier(name: str, parts: list[TierReport]) -> TierReport:
         sum(part.load_s for part in parts),
         sum(part.saved_s for part in parts),
         "on" if "on" in states else states[0],
+        max(part.latency_s for part in parts),
+        max(part.byte_s for part in parts),
     )
 
 

@@ -149,6 +149,10 @@ def _tiers(told: Told, prefix: str) -> Iterable[Metric]:
     yield _gauge(f"{OWN}:tier_saved_seconds", "Predicted time to compute what a tier gave, less its loads'.", saved)
     on: Samples = [(labels, float(tier.state == "on")) for labels, tier in each]
     yield _gauge(f"{OWN}:tier_on", "0 while a tier is off.", on)
+    latency: Samples = [(labels, tier.latency_s) for labels, tier in each]
+    yield _gauge(f"{OWN}:tier_latency_seconds", "Of a read from a tier onto the device, as measured so far.", latency)
+    byte: Samples = [(labels, tier.byte_s) for labels, tier in each]
+    yield _gauge(f"{OWN}:tier_byte_seconds", "The same per byte.", byte)
     for name, key, text in (
         ("load_bytes", "read_bytes", "Total bytes loaded from offload storage."),
         ("load_time", "load_seconds", "Total load time from offload storage, in seconds."),

@@ -25,6 +25,7 @@ from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_late
 from prometheus_client.registry import Collector
 
 from penstock.cluster.roles import RoleKeeper
+from penstock.config.kv_pool import remote_name
 from penstock.config.schema import CacheOptions
 from penstock.core.request import SamplingParams
 from penstock.engine.messages import FromEngine, Ready, Report, RequestRecord
@@ -235,10 +236,13 @@ class Metrics(Collector):
         family = GaugeMetricFamily(f"{self.prefix}:cache_config_info", "Information of the KV cache's configuration.")
         for counts, each in zip(self._engines.values(), ready.engines or [ready], strict=False):
             labels = {
+                "block_bytes": str(each.block_bytes),
                 "block_size": str(each.block_size),
                 "cache_dtype": self.cache.kv_cache_dtype,
                 "enable_prefix_caching": str(self.cache.enable_prefix_caching),
                 "gpu_memory_utilization": str(self.cache.gpu_memory_utilization),
+                "kv_pool": self.cache.kv_pool_listen or "",
+                "kv_remote": remote_name(self.cache.kv_remote_url or ""),
                 "num_gpu_blocks": str(each.num_blocks),
             }
             family.add_sample(family.name, {**counts.labels, **labels}, 1)

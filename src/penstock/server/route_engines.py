@@ -12,6 +12,7 @@ import logging
 import re
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
+from urllib.parse import urlsplit
 
 import msgspec
 import zmq
@@ -20,6 +21,7 @@ import zmq.asyncio
 from penstock.cluster.dispatcher import Dispatcher, Facts
 from penstock.cluster.kv_events import FormatError
 from penstock.cluster.remote_cache import RemoteCache
+from penstock.config.cluster import EVERYWHERE
 from penstock.config.route import EngineAddress, RouteOptions
 from penstock.server.http_client import BrokenAnswer, HttpServer, OpenAnswer
 
@@ -173,6 +175,9 @@ class RemoteEngines:
             num_blocks=_whole(labels.get("num_gpu_blocks")),
             max_model_len=max((_whole(card.get("max_model_len")) for card in cards), default=0),
             models=tuple(str(card["id"]) for card in cards),
+            block_bytes=_whole(labels.get("block_bytes")),
+            reads=labels.get("kv_remote", ""),
+            serves=_reachable(labels.get("kv_pool", ""), engine.address.url),
         )
 
     async def _metrics(self, engine: RemoteEngine) -> str:
@@ -182,14 +187,21 @@ class RemoteEngines:
 
     async def _measure(self, engine: RemoteEngine) -> None:
         sums: dict[str, float] = {}
-        for name, _, value in _SAMPLE.findall(await self._metrics(engine)):
+        remote: dict[str, float] = {}  # of the tier that other machines write, too
+        for name, labels, value in _SAMPLE.findall(await self._metrics(engine)):
             if name in ("num_requests_running", "num_requests_waiting", "kv_cache_usage_perc", "gpu_cache_usage_perc"):
                 with contextlib.suppress(ValueError):
                     sums[name] = sums.get(name, 0.0) + float(value)
+            elif name in ("tier_on", "tier_latency_seconds", "tier_byte_seconds") and 'tier="remote"' in labels:
+                with contextlib.suppress(ValueError):
+                    remote[name] = float(value)
         if "num_requests_running" in sums:
             usage = sums.get("kv_cache_usage_perc", sums.get("gpu_cache_usage_perc", 0.0))
             running, waiting = int(sums["num_requests_running"]), int(sums.get("num_requests_waiting", 0))
             self.dispatcher.measured(engine.name, running, waiting, min(1.0, usage), self.now())
+        if len(remote) == 3:
+            latency_s = remote["tier_latency_seconds"] if remote["tier_on"] else None
+            self.dispatcher.reads_others(engine.name, latency_s, remote["tier_byte_seconds"])
 
     # ---- events ----
 
@@ -240,6 +252,15 @@ def _config_labels(metrics: str) -> Mapping[str, str]:
         if name == "cache_config_info":
             return dict(_LABEL.findall(labels))
     return {}
+
+
+def _reachable(place: str, url: str) -> str:
+    """The address at which others find a pool: its host's, where it listens at all of them."""
+    host, _, port = place.rpartition(":")
+    if not port:
+        return ""
+    own = urlsplit(url).hostname or ""
+    return f"{(f'[{own}]' if ':' in own else own) if host in EVERYWHERE else host}:{port}"
 
 
 def _whole(value: object) -> int:

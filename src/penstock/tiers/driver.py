@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -32,11 +32,13 @@ class TierStore(Store, Protocol):
 
 
 class StoreThread:
-    """Does the jobs of one tier, in order. `poll` gives (job id, ok per key, seconds, error)."""
+    """Does the jobs of one tier, in order. `poll` gives (job id, ok per key, seconds, error); `wake` is called, in the
+    thread, when it has something to give."""
 
-    def __init__(self, name: str, store: TierStore, arena: Arena) -> None:
+    def __init__(self, name: str, store: TierStore, arena: Arena, wake: Callable[[], None]) -> None:
         self.store = store
         self.arena = arena
+        self._wake = wake
         self._jobs: SimpleQueue[Job | None] = SimpleQueue()
         self._done: SimpleQueue[tuple[int, list[bool], float, str | None]] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"penstock-tier-{name}", daemon=True)
@@ -66,6 +68,7 @@ class StoreThread:
                 log.exception("tier %s: %s of %d blocks", job.tier, job.kind, len(job.keys))
                 ok, error = [False] * len(job.keys), f"{type(problem).__name__}: {problem}"
             self._done.put((job.id, ok, time.perf_counter() - begin, error))
+            self._wake()
 
     def _do(self, job: Job) -> list[bool]:
         records = self.arena.records(job.keys, job.slots) if job.slots else []
@@ -82,11 +85,16 @@ class StoreThread:
 
 
 class PoolDriver:
-    """`stores` by tier name, for every tier of the pool. Events are logged, once each, and kept for `events`."""
+    """`stores` by tier name, for every tier of the pool. Events are logged, once each, and kept for `events`.
 
-    def __init__(self, pool: KVPool, arena: Arena, stores: Mapping[str, TierStore]) -> None:
+    `wake`: called in any thread when `poll` has something to give.
+    """
+
+    def __init__(
+        self, pool: KVPool, arena: Arena, stores: Mapping[str, TierStore], wake: Callable[[], None] = lambda: None
+    ) -> None:
         self.pool = pool
-        self.threads = {name: StoreThread(name, store, arena) for name, store in stores.items()}
+        self.threads = {name: StoreThread(name, store, arena, wake) for name, store in stores.items()}
         self._events: list[TierEvent] = []
 
     def handle(self, source: str, message: ToPool, now: float) -> Answers:

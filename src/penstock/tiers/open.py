@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Callable
 from pathlib import Path
 
 from penstock.config.model import KVLayout
@@ -35,8 +36,17 @@ def host_slots(options: CacheOptions, layout: KVLayout) -> tuple[int, ...]:
     return slots
 
 
-def open_pool(options: CacheOptions, layout: KVLayout, arena: Arena) -> PoolDriver:
-    """The pool at work. Raises ConfigError for a disk or a store that cannot be used."""
+def open_pool(
+    options: CacheOptions,
+    layout: KVLayout,
+    arena: Arena,
+    remote: TierStore | None = None,
+    wake: Callable[[], None] = lambda: None,
+) -> PoolDriver:
+    """The pool at work. `remote`: the store of the remote tier where its URL names none that this room knows.
+
+    Raises ConfigError for a disk or a store that cannot be used.
+    """
     stores: dict[str, TierStore] = {}
     settings: list[TierSettings] = []
     disk: DiskStore | None = None
@@ -48,19 +58,24 @@ def open_pool(options: CacheOptions, layout: KVLayout, arena: Arena) -> PoolDriv
         stores["disk"] = disk
         settings.append(TierSettings("disk", disk.num_blocks, options.kv_lower_write_policy))
     if options.kv_remote_url is not None:
-        try:
-            redis = importlib.import_module("penstock.tiers.redis")
-        except ImportError:
-            raise ConfigError("needs the package redis: pip install 'penstock[redis]'", "--kv-remote-url") from None
-        try:
-            stores["remote"] = redis.RedisStore(options.kv_remote_url, layout)
-        except ValueError as error:
-            raise ConfigError(str(error), "--kv-remote-url") from None
+        stores["remote"] = remote or _redis(options.kv_remote_url, layout)
         settings.append(TierSettings("remote", None, options.kv_lower_write_policy))
     record_bytes = [RecordFormat.of(group).num_bytes for group in layout.groups]
     pool = KVPool(record_bytes, arena.num_slots, settings, options.kv_eviction_policy)
-    driver = PoolDriver(pool, arena, stores)
+    driver = PoolDriver(pool, arena, stores, wake)
     if disk is not None and len(disk):
         pool.adopt("disk", disk.recovered(), 0.0)
         log.info("KV tier disk: %d blocks found in %s", len(disk), options.kv_disk_path)
     return driver
+
+
+def _redis(url: str, layout: KVLayout) -> TierStore:
+    try:
+        redis = importlib.import_module("penstock.tiers.redis")
+    except ImportError:
+        raise ConfigError("needs the package redis: pip install 'penstock[redis]'", "--kv-remote-url") from None
+    try:
+        store: TierStore = redis.RedisStore(url, layout)
+    except ValueError as error:
+        raise ConfigError(str(error), "--kv-remote-url") from None
+    return store
