@@ -14,6 +14,7 @@ processes share this machine's cores and memory, so beyond some GB/s the machine
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import statistics
 import threading
@@ -27,15 +28,18 @@ import numpy as np
 from penstock.bench.flags import machine, write_json
 from penstock.config.model import KVGroup, KVLayout
 from penstock.core.moves import DEVICE, KVMove, Place
+from penstock.transfer import mooncake, nixl
 from penstock.transfer.counter import StepCounter
-from penstock.transfer.frames import Identity
+from penstock.transfer.frames import Identity, LinkError
 from penstock.transfer.memory import KVMemory
 from penstock.transfer.mover import LinkMover
 from penstock.transfer.throttle import TokenBucket
 
 BLOCK_SIZE = 32
 MODES = ("naive", "whole", "layerwise", "coalesced")
-LISTEN = {"tcp": "tcp://127.0.0.1:0", "shm": "shm://"}
+LISTEN = {
+    "tcp": "tcp://127.0.0.1:0", "shm": "shm://", "nixl": "nixl://127.0.0.1:0", "mooncake": "mooncake://127.0.0.1:0",
+}  # fmt: skip
 SECRET = b"of this benchmark"
 TIMEOUT_S = 30.0
 
@@ -115,12 +119,12 @@ class Prefill:
 class Rig:
     """A sender here, a receiver in another process, and the link between them in one mode at one speed."""
 
-    def __init__(self, args: argparse.Namespace, memory: KVMemory, mode: str, gbs: float) -> None:
+    def __init__(self, args: argparse.Namespace, link: str, memory: KVMemory, mode: str, gbs: float) -> None:
         self.memory, self.mode, self.args = memory, mode, args
         self.counter = StepCounter()
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        shape = (memory.layout, memory.num_blocks(0), LISTEN[args.link])
+        shape = (memory.layout, memory.num_blocks(0), LISTEN[link])
         self.process = context.Process(target=receive, args=(theirs, *shape), daemon=True)
         self.process.start()
         self.address = self.pipe.recv()
@@ -171,14 +175,14 @@ def slope(lengths: list[int], seconds: list[float]) -> float:
     return float(np.polyfit(lengths, seconds, 1)[0]) if len(lengths) > 1 else float("nan")
 
 
-def measure(args: argparse.Namespace, memory: KVMemory, gbs: float) -> list[dict[str, Any]]:
-    """All modes at one link speed."""
+def measure(args: argparse.Namespace, link: str, memory: KVMemory, gbs: float) -> list[dict[str, Any]]:
+    """All modes of one link at one speed."""
     (group,) = memory.layout.groups
     token_bytes = group.block_bytes // BLOCK_SIZE
     lines: list[dict[str, Any]] = []
     tails: dict[str, list[float]] = {}
     for mode in MODES:
-        rig = Rig(args, memory, mode, gbs)
+        rig = Rig(args, link, memory, mode, gbs)
         try:
             rig.transfer(BLOCK_SIZE)  # connects, which measures the link
             for num_tokens in args.lengths:
@@ -189,7 +193,7 @@ def measure(args: argparse.Namespace, memory: KVMemory, gbs: float) -> list[dict
                 tails.setdefault(mode, []).append(tail_s)
                 lines.append(
                     {
-                        "limit_gbs": gbs, "link_gbs": round(after.cost.bytes_per_s / 1e9, 3),
+                        "link": link, "limit_gbs": gbs, "link_gbs": round(after.cost.bytes_per_s / 1e9, 3),
                         "message_us": round(1e6 * after.cost.message_s, 1),
                         "min_message_bytes": round(after.cost.min_message_bytes),
                         "mode": mode, "prompt_tokens": num_tokens, "kv_bytes": num_tokens * token_bytes,
@@ -209,7 +213,7 @@ def measure(args: argparse.Namespace, memory: KVMemory, gbs: float) -> list[dict
 def show(lines: list[dict[str, Any]], lengths: list[int]) -> None:
     first = lines[-1]
     print(
-        f"\nlink limited to {first['limit_gbs']:g} GB/s, measured {first['link_gbs']:.2f} GB/s and "
+        f"\n{first['link']} limited to {first['limit_gbs']:g} GB/s, measured {first['link_gbs']:.2f} GB/s and "
         f"{first['message_us']:.0f} us per message: at least {first['min_message_bytes'] / 1e3:.0f} kB in one\n"
         f"{'exposed tail, ms':<18}" + "".join(f"{n:>9}" for n in lengths) + "   slope/naive   overlap at the longest"
     )
@@ -220,9 +224,33 @@ def show(lines: list[dict[str, Any]], lengths: list[int]) -> None:
         print(f"{'  messages':<18}" + "".join(f"{line['messages']:>9}" for line in mine), flush=True)
 
 
+def compare(lines: list[dict[str, Any]], links: list[str]) -> None:
+    """The links side by side: tails of the longest prompt, in ms."""
+    longest = max(line["prompt_tokens"] for line in lines)
+    tails = {
+        (line["limit_gbs"], line["mode"], line["link"]): line["tail_ms"]
+        for line in lines
+        if line["prompt_tokens"] == longest
+    }
+    print(f"\n{'tail at ' + format(longest, ','):<24}" + "".join(f"{link:>12}" for link in links))
+    for limit, mode in dict.fromkeys((limit, mode) for limit, mode, _ in tails):
+        cells = "".join(f"{tails[limit, mode, link]:>12.2f}" for link in links)
+        print(f"{f'{limit:g} GB/s, {mode}':<24}{cells}")
+
+
+def is_here(link: str) -> bool:
+    """False for an extra that is not installed."""
+    try:
+        {"nixl": nixl.load, "mooncake": mooncake.load}.get(link, lambda: None)()
+    except LinkError as error:
+        print(f"{link} is left out: {error}")
+        return False
+    return True
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--link", choices=sorted(LISTEN), default="tcp")
+    parser.add_argument("--link", choices=list(LISTEN), nargs="+", default=["tcp"], help="several: side by side")
     parser.add_argument("--gbs", type=float, nargs="+", default=[0.1, 0.3, 1.0, 3.0, 10.0], help="of the token bucket")
     parser.add_argument("--lengths", type=int, nargs="+", default=[512 << n for n in range(7)], help="tokens")
     parser.add_argument("--chunk", type=int, default=2048, help="tokens of a prefill step")
@@ -239,15 +267,20 @@ def main() -> None:
     memory = memory_of(layout, max(args.lengths) // BLOCK_SIZE + 1, 1)
     token_bytes = layout.groups[0].block_bytes // BLOCK_SIZE
     facts = {
-        **machine(), "link": args.link, "format": layout.format, "bytes_per_token": token_bytes, "chunk": args.chunk,
+        **machine(), "format": layout.format, "bytes_per_token": token_bytes, "chunk": args.chunk,
         "tokens_per_s": args.tokens_per_s, "repeats": args.repeats,
     }  # fmt: skip
-    print(f"{args.link}, {layout.format}: {token_bytes} bytes per token; prefill of {args.tokens_per_s:g} tokens/s")
+    links = [link for link in args.link if is_here(link)]
+    print(
+        f"{', '.join(links)}; {layout.format}: {token_bytes} bytes per token; prefill of {args.tokens_per_s:g} tokens/s"
+    )
     lines = []
-    for gbs in args.gbs:
-        found = measure(args, memory, gbs)
+    for link, gbs in itertools.product(links, args.gbs):
+        found = measure(args, link, memory, gbs)
         show(found, args.lengths)
         lines += found
+    if len(links) > 1:
+        compare(lines, links)
     if args.out:
         write_json(args.out, {"facts": facts, "lines": lines})
 

@@ -7,7 +7,9 @@ HTTP. Lengths are divided by 16, so that a block of the trace is one of the engi
 trace's block ids. Requests are sent as fast as `--concurrency` allows, in the trace's order: a machine with two cores
 says nothing about waiting times with so many processes, so reuse (prompt tokens from caches, of those sent) and
 imbalance (most prompt tokens computed by one engine, over the mean) are what is told. Answers are one token long, so
-every engine's work is prompts. Prints a JSON line per policy; --out writes them all.
+every engine's work is prompts. Two bounds stand beside the reuse: of one cache that keeps everything, and of one cache
+(least recently used) with as many blocks as all engines have together. Prints a JSON line per policy; --out writes
+them all.
 """
 
 from __future__ import annotations
@@ -15,13 +17,15 @@ from __future__ import annotations
 import argparse
 import json
 import urllib.request
-from collections import Counter
+from collections import Counter, OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from penstock.bench.flags import machine, write_json
 from penstock.bench.server_process import running_server
+from penstock.config.values import parse_size
+from penstock.core.prefix import extend_chain
 from penstock.core.route_policies import PREFILL_POLICIES
 from penstock.sim.trace import TraceRequest, read_mooncake
 
@@ -32,6 +36,8 @@ TRACES = {
 SCALE = 16
 VOCAB_SIZE = 8000
 MAX_PROMPT = 2000  # tokens of penstock-tiny
+BLOCK = 32  # tokens
+KV_BYTES = 6 * 2 * 2 * 64 * 2  # of a token: layers, keys and values, heads, their size, bytes
 OURS = "least_time"
 
 
@@ -77,6 +83,30 @@ def measure(policy: str, requests: list[TraceRequest], args: argparse.Namespace)
     }
 
 
+def blocks_of(memory: str) -> int:
+    """Of penstock-tiny's KV in so many bytes."""
+    return parse_size(memory) // (BLOCK * KV_BYTES)
+
+
+def one_cache(requests: list[TraceRequest], num_blocks: int | None) -> float:
+    """Share of prompt tokens that one cache would serve, each prompt being in it before the next one comes."""
+    held: OrderedDict[bytes, None] = OrderedDict()
+    most = total = 0
+    for request in requests:
+        ids = request.token_ids[:MAX_PROMPT]
+        chain: list[bytes] = []
+        extend_chain(chain, b"", ids, BLOCK)
+        hits = chain[: (len(ids) - 1) // BLOCK]  # one token is always computed
+        most += BLOCK * next((n for n, hash_ in enumerate(hits) if hash_ not in held), len(hits))
+        total += len(ids)
+        for hash_ in reversed(chain):
+            held[hash_] = None
+            held.move_to_end(hash_)
+        while num_blocks is not None and len(held) > num_blocks:
+            held.popitem(last=False)
+    return round(most / total, 4)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--traces", type=Path, required=True, help="directory of the trace files")
@@ -92,18 +122,11 @@ def main() -> int:
     results = []
     for name in args.names:
         requests = requests_of(args.traces / TRACES[name], args.requests)
-        seen: set[tuple[int, ...]] = set()
-        most = total = 0
-        for request in requests:  # what one cache without bounds would serve, in blocks of 32
-            ids = request.token_ids[:MAX_PROMPT]
-            hit = 0
-            while (hit + 1) * 32 < len(ids) and ids[: (hit + 1) * 32] in seen:
-                hit += 1
-            seen.update(ids[: n * 32] for n in range(1, len(ids) // 32 + 1))
-            most, total = most + hit * 32, total + len(ids)
-        print(f"{name}: {total} prompt tokens, one unbounded cache would serve {most / total:.1%} of them", flush=True)
+        num_blocks = args.engines * blocks_of(args.kv)
+        bounds = {"bound": one_cache(requests, None), "bound_lru": one_cache(requests, num_blocks)}
+        print(json.dumps({"trace": name, **bounds}), flush=True)
         for policy in args.policies:
-            result = {"trace": name, "bound": round(most / total, 4), **measure(policy, requests, args)}
+            result = {"trace": name, **bounds, **measure(policy, requests, args)}
             results.append(result)
             print(json.dumps(result), flush=True)
     if args.out is not None:

@@ -324,7 +324,7 @@ def main() -> int:
     parser.add_argument("--runs", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--pd", default="2P2D")
-    parser.add_argument("--link", default="shm", choices=("shm", "tcp"))
+    parser.add_argument("--link", default="shm", choices=("shm", "tcp", "nixl", "mooncake"))
     parser.add_argument("--streams", type=int, default=8)
     parser.add_argument("--lease-s", type=float, default=1.0)
     parser.add_argument("--runs-per-server", type=int, default=10)

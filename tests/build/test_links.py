@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from tests.transfer.rig import EXTRAS, is_installed
 
 from penstock import cli
 from penstock.build.links import LinkFigures, measure
 from penstock.config.model import KVGroup, KVLayout
+from penstock.transfer import mooncake, nixl
 
 LAYOUT = KVLayout(
     (
@@ -18,7 +20,7 @@ LAYOUT = KVLayout(
 )
 
 
-@pytest.mark.parametrize("link", ["local", "shm", "tcp"])
+@pytest.mark.parametrize("link", ["local", "shm", "tcp", *EXTRAS])
 def test_a_link_that_works(link: str) -> None:
     figures = measure(link, LAYOUT, 1 << 20)
     assert figures.link == link and 0.9 * (1 << 20) < figures.num_bytes <= 1 << 20
@@ -34,11 +36,15 @@ def test_layers_go_one_by_one_from_where_ten_message_costs_are_filled() -> None:
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["doctor", "pd", "--megabytes", "4"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[:2] for line in lines[:4]] == [
-        ["ok", "local"], ["ok", "shm"], ["ok", "tcp"], ["note", "nixl"],
-    ]  # fmt: skip
-    assert all("GB/s" in line and "us per message" in line and "tokens on" in line for line in lines[:3])
-    assert "--kv-link auto takes shm" in lines[4] and lines[5] == "all in order"
+    assert [line.split()[:2] for line in lines[:3]] == [["ok", "local"], ["ok", "shm"], ["ok", "tcp"]]
+    extras = {"nixl": nixl, "mooncake": mooncake}
+    assert [line.split()[:2] for line in lines[3:5]] == [
+        ["ok" if is_installed(module) else "note", name] for name, module in extras.items()
+    ]
+    for line in lines[:5]:
+        figures = "GB/s" in line and "us per message" in line and "tokens on" in line
+        assert figures if line.startswith("ok") else "pip install 'penstock[" in line
+    assert "--kv-link auto takes shm" in lines[5] and lines[6] == "all in order"
 
 
 def test_a_link_that_does_not_work(

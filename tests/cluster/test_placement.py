@@ -5,7 +5,8 @@ from __future__ import annotations
 import msgspec
 
 from penstock.cluster.placement import PolicyPlacement
-from penstock.core.kv_events import KVEventSource
+from penstock.core.kv_events import KVEvents, KVEventSource, SnapshotRequest
+from penstock.core.pool_contents import POOL
 from penstock.core.prefix import chain_start, extend_chain
 from penstock.core.request import SamplingParams
 from penstock.core.route_modes import ModeLimits
@@ -56,6 +57,54 @@ def test_a_prompt_goes_where_its_cache_is() -> None:
         assert placed.forecast.hit_tokens == 1984
         made.first_token(f"r{n}", 1984, 2.0)
         made.ended(f"r{n}", 10, 2.0)
+
+
+def pooled(made: PolicyPlacement, tokens: range, first_seq: int = 0) -> SnapshotRequest | None:
+    """The pool tells that it holds all blocks of a prompt, after `first_seq` batches that went elsewhere."""
+    hashes: list[bytes] = []
+    extend_chain(hashes, chain_start("model", "format", 32), list(tokens), 32)
+    source = KVEventSource(POOL, 1, list)
+    source.add_tier("remote", lambda: hashes)
+    for hash_ in hashes:
+        source.stored(hash_, "remote")
+    source.seq = first_seq - 1
+    events = source.take(1.0)
+    assert events is not None
+    asked = made.changed(events, 1.0)
+    assert asked is None or made.restored(source.snapshot(), 1.0) is None
+    return asked
+
+
+def test_what_the_pool_holds_counts_everywhere_as_long_as_loading_is_sooner() -> None:
+    """A prompt in the pool is predicted as its load, on whichever engine; measured loads that crawl change that."""
+    made, before = placement(BOTH), placement(BOTH).place(ask("r0", range(2000)), 0.5)
+    assert pooled(made, range(2000)) is None
+    host = TierReport("host", 100, 100, latency_s=0.001, byte_s=1e-9)
+    made.told("e0", msgspec.structs.replace(a_report(), tiers=[host]), 1.5)
+    placed = made.place(ask("r1", range(2000)), 2.0)
+    made.ended("r1", 1, 2.0)
+    assert before is not None and before.forecast.hit_tokens == 0
+    assert placed is not None and placed.forecast.hit_tokens == 1984 and placed.forecast.terms["load"] > 0
+    assert placed.forecast.ttft_s is not None and before.forecast.ttft_s is not None
+    assert placed.forecast.ttft_s < 0.5 * before.forecast.ttft_s
+    crawls = msgspec.structs.replace(host, byte_s=1e-3)
+    other = placement(BOTH)
+    assert pooled(other, range(2000)) is None
+    other.told("e0", msgspec.structs.replace(a_report(), tiers=[crawls]), 3.0)
+    placed = other.place(ask("r0", range(2000)), 4.0)
+    assert placed is not None and placed.forecast.hit_tokens == 0
+
+
+def test_a_router_that_missed_the_pools_changes_asks_for_all_of_it_and_both_sides_learn_it() -> None:
+    made = placement(SPLIT)
+    asked = pooled(made, range(2000), first_seq=3)
+    assert asked is not None and asked.engine == POOL
+    for side in (made._prompts, made._answers):
+        assert side is not None and side.index.held_by(POOL) == 62
+    made.left("p0")
+    assert made._prompts is not None and made._prompts.index.held_by(POOL) == 62  # it is the machine's
+    gone = KVEvents(POOL, 2, 0, (), 0)  # what an engine says when the pool is
+    assert made.changed(gone, 9.0) is None and made._prompts.index.held_by(POOL) == 0
 
 
 def test_another_salt_is_another_cache() -> None:

@@ -9,11 +9,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tests.fakes.placement import LeastLoaded
 
+from penstock.cluster.placement import PolicyPlacement
 from penstock.cluster.restarts import FIRST_S, LONGEST_S, WINDOW_S, Restarts
 from penstock.cluster.router import Router
+from penstock.core.kv_events import KVChange, KVEvents, KVSnapshot, fingerprint
+from penstock.core.pool_contents import POOL, TIER
 from penstock.core.request import SamplingParams
 from penstock.engine.messages import (
     AddRequest,
+    CacheEvents,
+    CacheSnapshot,
     CancelRequest,
     Drain,
     Explain,
@@ -27,6 +32,7 @@ from penstock.engine.messages import (
     Stopped,
     TokenDelta,
     Tokens,
+    WantSnapshot,
     Watch,
 )
 
@@ -152,3 +158,22 @@ def test_restarts_are_few_and_wait_longer_and_longer(gaps: list[float], limit: i
         if wait_s is not None:
             allowed_s.append(now)
     assert restarts.wait_s("b", now) == (FIRST_S if limit else None)  # each has its own
+
+
+def test_whoever_brought_the_pools_news_is_asked_for_what_was_missed() -> None:
+    """A gap in the pool's changes is the router's to notice and any engine's to fill; nobody asks twice meanwhile."""
+    roles = {"a": "both", "b": "both"}
+    router = Router(roles, PolicyPlacement(roles, "least_time", "remaining_slots"))
+    for name in roles:
+        router.receive(name, Ready("m", 2048, 32, 100, 16, "cpu", [], []), 0.0)
+    late = KVEvents(POOL, 3, 4, (KVChange(True, TIER, (bytes(range(16)),)),), None)
+    assert router.receive("b", CacheEvents(late), 1.0)[1] == [("b", WantSnapshot(of_pool=True))]
+    assert router.receive("a", CacheEvents(late), 1.0)[1] == []
+    assert router.tick(1.5) == []
+    assert router.tick(3.0) == [("a", WantSnapshot(of_pool=True))]  # it did not come: whoever is there is asked
+    block = bytes(range(16))
+    snapshot = KVSnapshot(POOL, 3, 4, ((TIER, (block,)),), fingerprint(block, TIER))
+    assert router.receive("a", CacheSnapshot(snapshot), 3.1) == ([], [])
+    assert router.tick(9.0) == []
+    wrong = KVEvents("a", 1, 5, (), None)
+    assert router.receive("a", CacheEvents(wrong), 9.0)[1] == [("a", WantSnapshot())]

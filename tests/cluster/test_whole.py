@@ -24,7 +24,7 @@ from penstock.sim.mover import LinkFaults
 from penstock.sim.wire import LineFaults
 
 NUM_SEEDS = int(os.environ.get("PENSTOCK_FAULT_SEEDS", "300"))
-NUM_PARTS = 3
+NUM_PARTS = 3  # large enough that each shows every fault and what it leads to: a replayed request is rare
 PREFIXES = [[200 + (7 * p + 3 * i) % 91 for i in range(60)] for p in range(3)]
 FAULTS = ("kill", "stop", "hang", "stick", "stall", "cancel", "row", "pool", "router", "forget", "deadline")
 ROLES = (

@@ -194,6 +194,36 @@ def test_near_ties_are_drawn_and_others_are_not():
     assert {fleet.pick(policy, request(prompt)).engine for _ in range(60)} == {"e0", "e1"}
 
 
+def test_of_near_ties_the_one_that_computes_least_is_chosen():
+    """A hit of 16 tokens saves 16 ms, less than a tie is wide: it decides all the same, unless somebody has more."""
+    fleet, prompt = Fleet(4), hashes("p", 12)
+    policy = prefill_policy("least_time", FittedCost(StepCoefficients(token=1e-3)), 5)
+    fleet.hold("e2", prompt[:1])
+    assert {fleet.pick(policy, request(prompt)).engine for _ in range(20)} == {"e2"}
+    fleet.hold("e3", prompt[:2])
+    fleet.views.busy_until_s[3] = 0.010
+    assert {fleet.pick(policy, request(prompt)).engine for _ in range(20)} == {"e3"}
+    fleet.views.busy_until_s[3] = 0.060
+    assert {fleet.pick(policy, request(prompt)).engine for _ in range(20)} == {"e2"}
+
+
+def test_ours_counts_the_prompts_that_its_work_delays():
+    """A hit that saves 160 ms is worth a wait of 300 ms where others queue: 160 ms less for each of them, too.
+
+    The same tokens queue in front of every engine, so the sums are: one prompt runs at each, which nothing can delay,
+    and one waits: 160 + 160 > 300; with nobody behind 160 < 300.
+    """
+    policy = prefill_policy("least_time", FittedCost(StepCoefficients(token=1e-3)), 1)
+    for num_requests, expected in (([0, 0], "e1"), ([1, 1], "e1"), ([2, 2], "e0")):
+        fleet, prompt = Fleet(2), hashes("p", 12)
+        fleet.hold("e0", prompt[:10])
+        fleet.views.busy_until_s[:] = [0.4, 0.1]
+        fleet.views.num_requests[:] = num_requests
+        choice = fleet.pick(policy, request(prompt))
+        assert choice.engine == expected
+        assert choice.predicted_ms == pytest.approx(433 if expected == "e0" else 293)  # its own time alone
+
+
 def test_hot_engines_and_the_slo_are_filters_that_give_way():
     fleet, prompt = Fleet(5), hashes("p", 12)
     policy = prefill_policy("least_time", FittedCost(StepCoefficients(token=1e-3)), 1)

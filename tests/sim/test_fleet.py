@@ -87,12 +87,26 @@ def test_a_shared_pool_gives_what_the_device_lost_and_never_makes_it_slower():
     assert with_pool.num_loaded_blocks > 0 == without.num_loaded_blocks
 
 
+def test_blocks_that_are_carried_in_do_not_drive_out_what_they_continue():
+    """A full device holds a chain's beginning, used longest ago: after its rest has come, all of it can be hit."""
+    fleet, _ = replay("round_robin", 1, num=0, num_blocks=8, engines=1)
+    engine = fleet.engines["e0"]
+    chain, others = ([bytes([kind, n] * 8) for n in range(num)] for kind, num in ((1, 5), (2, 6)))
+    engine.put(chain[:2], 0)
+    engine.put(others, 0)  # the device is full
+    engine.put(chain, 2)
+    assert engine.num_on_device(chain) == 5 and len(engine.pool.index) == 8
+    long = [bytes([3, n] * 8) for n in range(20)]
+    engine.put(long, 0)  # more than there is room for: its beginning
+    assert engine.num_on_device(long) == 8 and engine.pool.num_held == 0
+
+
 def test_ours_reuses_more_and_answers_sooner_than_the_blind_ones():
     found = {}
     for name in ("round_robin", "least_loaded", "least_time"):
         runs = [report(*replay(name, seed, num=150, rate=12.0, num_blocks=60, engines=6)) for seed in range(4)]
         found[name] = [sum(getattr(r, metric) for r in runs) for metric in ("reuse", "ttft_mean_s")]
-    assert found["least_time"][0] > 1.15 * found["round_robin"][0]
+    assert found["least_time"][0] > 1.3 * found["round_robin"][0]
     assert found["least_time"][1] < found["least_loaded"][1] < found["round_robin"][1]
 
 

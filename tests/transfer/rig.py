@@ -6,20 +6,44 @@ import itertools
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from types import ModuleType
 from typing import Any
 
 import numpy as np
+import pytest
 
 from penstock.config.model import KVGroup, KVLayout
 from penstock.core.moves import DEVICE, KVMove, MoveResult, Place
+from penstock.transfer import mooncake, nixl
 from penstock.transfer.counter import StepCounter
-from penstock.transfer.frames import Identity
+from penstock.transfer.frames import Identity, LinkError
 from penstock.transfer.memory import KVMemory
 from penstock.transfer.mover import LinkMover
 
 TIMEOUT_S = 20.0
 SECRET = b"a secret of the cluster"
-LISTEN = {"local": "local://{name}", "tcp": "tcp://127.0.0.1:0", "shm": "shm://"}
+LISTEN = {
+    "local": "local://{name}",
+    "tcp": "tcp://127.0.0.1:0",
+    "shm": "shm://",
+    "nixl": "nixl://127.0.0.1:0",
+    "mooncake": "mooncake://127.0.0.1:0",
+}
+
+
+def is_installed(extra: ModuleType) -> bool:
+    """Whether the library of `transfer.nixl` or `transfer.mooncake` loads here."""
+    try:
+        extra.load()
+    except LinkError:
+        return False
+    return True
+
+
+EXTRAS = [
+    pytest.param(name, marks=pytest.mark.skipif(not is_installed(module), reason=f"penstock[{name}] is not here"))
+    for name, module in (("nixl", nixl), ("mooncake", mooncake))
+]
 _names = itertools.count()
 
 LAYOUTS = {

@@ -7,7 +7,7 @@ import time
 
 import numpy as np
 import pytest
-from tests.transfer.rig import pair, receive_move, send_move
+from tests.transfer.rig import pair, receive_move, send_move, wait
 from tests.transfer.test_links import BIG, SCHEMES
 
 from penstock.transfer.throttle import TokenBucket
@@ -23,6 +23,8 @@ def test_reused_blocks_are_never_written_late(scheme: str, seed: int) -> None:
     and D's sum still agrees. No receipt is left over, and no block."""
     rng = random.Random(seed)
     with pair(scheme, BIG, 64, throttle=TokenBucket(60e6)) as rig:
+        rig.p.start(send_move(0, rig.address, [[1]], [[1]], transfer_id="connects"))
+        assert wait(rig.p)[0].error is None  # some links take longer for that than all that follows
         free = {"p": set(range(1, 64)), "d": set(range(1, 64))}
         live: dict[int, tuple[list[int], list[int]]] = {}  # hand-off -> blocks of P, of D
         sent: dict[int, str | None] = {}

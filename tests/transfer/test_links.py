@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 from tests.transfer.rig import (
+    EXTRAS,
     LAYOUTS,
     LISTEN,
     SECRET,
@@ -27,7 +28,7 @@ from penstock.transfer.frames import Identity
 from penstock.transfer.mover import LinkMover
 from penstock.transfer.throttle import TokenBucket
 
-SCHEMES = ["local", "tcp", "shm"]
+SCHEMES = ["local", "tcp", "shm", *EXTRAS]
 links = pytest.mark.parametrize("scheme", SCHEMES)
 # 64 blocks of 32 KiB in each of 2 layers: 4 MiB, enough for a slow link to be caught in the middle.
 BIG = KVLayout((KVGroup(0, "full", (0, 1), None, 32, 8, 32, "bfloat16"),))

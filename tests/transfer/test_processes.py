@@ -13,15 +13,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tests.transfer.rig import pair, random_memory, receive_move, send_move, wait, wait_until
+from tests.transfer import rig as rigs
+from tests.transfer.rig import EXTRAS, pair, random_memory, receive_move, send_move, wait, wait_until
 from tests.transfer.test_links import BIG
 
 from penstock.transfer.throttle import TokenBucket
 
 ROOT = Path(__file__).resolve().parents[2]
-LISTEN = {"tcp": "tcp://127.0.0.1:0", "shm": "shm://{directory}/link"}
+LISTEN = {**rigs.LISTEN, "shm": "shm://{directory}/link"}
 IDS = [list(range(1, 65))]
-links = pytest.mark.parametrize("scheme", ["tcp", "shm"])
+links = pytest.mark.parametrize("scheme", ["tcp", "shm", *EXTRAS])
 
 
 @contextmanager

@@ -25,7 +25,7 @@ class HeldUp:
 
     def __init__(self, inner: local.LocalOutgoing) -> None:
         self.replies, self.fileno, self.events, self.close = inner.replies, inner.fileno, inner.events, inner.close
-        self._inner = inner
+        self._inner, self.recheck_s = inner, inner.recheck_s
         self.free, self.inside = threading.Event(), threading.Event()
         self.free.set()
 

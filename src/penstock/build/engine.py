@@ -239,9 +239,8 @@ def _policy(config: Config, seat: Seat | None) -> str:
 
 def _links(seat: Seat, layout: KVLayout, store: KVStore, counter: StepCounter) -> LinkMover:
     """What carries KV to and from other engines."""
-    address = f"shm://{seat.directory}/{seat.name}.link"
-    if seat.link != "shm":
-        address = f"tcp://{seat.host or '127.0.0.1'}:0"
+    places = {"shm": f"{seat.directory}/{seat.name}.link", "local": seat.name}
+    address = f"{seat.link}://{places.get(seat.link) or (seat.host or '127.0.0.1') + ':0'}"
     identity = Identity(seat.name, layout.format, seat.secret.encode())
     memory = KVMemory(layout, store.byte_views())
     return LinkMover(memory, counter, identity, [address], mode=seat.link_mode)

@@ -22,11 +22,17 @@ from penstock.config.model import KVLayout
 from penstock.core.moves import DEVICE, KVMove, MoveResult, Place
 from penstock.transfer.coalesce import LinkCost
 from penstock.transfer.counter import StepCounter
-from penstock.transfer.frames import Identity
+from penstock.transfer.frames import Identity, LinkError
 from penstock.transfer.memory import KVMemory
 from penstock.transfer.mover import LinkMover
 
-LISTEN = {"local": "local://doctor", "shm": "shm://", "tcp": "tcp://127.0.0.1:0"}
+LISTEN = {
+    "local": "local://doctor",
+    "shm": "shm://",
+    "tcp": "tcp://127.0.0.1:0",
+    "nixl": "nixl://127.0.0.1:0",
+    "mooncake": "mooncake://127.0.0.1:0",
+}
 ROUNDS = 3  # of which the fastest counts: the first touches the memory
 TIMEOUT_S = 30.0
 
@@ -177,13 +183,14 @@ def _measure_processes(link: str, spec: _Spec) -> LinkFigures:
     def hear() -> str:
         """The receiver's next word. Raises LinkFault for its error, or its end."""
         assert process.stderr is not None
-        line = lines.readline().decode().strip()
-        if line.startswith("ok "):
-            return line[3:]
-        if not line:
-            last = process.stderr.read().decode().strip().splitlines()[-1:]
-            raise LinkFault(f"the receiving process ended{': ' + last[0] if last else ''}")
-        raise LinkFault(line)
+        for line in lines:
+            word, _, rest = line.decode().strip().partition(" ")
+            if word == "ok":
+                return rest
+            if word == "bad":
+                raise LinkFault(rest)  # all else is what a library says to itself
+        last = process.stderr.read().decode().strip().splitlines()[-1:]
+        raise LinkFault(f"the receiving process ended{': ' + last[0] if last else ''}")
 
     sender: LinkMover | None = None
     try:
@@ -209,13 +216,16 @@ def _measure_processes(link: str, spec: _Spec) -> LinkFigures:
 
 
 def receive(link: str) -> None:
-    """The receiving process: what it is to do comes on standard input, "ok ..." or an error goes out, line by line."""
+    """The receiving process: what it is to do comes on standard input, "ok ..." or "bad ..." goes out, line by line."""
     try:
         spec = msgspec.json.decode(sys.stdin.readline(), type=_Spec)
         identity = Identity("receiver", spec.layout.format, spec.secret.encode())
         mover = LinkMover(_memory(spec, 0), StepCounter(), identity, [LISTEN[link]])
+    except LinkError as error:
+        print("bad", error, flush=True)
+        return
     except (OSError, ValueError) as error:
-        print(f"cannot listen at {LISTEN[link]}: {error}", flush=True)
+        print(f"bad cannot listen at {LISTEN[link]}: {error}", flush=True)
         return
     try:
         print(f"ok {mover.addresses[0]}", flush=True)
@@ -227,7 +237,7 @@ def receive(link: str) -> None:
             _await(mover)
             print("ok", number, flush=True)
     except (LinkFault, ValueError) as error:
-        print(error, flush=True)
+        print("bad", error, flush=True)
     finally:
         mover.close()
 

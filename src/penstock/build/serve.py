@@ -11,7 +11,7 @@ from collections.abc import Callable
 from penstock.build.cluster import serve_cluster
 from penstock.build.launch import EngineProcess, PoolProcess
 from penstock.build.start import import_server
-from penstock.cluster.seat import Seat
+from penstock.cluster.seat import Seat, chosen_link
 from penstock.config.cluster import check_cluster
 from penstock.config.complete import Resolved, complete
 from penstock.config.fingerprint import model_fingerprint
@@ -23,7 +23,7 @@ from penstock.server.port import listening_socket
 
 
 def seat_of(resolved: Resolved) -> Seat | None:
-    """The place of a server's only engine among those of other servers. Raises OSError."""
+    """The place of a server's only engine among those of other servers. Raises OSError, ConfigError."""
     options, model = resolved.config.cluster, resolved.config.model
     if options.kv_role is None:
         return None
@@ -33,7 +33,7 @@ def seat_of(resolved: Resolved) -> Seat | None:
         role=options.kv_role,
         directory="",
         secret=options.cluster_secret,
-        link="tcp",
+        link=chosen_link(options.kv_link, auto="tcp"),
         link_mode=options.kv_link_mode,
         lease_s=options.kv_lease_s,
         min_tokens=options.pd_min_tokens,

@@ -18,7 +18,7 @@ from penstock.core.pool_status import pool_status
 from penstock.core.scheduler import Scheduler
 from penstock.core.tier_client import TierClient
 from penstock.core.tier_costs import PrefillRate
-from penstock.core.tiering import ClientSettings, ToEngine, ToPool
+from penstock.core.tiering import ClientSettings, ToEngine, ToPool, WantContents
 from penstock.engine.tier_source import TierSource
 from penstock.tiers.arena import Arena
 from penstock.tiers.driver import PoolDriver
@@ -36,7 +36,8 @@ class LocalPool:
         self._answers: list[ToEngine] = []
         self._told_s = float("-inf")
 
-    def send(self, message: ToPool, now: float) -> None:
+    def send(self, message: ToPool | WantContents, now: float) -> None:
+        assert not isinstance(message, WantContents)  # it tells no router
         self._answers += [answer for _, answer in self.driver.handle(ENGINE, message, now)]
 
     def receive(self, now: float) -> Sequence[ToEngine]:

@@ -17,6 +17,7 @@ from penstock.cluster.prefill_side import PrefillSide
 from penstock.core.kv_events import KVEventSource
 from penstock.core.moves import KVMove, MoveResult
 from penstock.core.plan import StepResult
+from penstock.core.tiering import PoolChanged
 from penstock.engine.engine import Engine
 from penstock.engine.messages import (
     AddRequest,
@@ -67,7 +68,11 @@ class Member:
         if isinstance(message, AddRequest) and message.prefill_at:
             self.decode.want(message)
         elif isinstance(message, WantSnapshot):
-            return [(FRONT, CacheSnapshot(self.events.snapshot()))]
+            if not message.of_pool:
+                return [(FRONT, CacheSnapshot(self.events.snapshot()))]
+            if self.engine.tiers is not None:
+                self.engine.tiers.ask_contents(now)
+            return []
         elif isinstance(message, Peers):
             names = {peer.name for peer in message.peers}
             for move_id in self.decode.only(names):
@@ -103,6 +108,10 @@ class Member:
         events = self.events.take(now)
         if events is not None:
             out.append((FRONT, CacheEvents(events)))
+        if self.engine.tiers is not None:
+            for news in self.engine.tiers.news():
+                told = CacheEvents(news.events) if isinstance(news, PoolChanged) else CacheSnapshot(news.snapshot)
+                out.append((FRONT, told))
         return out + self._flush(now)
 
     def complete(self, result: StepResult, now: float) -> Post:

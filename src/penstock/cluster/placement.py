@@ -18,6 +18,8 @@ from penstock.core.cost import FittedCost, MoveCost, StepCoefficients, StepShape
 from penstock.core.decode_policies import decode_policy
 from penstock.core.kv_events import KVEvents, KVSnapshot, SnapshotRequest
 from penstock.core.kv_index import KVIndex
+from penstock.core.pool_contents import POOL
+from penstock.core.pool_contents import TIER as REMOTE
 from penstock.core.prefix import chain_start, extend_chain
 from penstock.core.route_modes import Mode, ModeCosts, ModeLimits, choose_mode
 from penstock.core.route_policies import prefill_policy
@@ -113,6 +115,7 @@ class PolicyPlacement:
         for tier in report.tiers:
             if tier.name == HOST and tier.state == "on":  # of the machine, which all its engines share
                 self.carries(tier.latency_s, tier.byte_s)
+                self.cost.moves[REMOTE] = MoveCost(tier.latency_s, 1 / max(tier.byte_s, 1e-12))
 
     def learned(self, steps: Sequence[tuple[int, int, int, int, float]], now: float) -> None:
         """What steps took: tokens, rows, attended, context, seconds."""
@@ -124,14 +127,14 @@ class PolicyPlacement:
             self.cost.coefficients = fit_steps(shapes, times)
 
     def changed(self, events: KVEvents, now: float) -> SnapshotRequest | None:
-        """Its cache has changed. Gives what must be asked of it if something was missed."""
-        side = self._find(events.engine)
-        return None if side is None else side.index.apply(events, now)
+        """Its cache, or the pool that all share, has changed. Gives what must be asked if something was missed."""
+        asked = [side.index.apply(events, now) for side in self._told_of(events.engine)]
+        return next(filter(None, asked), None)
 
     def restored(self, snapshot: KVSnapshot, now: float) -> SnapshotRequest | None:
         """All that it holds, as it was asked for."""
-        side = self._find(snapshot.engine)
-        return None if side is None else side.index.restore(snapshot, now)
+        asked = [side.index.restore(snapshot, now) for side in self._told_of(snapshot.engine)]
+        return next(filter(None, asked), None)
 
     def tick(self, now: float) -> list[SnapshotRequest]:
         """Promises that were not kept, engines that do not answer."""
@@ -273,6 +276,17 @@ class PolicyPlacement:
             return self._answers
         self._prompts = self._prompts or _new_side(ready)
         return self._prompts
+
+    def _told_of(self, name: str) -> list[_Side]:
+        """Who must know what this engine holds; all must of the pool."""
+        if name != POOL:
+            side = self._find(name)
+            return [] if side is None else [side]
+        sides = [side for side in (self._prompts, self._answers) if side is not None]
+        for side in sides:
+            if POOL not in side.index.rows:
+                side.views.add_pool(POOL)
+        return sides
 
     def _find(self, name: str) -> _Side | None:
         for side in (self._prompts, self._answers):

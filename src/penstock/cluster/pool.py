@@ -26,8 +26,9 @@ from penstock.config.kv_pool import SCHEME, PoolSettings, listen_address, peer_a
 from penstock.config.model import KVLayout
 from penstock.core import tiering
 from penstock.core.kv_pool import Answers
+from penstock.core.pool_contents import PoolContents
 from penstock.core.pool_status import pool_status
-from penstock.core.tiering import ToEngine, ToPool
+from penstock.core.tiering import News, PoolChanged, PoolHolds, ToEngine, ToPool, WantContents
 from penstock.tiers.arena import Arena
 from penstock.tiers.driver import PoolDriver
 from penstock.tiers.open import host_slots, open_pool
@@ -60,7 +61,8 @@ class Welcome:
 _TYPES: dict[str, Any] = {
     each.__name__: each
     for each in (Hello, Welcome, tiering.Match, tiering.Fetch, tiering.Release, tiering.Reserve, tiering.Filled,
-                 tiering.Matched, tiering.Fetched, tiering.Reserved, tiering.Expired, tiering.PoolStatus)
+                 tiering.Matched, tiering.Fetched, tiering.Reserved, tiering.Expired, tiering.PoolStatus,
+                 tiering.WantContents, tiering.PoolChanged, tiering.PoolHolds)
 }  # fmt: skip
 _DECODERS = {name: msgspec.msgpack.Decoder(type_) for name, type_ in _TYPES.items()}
 _encode = msgspec.msgpack.Encoder().encode
@@ -101,6 +103,7 @@ class PoolServer:
         self._arena: Arena | None = None
         self._layout: KVLayout | None = None
         self._driver: PoolDriver | None = None
+        self._contents: PoolContents | None = None
         self.listener: PoolListener | None = None
         self._sources: set[bytes] = set()
         self._told_s = self._look_until_s = float("-inf")
@@ -143,12 +146,21 @@ class PoolServer:
             if isinstance(message, Hello):
                 self._sources.add(source)
                 self._send(source, self._hello(message))
-            elif self._driver is not None and source in self._sources:  # else it is the last word of a dead one
+            elif source not in self._sources:
+                continue  # the last word of a dead one
+            elif isinstance(message, WantContents):
+                if self._contents is not None:
+                    self._send(source, PoolHolds(self._contents.snapshot()))
+            elif self._driver is not None:
                 self._deliver(self._driver.handle(source.hex(), message, now))
         if self._driver is not None:
             if self.listener is not None:
                 self.listener.turn(self._driver, now)
             self._deliver(self._driver.poll(now))
+            events = self._contents.take(now) if self._contents is not None else None
+            if events is not None:
+                for source in self._sources:
+                    self._send(source, PoolChanged(events))
             self._look(self._driver, now)
 
     def _look(self, driver: PoolDriver, now: float) -> None:
@@ -172,6 +184,7 @@ class PoolServer:
             except Exception as error:
                 return Welcome(refusal=str(error))
             self._layout = message.layout
+            self._contents = PoolContents(self._driver.pool, time.time_ns())
         assert self._arena is not None and self._layout is not None
         if message.layout.format != self._layout.format:
             return Welcome(refusal=f"the pool keeps KV as {self._layout.format}, the engine as {message.layout.format}")
@@ -239,7 +252,7 @@ class PoolWire:
             raise ValueError(welcome.refusal)
         return welcome
 
-    def send(self, message: ToPool, now: float) -> None:
+    def send(self, message: ToPool | WantContents, now: float) -> None:
         with contextlib.suppress(zmq.Again):  # a pool that does not read is lost soon
             self._socket.send_multipart(encode(message), zmq.NOBLOCK)
 
@@ -247,7 +260,7 @@ class PoolWire:
         """Nothing was heard of it for long: it speaks every second."""
         return now - self._heard_s > SILENCE_S
 
-    def receive(self, now: float) -> Sequence[ToEngine]:
+    def receive(self, now: float) -> Sequence[ToEngine | News]:
         received = []
         while self._socket.poll(0):
             received.append(decode(*self._socket.recv_multipart(zmq.NOBLOCK)))

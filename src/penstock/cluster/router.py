@@ -15,6 +15,7 @@ from penstock.cluster.decisions import NO_FORECAST, Decisions, Forecast
 from penstock.cluster.merge import merged_ready, merged_report, without_gauges
 from penstock.cluster.roles import PROBE, RoleKeeper
 from penstock.core.kv_events import KVEvents, KVSnapshot, SnapshotRequest
+from penstock.core.pool_contents import POOL
 from penstock.core.request import FINISH_ERROR
 from penstock.engine.messages import (
     AddRequest,
@@ -216,7 +217,7 @@ class Router:
                 asked = self.placement.changed(message.events, now)
             else:
                 asked = self.placement.restored(message.snapshot, now)
-            return [], [] if asked is None else [(asked.engine, WantSnapshot())]
+            return [], [] if asked is None else [(name, WantSnapshot(of_pool=asked.engine == POOL))]
         if isinstance(message, Stopped):
             engine.stopped = True
             self.placement.left(name)
@@ -282,8 +283,13 @@ class Router:
 
     def tick(self, now: float) -> Post:
         """Some ten times a second: what nobody's message brings about."""
-        asked = [self.engines.get(ask.engine) for ask in self.placement.tick(now)]
-        post: Post = [(e.name, WantSnapshot()) for e in asked if e is not None and e.ready is not None]
+        post: Post = []
+        for ask in self.placement.tick(now):
+            of_pool = ask.engine == POOL  # of which any engine can ask
+            for each in self.engines.values():
+                if each.ready is not None and (of_pool or each.name == ask.engine):
+                    post.append((each.name, WantSnapshot(of_pool=of_pool)))
+                    break
         if self.keeper is None or not self.is_ready:
             return post
         for moved in self.keeper.tick(self.engines, now):

@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from penstock.config.values import ConfigError
+from penstock.transfer import mooncake, nixl
+from penstock.transfer.frames import LinkError
+
+_LOAD = {"nixl": nixl.load, "mooncake": mooncake.load}
+
 
 @dataclass(frozen=True, slots=True)
 class Seat:
@@ -17,7 +23,7 @@ class Seat:
     role: str  # prefill, decode or both
     directory: str
     secret: str
-    link: str  # shm or tcp
+    link: str  # shm, tcp, nixl or mooncake; local: its peers are in the same process
     link_mode: str = "coalesced"
     cores: tuple[int, ...] = ()
     lease_s: float = 5.0
@@ -26,6 +32,12 @@ class Seat:
     model: str = ""
 
 
-def chosen_link(setting: str) -> str:
-    """The link that `--kv-link` means for engines of one machine."""
-    return "shm" if setting == "auto" else setting
+def chosen_link(setting: str, auto: str = "shm") -> str:
+    """The link that `--kv-link` means; `auto`: for engines of one machine. Raises ConfigError for one whose library is
+    not installed."""
+    if setting in _LOAD:
+        try:
+            _LOAD[setting]()
+        except LinkError as error:
+            raise ConfigError(str(error), "--kv-link") from None
+    return auto if setting == "auto" else setting

@@ -5,8 +5,6 @@ Exit code 0 when the link that `--kv-link auto` takes works, and each one that w
 
 from __future__ import annotations
 
-import importlib.util
-
 from penstock.build.links import LinkFault, measure
 from penstock.cluster.seat import chosen_link
 from penstock.commands.arguments import parse_or_help
@@ -15,7 +13,7 @@ from penstock.config.flags import FlagParser
 from penstock.config.hardware import probe
 from penstock.config.load import BUILT_IN_MODELS, resolve
 
-LINKS = ("local", "shm", "tcp")
+LINKS = ("local", "shm", "tcp", "nixl", "mooncake")
 
 
 def main(arguments: list[str]) -> int:
@@ -38,21 +36,13 @@ def main(arguments: list[str]) -> int:
             figures = measure(link, layout, max(1, parsed.megabytes) << 20)
         except LinkFault as fault:
             num_bad += link in needed
-            print(f"{'bad' if link in needed else 'note':<5} {link:<6} does not work: {fault}", flush=True)
+            print(f"{'bad' if link in needed else 'note':<5} {link:<8} does not work: {fault}", flush=True)
             continue
         where = "within a process" if link == "local" else "between two processes"
         speed = f"{figures.bytes_per_s / 1e9:6.2f} GB/s {where} ({figures.num_bytes >> 20} MiB, checked)"
         message = f"{figures.message_s * 1e6:.0f} us per message"
         follows = f"layer by layer from {figures.layerwise_from(layout):,} tokens on"
-        print(f"ok    {link:<6} {speed}, {message}: {follows}", flush=True)
-    if parsed.link is None:
-        print(f"note  nixl   {_nixl()}")
+        print(f"ok    {link:<8} {speed}, {message}: {follows}", flush=True)
     print(f"--kv-link auto takes {chosen}: engines that `penstock serve --pd` starts are on one machine")
     print("all in order" if not num_bad else f"{num_bad} to fix" if num_bad > 1 else "one thing to fix")
     return 1 if num_bad else 0
-
-
-def _nixl() -> str:
-    found = importlib.util.find_spec("nixl") is not None
-    here = "the package nixl is here" if found else "the package nixl is not installed"
-    return f"{here}; this version has no link over it"

@@ -21,6 +21,6 @@ def check_cluster(options: ClusterOptions) -> None:
     if not options.cluster_secret:
         raise ConfigError("the servers of a cluster need the same --cluster-secret", "--kv-role")
     if options.kv_link == "shm":
-        raise ConfigError("servers speak by TCP, and this is one of several (--kv-role)", "--kv-link")
+        raise ConfigError("shared memory ends at this server, and it is one of several (--kv-role)", "--kv-link")
     if options.cluster_host in EVERYWHERE:
         raise ConfigError("others dial it: name one address of this machine", "--cluster-host")

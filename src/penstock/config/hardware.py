@@ -35,6 +35,12 @@ _FEATURES = {
 _FAST_BF16 = frozenset(("avx512_bf16", "amx_bf16", "bf16"))
 
 
+def has_rdma(root: Path = ROOT) -> bool:
+    """Whether Linux shows a card that reads and writes other machines' memory."""
+    cards = root / "sys/class/infiniband"
+    return cards.is_dir() and any(cards.iterdir())
+
+
 @dataclass(frozen=True, slots=True)
 class Gpu:
     """One NVIDIA GPU as its driver describes it."""

@@ -154,8 +154,8 @@ class CacheOptions:
     )
     kv_remote_url: str | None = setting(
         None,
-        "KV below that, shared by machines: Redis or Valkey (redis://...), or another machine's pool "
-        "(penstock://HOST:PORT)",
+        "KV below that, shared by machines: Redis or Valkey (redis://...), Mooncake Store (mooncake://HOST:PORT of its "
+        "master), or another machine's pool (penstock://HOST:PORT)",
         metavar="URL",
         secret=True,
     )
@@ -243,8 +243,8 @@ class ClusterOptions:
     )
     kv_link: str = setting(
         "auto",
-        "how KV travels between engines; auto: shared memory on one machine",
-        choices=("auto", "shm", "tcp"),
+        "how KV travels between engines; auto: shared memory on a machine, tcp between servers; nixl, mooncake: extras",
+        choices=("auto", "shm", "tcp", "nixl", "mooncake"),
     )
     kv_link_mode: str = setting(
         "coalesced",

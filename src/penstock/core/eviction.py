@@ -86,6 +86,7 @@ class TierIndex:
         self.policy_name = "gdsf" if policy == AUTO else policy
         self.policy = POLICIES[self.policy_name]()
         self.entries: dict[bytes, Entry] = {}
+        self.listener: Callable[[bytes, bool], None] | None = None  # told of keys that come (True) and go
         self.num_evicted = 0
         self.age = 0.0
         self._free = list(range(num_slots, 0, -1))
@@ -136,6 +137,8 @@ class TierIndex:
         if parent:
             self._num_children[parent] = self._num_children.get(parent, 0) + 1
         self.touch(entry, now)
+        if self.listener is not None:
+            self.listener(key, True)
         return entry
 
     def remove(self, key: bytes) -> Entry | None:
@@ -237,6 +240,8 @@ class TierIndex:
 
     def _drop(self, entry: Entry) -> None:
         del self.entries[entry.key]
+        if self.listener is not None:
+            self.listener(entry.key, False)
         if entry.parent:
             left = self._num_children[entry.parent] - 1
             if left:

@@ -85,14 +85,29 @@ class Policy:
 
     def any_of(self, rows: BoolArray) -> int:
         """One of them, at random."""
-        found = np.flatnonzero(rows)
+        return self.one_of(np.flatnonzero(rows))
+
+    def one_of(self, found: IntArray) -> int:
+        """One of these row numbers, at random."""
         return int(found[0] if len(found) == 1 else found[self.random.randrange(len(found))])
 
 
-def near_best(scores: FloatArray) -> BoolArray:
-    """Which are nearly best: two routers, or two decisions on stale news, then do not all run to the same engine."""
+def near_best(scores: FloatArray, best_s: float | None = None) -> BoolArray:
+    """Which are nearly best: two routers, or two decisions on stale news, then do not all run to the same engine.
+
+    `best_s`: of which time a share counts as nothing; the best score itself where scores are times.
+    """
     best = float(scores.min())
-    return np.asarray(scores <= best + max(TIE_SHARE * best, TIE_S))
+    return np.asarray(scores <= best + max(TIE_SHARE * (best if best_s is None else best_s), TIE_S))
+
+
+def num_behind(engines: EngineViews, allowed: BoolArray) -> float:
+    """How many prompts an engine's work delays beside the one it is done for: those that queue, on average.
+
+    Prompts that come while an engine has work wait for all of it. By Little's law (arrivals times mean wait) there are
+    as many as there are in a queue, at any load, so no rate has to be measured. The one that runs is no longer delayed.
+    """
+    return max(0.0, float(engines.num_requests @ allowed) / int(np.count_nonzero(allowed)) - 1.0)
 
 
 class RandomPolicy(Policy):
@@ -322,8 +337,9 @@ class MooncakePolicy(Policy):
 
 @dataclass(slots=True)
 class LeastTimePolicy(Policy):
-    """Ours: the least predicted time to the first token, over all tiers; one of the near-best at random.
+    """Ours: the least predicted time to the first token, over all tiers, counting also whom the prompt delays.
 
+    Of the near-best the one that computes least, for that costs the fleet least; of equals one at random.
     What a peer's device holds is one more tier: it is copied where that is sooner. Hard filters: alive, memory, the
     SLO, requests over 3 times the mean (and over `hot_floor`, for with few requests a mean says little). Where all are
     filtered out, the last two do not count. Prefixes in high demand are copied to further engines ahead of need.
@@ -342,11 +358,17 @@ class LeastTimePolicy(Policy):
         own_s, fetched_s = predicted.total_s, fetched.total_s
         fetches = fetched_s < own_s
         total = np.where(fetches, fetched_s, own_s) + self.tail_s
+        scores, delayed = total, num_behind(engines, allowed)
+        if delayed:
+            scores = total + delayed * np.where(fetches, fetched.prefill_s, predicted.prefill_s)
         kept = allowed & (within(engines.num_requests, allowed, HOT) | (engines.num_requests <= self.hot_floor))
         if request.ttft_slo_s is not None:
             in_time = kept & (total <= request.ttft_slo_s - SLO_MARGIN_S)
             kept = in_time if in_time.any() else kept
-        row = self.any_of(near_best(np.where(kept if kept.any() else allowed, total, np.inf)))
+        scores = np.where(kept if kept.any() else allowed, scores, np.inf)
+        near = np.flatnonzero(near_best(scores, float(total[scores.argmin()])))
+        new_tokens = np.where(fetches[near], fetched.new_tokens[near], predicted.new_tokens[near])
+        row = self.one_of(near[new_tokens == new_tokens.min()])
         copies: tuple[Replicate, ...] = ()
         if fetches[row]:
             copies = (copy_of(request, engines, int(src[row]), row, int(fetched.hit_tokens[row])),)

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from penstock.core.kv_events import KVEvents, KVSnapshot
+
 HOST = "host"
 NO_TIER = 0  # in Matched.tiers: the pool does not have it
 IN_HOST = 1  # lower tiers follow: 2 is the first below host memory
@@ -90,6 +92,11 @@ class Filled:
     filled: tuple[bool, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class WantContents:
+    """A router has missed changes of the pool; answered by PoolHolds."""
+
+
 # ---- pool to engine ----
 
 
@@ -155,8 +162,23 @@ class PoolStatus:
     tiers: tuple[TierStatus, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class PoolChanged:
+    """What came into the pool and what left it: for routers, every engine passes it on."""
+
+    events: KVEvents
+
+
+@dataclass(frozen=True, slots=True)
+class PoolHolds:
+    """All that the pool holds, for the router that asked."""
+
+    snapshot: KVSnapshot
+
+
 ToPool = Match | Fetch | Release | Reserve | Filled
 ToEngine = Matched | Fetched | Reserved | Expired | PoolStatus
+News = PoolChanged | PoolHolds  # for routers; engines pass it on unread
 
 
 # ---- pool to its stores ----

@@ -308,17 +308,19 @@ class Stopped(Message, frozen=True):
 
 
 class WantSnapshot(Message, frozen=True):
-    """A router has missed changes of this engine's cache; answered by CacheSnapshot."""
+    """A router has missed changes of this engine's cache, or of its machine's pool; answered by CacheSnapshot."""
+
+    of_pool: bool = False
 
 
 class CacheEvents(Message, frozen=True):
-    """What came into the engine's cache and what left it. Only engines of a cluster say so."""
+    """What came into the engine's cache, or its machine's pool, and what left it. Only engines of a cluster say so."""
 
     events: KVEvents
 
 
 class CacheSnapshot(Message, frozen=True):
-    """All that the engine's cache holds."""
+    """All that the engine's cache, or its machine's pool, holds."""
 
     snapshot: KVSnapshot
 

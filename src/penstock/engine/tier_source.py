@@ -10,12 +10,14 @@ import logging
 from collections.abc import Sequence
 from typing import Protocol
 
+from penstock.core.kv_events import KVEvents
 from penstock.core.moves import KVMove, MoveResult
 from penstock.core.plan import Row
+from penstock.core.pool_contents import POOL
 from penstock.core.request import Request
 from penstock.core.scheduler import Scheduler
 from penstock.core.tier_client import TierClient
-from penstock.core.tiering import HOST, WRITE_BACK, ToEngine, ToPool
+from penstock.core.tiering import HOST, WRITE_BACK, News, PoolChanged, PoolHolds, ToEngine, ToPool, WantContents
 from penstock.core.traffic import Offer
 from penstock.engine.messages import TierReport
 
@@ -30,9 +32,9 @@ WAITING = "tier"  # the reason of waiting
 class PoolLine(Protocol):
     """The way to the machine's pool, in this process or another. Neither method waits."""
 
-    def send(self, message: ToPool, now: float) -> None: ...
+    def send(self, message: ToPool | WantContents, now: float) -> None: ...
 
-    def receive(self, now: float) -> Sequence[ToEngine]: ...
+    def receive(self, now: float) -> Sequence[ToEngine | News]: ...
 
     def is_lost(self, now: float) -> bool:
         """The pool does not speak any more."""
@@ -48,6 +50,8 @@ class TierSource:
         self.line = line
         self._loads: dict[str, tuple[int, int]] = {}  # request id -> (first block, blocks) of the offer it took
         self._was_lost = False
+        self._news: list[News] = []
+        self._life: int | None = None  # of the pool, when it has told of its contents
         scheduler.kv.on_published = client.saving.published
 
     @property
@@ -135,7 +139,10 @@ class TierSource:
         for _ in range(MAX_ROUNDS):
             answers = self.line.receive(now)
             for message in answers:
-                self.client.handle(message, now)
+                if isinstance(message, PoolChanged | PoolHolds):
+                    self._news.append(message)
+                else:
+                    self.client.handle(message, now)
             self._save()
             if not self._tell(now) and not answers:
                 break
@@ -143,7 +150,20 @@ class TierSource:
         if is_lost and not self._was_lost:
             log.error("the pool of KV tiers is gone: prompts are computed from now on")
             self.client.pool_lost()
+            if self._life is not None:  # what a pool tells in a later life begins with nothing
+                self._news.append(PoolChanged(KVEvents(POOL, self._life + 1, 0, (), 0)))
         self._was_lost = is_lost
+
+    def news(self) -> list[News]:
+        """What the pool has told of its contents since the last call."""
+        new, self._news = self._news, []
+        for message in new:
+            self._life = message.events.life if isinstance(message, PoolChanged) else message.snapshot.life
+        return new
+
+    def ask_contents(self, now: float) -> None:
+        """A router wants all of it."""
+        self.line.send(WantContents(), now)
 
     def _save(self) -> None:
         """Start what has got slots."""

@@ -134,13 +134,22 @@ class SimEngine:
         return next((n for n, hash_ in enumerate(hashes) if hash_ not in self.pool.index), len(hashes))
 
     def put(self, hashes: Sequence[bytes], first: int) -> None:
-        """Blocks `first` and later of a chain have been carried here: they are cached, as if computed just now."""
+        """Blocks `first` and later of a chain have been carried here: they are cached, as if computed just now.
+
+        What is here of the chain is held meanwhile, as for a request: else blocks that come drive out their parents.
+        """
         pool, now = self.pool, self.clock.now()
-        missing = [n for n in range(first, len(hashes)) if hashes[n] not in pool.index][: pool.num_available]
-        held = [pool.allocate(now) for _ in missing]
-        for n, block_id in zip(missing, held, strict=True):
-            pool.publish(block_id, hashes[n], hashes[n - 1] if n else None)
-        for block_id in reversed(held):
+        held: list[int | None] = []
+        for hash_ in hashes:
+            block = pool.hit(hash_)
+            if block is not None:
+                pool.hold(block)
+            held.append(None if block is None else block.id)
+        for n in range(first, len(hashes)):
+            if held[n] is None and pool.num_available:
+                held[n] = block_id = pool.allocate(now)
+                pool.publish(block_id, hashes[n], hashes[n - 1] if n else None)
+        for block_id in filter(None, reversed(held)):
             pool.release(block_id, -1)
         self.tell()
 

@@ -18,6 +18,7 @@ from penstock.core.tiering import TierSettings
 from penstock.tiers.arena import Arena, slots_for
 from penstock.tiers.disk import DiskStore, StoreRefused
 from penstock.tiers.driver import PoolDriver, TierStore
+from penstock.tiers.mooncake import MooncakeStore
 from penstock.tiers.record import RecordFormat
 
 log = logging.getLogger("penstock.tiers")
@@ -58,7 +59,7 @@ def open_pool(
         stores["disk"] = disk
         settings.append(TierSettings("disk", disk.num_blocks, options.kv_lower_write_policy))
     if options.kv_remote_url is not None:
-        stores["remote"] = remote or _redis(options.kv_remote_url, layout)
+        stores["remote"] = remote or _remote(options.kv_remote_url, layout)
         settings.append(TierSettings("remote", None, options.kv_lower_write_policy))
     record_bytes = [RecordFormat.of(group).num_bytes for group in layout.groups]
     pool = KVPool(record_bytes, arena.num_slots, settings, options.kv_eviction_policy)
@@ -69,13 +70,12 @@ def open_pool(
     return driver
 
 
-def _redis(url: str, layout: KVLayout) -> TierStore:
+def _remote(url: str, layout: KVLayout) -> TierStore:
+    """The store that a URL names. Raises ConfigError for one that names none, or whose library is missing."""
     try:
-        redis = importlib.import_module("penstock.tiers.redis")
-    except ImportError:
-        raise ConfigError("needs the package redis: pip install 'penstock[redis]'", "--kv-remote-url") from None
-    try:
-        store: TierStore = redis.RedisStore(url, layout)
-    except ValueError as error:
+        if url.startswith("mooncake://"):
+            return MooncakeStore(url, layout)
+        store: TierStore = importlib.import_module("penstock.tiers.redis").RedisStore(url, layout)
+    except (ImportError, ValueError) as error:
         raise ConfigError(str(error), "--kv-remote-url") from None
     return store

@@ -10,33 +10,49 @@ import shutil
 import socket
 import tempfile
 import threading
+from typing import Protocol
 
-from penstock.transfer import shm, tcp
+from penstock.transfer import mooncake, nixl, shm, tcp
 from penstock.transfer.frames import Identity, LinkError
 from penstock.transfer.receipts import FrameReader, Receipts
 from penstock.transfer.streams import Greeting, Incoming
 
 log = logging.getLogger("penstock.transfer")
 
-MAX_CONNECTIONS = {"tcp": 256, "shm": 32}  # of one listener, the latter of a ring each; more are closed unheard
+
+class Carrier(Protocol):
+    """What a link is to a listener: one of its files."""
+
+    MAX_CONNECTIONS: int  # of one listener; more are closed unheard
+
+    def listen(self, address: str) -> tuple[socket.socket, str]: ...
+
+    def incoming(self, sock: socket.socket, ring_bytes: int) -> Incoming: ...
+
+
+CARRIERS: dict[str, Carrier] = {"tcp": tcp, "shm": shm, "nixl": nixl, "mooncake": mooncake}
 
 
 class Listener:
-    """Listens at "tcp://host:port" (port 0: a free one) or "shm:///path" ("shm://": in a private directory).
+    """Listens at "tcp://host:port" (port 0: a free one), nixl and mooncake likewise, or at "shm:///path" ("shm://": in
+    a private directory).
 
-    `address` is what peers dial. Raises ValueError for an address that is none, OSError when it cannot be had.
+    `address` is what peers dial. Raises ValueError for an address that is none, OSError when it cannot be had,
+    LinkError when its link is not installed.
     """
 
     def __init__(self, address: str, identity: Identity, receipts: Receipts, ring_bytes: int) -> None:
         self._identity, self._receipts, self._ring_bytes = identity, receipts, ring_bytes
         self._directory: str | None = None
-        self._is_shm = address.startswith("shm://")
-        self._max_connections = MAX_CONNECTIONS["shm" if self._is_shm else "tcp"]
+        scheme, _, _ = address.partition("://")
+        if scheme not in CARRIERS:
+            raise ValueError(f"{address!r} is no link address")
+        self._carrier = CARRIERS[scheme]
         if address == "shm://":
             self._directory = tempfile.mkdtemp(prefix="penstock-")
             address = "shm://" + os.path.join(self._directory, "link")
         try:
-            self._sock, self.address = (shm if self._is_shm else tcp).listen(address)
+            self._sock, self.address = self._carrier.listen(address)
         except BaseException:
             self._remove()
             raise
@@ -67,7 +83,7 @@ class Listener:
     def _remove(self) -> None:
         if self._directory is not None:
             shutil.rmtree(self._directory, ignore_errors=True)
-        elif self._is_shm and hasattr(self, "address"):
+        elif hasattr(self, "address") and self.address.startswith("shm://"):
             with contextlib.suppress(OSError):
                 os.unlink(shm.parse(self.address))
 
@@ -89,7 +105,7 @@ class Listener:
                     self._wake.recv(1)
                 continue
             with self._lock:
-                if self._closing or len(self._connections) >= self._max_connections:
+                if self._closing or len(self._connections) >= self._carrier.MAX_CONNECTIONS:
                     sock.close()
                     continue
                 thread = threading.Thread(target=self._serve, args=(sock,), name=f"at {self.address}", daemon=True)
@@ -97,11 +113,11 @@ class Listener:
             thread.start()
 
     def _serve(self, sock: socket.socket) -> None:
-        who = "somebody"
+        who, incoming = "somebody", None
         try:
             hello = Greeting(sock, self._identity, self.address).answer()
             who = hello.name
-            incoming = self._incoming(sock)
+            incoming = self._carrier.incoming(sock, self._ring_bytes)
             reader = FrameReader(self._receipts, who, incoming.reply)
             while not self._closing:
                 if not reader.take(incoming.read):
@@ -115,9 +131,5 @@ class Listener:
             with self._lock:
                 del self._connections[sock]
             sock.close()
-
-    def _incoming(self, sock: socket.socket) -> Incoming:
-        if self._is_shm:
-            return shm.ShmIncoming(sock, self._ring_bytes)
-        tcp.prepare(sock)
-        return tcp.TcpIncoming(sock)
+            if incoming is not None:
+                incoming.close()

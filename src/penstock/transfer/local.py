@@ -86,5 +86,8 @@ class LocalOutgoing:
     def events(self, writing: bool) -> int:
         return 0
 
+    def recheck_s(self) -> float | None:
+        return None
+
     def close(self) -> None:
         pass

@@ -10,21 +10,28 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
 from penstock.core.moves import DEVICE, KVMove, MoveResult, Place
-from penstock.transfer import local, shm, tcp
+from penstock.transfer import local, mooncake, nixl, shm, tcp
 from penstock.transfer.counter import StepCounter
 from penstock.transfer.frames import Identity, LinkError
 from penstock.transfer.listener import Listener
 from penstock.transfer.memory import KVMemory
 from penstock.transfer.receipts import Receipts
+from penstock.transfer.ring import RING_BYTES
 from penstock.transfer.sender import MODES, PeerStats, Sender
 from penstock.transfer.streams import Outgoing
 from penstock.transfer.throttle import TokenBucket
 
-DIAL: dict[str, Callable[[str, Identity], Outgoing]] = {"local": local.dial, "tcp": tcp.dial, "shm": shm.dial}
+DIAL: dict[str, Callable[[str, Identity], Outgoing]] = {
+    "local": local.dial,
+    "tcp": tcp.dial,
+    "shm": shm.dial,
+    "nixl": nixl.dial,
+    "mooncake": mooncake.dial,
+}
 
 
 def scheme_of(address: str) -> str | None:
-    """ "local", "tcp" or "shm" of a link address; None: `where` names no link."""
+    """ "tcp" of "tcp://host:port", and so on; None: `where` names no link."""
     scheme, colon, _ = address.partition("://")
     return scheme if colon and scheme in DIAL else None
 
@@ -53,10 +60,11 @@ class LinkMover:
         throttle: TokenBucket | None = None,
         poll_s: float = 5e-4,
         stall_s: float = 10.0,
-        ring_bytes: int = shm.RING_BYTES,
+        ring_bytes: int = RING_BYTES,
         notify: Callable[[], None] | None = None,
     ) -> None:
-        """Raises ValueError for an address or mode that is none, OSError for an address that cannot be had."""
+        """Raises ValueError for an address or mode that is none, OSError for an address that cannot be had, LinkError
+        for one whose link is not installed."""
         if mode not in MODES:
             raise ValueError(f"mode {mode!r} is none of {', '.join(MODES)}")
         if identity.format != memory.layout.format:

@@ -338,7 +338,12 @@ class Sender:
             time.sleep(seconds)
 
     def _wait(self, timeout_s: float | None, writing: bool | None) -> None:
-        """Until somebody rouses this thread, the time is over or, unless `writing` is None, the stream stirs."""
+        """Until somebody rouses this thread, the time is over or, unless `writing` is None, the stream stirs or is to
+        be asked again."""
+        recheck_s = None if self._stream is None or writing is None else self._stream.recheck_s()
+        if recheck_s is not None:
+            time.sleep(recheck_s)
+            timeout_s = 0.0
         poll = select.poll()
         poll.register(self._wake, select.POLLIN)
         if self._stream is not None and writing is not None and self._stream.fileno() >= 0:

@@ -20,11 +20,10 @@ import tempfile
 
 from penstock.transfer.cursor import pour
 from penstock.transfer.frames import Identity, LinkError, ProtocolError
-from penstock.transfer.streams import GREETING_S, PONG, WORD, Greeting, WordLine, wait_for
+from penstock.transfer.ring import MAX_RING_BYTES, SLICE_BYTES, Ring, RingIncoming
+from penstock.transfer.streams import GREETING_S, PONG, WORD, Greeting, WordLine
 
-RING_BYTES = 8 << 20
-MAX_RING_BYTES = 1 << 30
-SLICE_BYTES = 1 << 20  # after so much the other end is told, so that both copy at the same time
+MAX_CONNECTIONS = 32  # of one listener, a ring each
 
 
 def parse(address: str) -> str:
@@ -114,24 +113,11 @@ def _receive_ring(sock: socket.socket) -> mmap.mmap:
         sock.setblocking(False)
 
 
-class _Ring:
-    """Bytes of the stream from `start` on lie in at most two pieces of the memory."""
-
-    def __init__(self, memory: mmap.mmap) -> None:
-        self.size = len(memory)
-        self._view = memoryview(memory)
-
-    def pieces(self, start: int, num_bytes: int) -> list[memoryview]:
-        begin = start % self.size
-        first = min(num_bytes, self.size - begin)
-        return [self._view[begin : begin + first], self._view[: num_bytes - first]]
-
-
 class ShmOutgoing:
     """`Outgoing` over a greeted socket and the ring that came over it."""
 
     def __init__(self, sock: socket.socket, memory: mmap.mmap) -> None:
-        self._sock, self._ring, self._words = sock, _Ring(memory), WordLine(sock)
+        self._sock, self._ring, self._words = sock, Ring(memoryview(memory)), WordLine(sock)
         self._written = self._freed = 0  # bytes since the beginning
         self._answered: list[int] = []
 
@@ -155,6 +141,9 @@ class ShmOutgoing:
     def events(self, writing: bool) -> int:
         return select.POLLIN | (select.POLLOUT if self._words.is_pending else 0)
 
+    def recheck_s(self) -> float | None:
+        return None
+
     def close(self) -> None:
         self._sock.close()
 
@@ -169,44 +158,13 @@ class ShmOutgoing:
             raise ProtocolError("more was read from the ring than is written")
 
 
-class ShmIncoming:
-    """`Incoming` over a greeted socket: makes the ring and sends it."""
-
-    def __init__(self, sock: socket.socket, ring_bytes: int = RING_BYTES) -> None:
-        descriptor, memory = make_ring(ring_bytes)
-        try:
-            sock.settimeout(GREETING_S)
-            socket.send_fds(sock, [WORD.pack(ring_bytes)], [descriptor])
-        finally:
-            os.close(descriptor)
-        sock.setblocking(False)
-        self._sock, self._ring, self._words = sock, _Ring(memory), WordLine(sock)
-        self._read = self._ready = 0  # bytes read since the beginning, and written but not read
-        self._untold = 0  # bytes read that the sender does not know of
-
-    def read(self, views: list[memoryview]) -> int:
-        if not self._ready:
-            for word in self._words.receive():
-                self._ready += word
-            if self._ready > self._ring.size:
-                raise ProtocolError("more was written into the ring than it holds")
-        taken = pour(views, self._ring.pieces(self._read, min(self._ready, SLICE_BYTES)))
-        self._read += taken
-        self._ready -= taken
-        self._untold += taken
-        if self._untold >= self._ring.size // 8:
-            self._tell()
-        return taken
-
-    def reply(self, ping_id: int) -> None:
-        self._words.send(PONG | ping_id)
-
-    def wait(self) -> None:
-        self._tell()
-        wait_for(self._sock, select.POLLIN | (select.POLLOUT if self._words.is_pending else 0))
-
-    def _tell(self) -> None:
-        self._words.add(self._untold)
-        self._untold = 0
-        with contextlib.suppress(ConnectionError):  # a sender that has gone: what it left in the ring is still read
-            self._words.flush()
+def incoming(sock: socket.socket, ring_bytes: int) -> RingIncoming:
+    """The receiving end of a greeted socket: makes the ring and sends it. Raises OSError."""
+    descriptor, memory = make_ring(ring_bytes)
+    try:
+        sock.settimeout(GREETING_S)
+        socket.send_fds(sock, [WORD.pack(ring_bytes)], [descriptor])
+    finally:
+        os.close(descriptor)
+    sock.setblocking(False)
+    return RingIncoming(sock, Ring(memoryview(memory)))

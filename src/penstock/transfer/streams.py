@@ -58,6 +58,10 @@ class Outgoing(Protocol):
         """What to poll for: until there may be room, or only until something comes back."""
         ...
 
+    def recheck_s(self) -> float | None:
+        """When to ask again though nothing stirs to be polled: while something is on its way; None: it need not be."""
+        ...
+
     def close(self) -> None: ...
 
 
@@ -73,6 +77,8 @@ class Incoming(Protocol):
     def wait(self) -> None:
         """Until there may be something to read."""
         ...
+
+    def close(self) -> None: ...
 
 
 class WordLine:
@@ -132,7 +138,43 @@ def wait_for(sock: socket.socket, events: int, timeout_s: float | None = None) -
     poll.poll(None if timeout_s is None else 1000 * timeout_s)
 
 
-Said = TypeVar("Said", Hello, Proof, Verdict)
+Said = TypeVar("Said", bound=msgspec.Struct)
+
+
+def say(sock: socket.socket, message: msgspec.Struct, deadline: float) -> None:
+    """Send one message, with its length before it. Raises LinkError at the deadline, OSError."""
+    body = msgspec.msgpack.encode(message)
+    _limit(sock, deadline)
+    sock.sendall(LENGTH.pack(len(body)) + body)
+
+
+def hear(sock: socket.socket, kind: type[Said], deadline: float, max_bytes: int = MAX_GREETING_BYTES) -> Said:
+    """The next message. Raises LinkError at the deadline or when the other end hangs up, ProtocolError, OSError."""
+    (length,) = LENGTH.unpack(_exactly(sock, LENGTH.size, deadline))
+    if length > max_bytes:
+        raise ProtocolError(f"a greeting of {length} bytes")
+    try:
+        return msgspec.msgpack.decode(_exactly(sock, length, deadline), type=kind)
+    except (msgspec.DecodeError, ValueError) as error:
+        raise ProtocolError(f"a greeting that does not decode: {error}") from None
+
+
+def _limit(sock: socket.socket, deadline: float) -> None:
+    left = deadline - time.monotonic()
+    if left <= 0:
+        raise LinkError(f"no greeting within {GREETING_S:g} s")
+    sock.settimeout(left)
+
+
+def _exactly(sock: socket.socket, num_bytes: int, deadline: float) -> bytes:
+    got = b""
+    while len(got) < num_bytes:
+        _limit(sock, deadline)
+        piece = sock.recv(num_bytes - len(got))
+        if not piece:
+            raise LinkError("closed while greeting")
+        got += piece
+    return got
 
 
 class Greeting:
@@ -146,52 +188,22 @@ class Greeting:
 
     def dial(self) -> Hello:
         """As the one who has dialled `address`; the other's hello. Raises LinkRefused, LinkError, OSError."""
-        self._send(self._hello)
-        theirs = self._receive(Hello)
+        say(self._sock, self._hello, self._deadline)
+        theirs = hear(self._sock, Hello, self._deadline)
         said = transcript(self._hello, theirs)
-        self._send(prove(self._mine, said))
-        accept(self._mine, self._address, theirs, said, self._receive(Verdict))
+        say(self._sock, prove(self._mine, said), self._deadline)
+        accept(self._mine, self._address, theirs, said, hear(self._sock, Verdict, self._deadline))
         self._sock.setblocking(False)
         return theirs
 
     def answer(self) -> Hello:
         """As the one who listens at `address`; the other's hello. Raises LinkRefused after having told why."""
-        theirs = self._receive(Hello)
-        self._send(self._hello)
+        theirs = hear(self._sock, Hello, self._deadline)
+        say(self._sock, self._hello, self._deadline)
         said = transcript(theirs, self._hello)
-        verdict = judge(self._mine, self._address, theirs, said, self._receive(Proof))
-        self._send(verdict)
+        verdict = judge(self._mine, self._address, theirs, said, hear(self._sock, Proof, self._deadline))
+        say(self._sock, verdict, self._deadline)
         if verdict.refusal:
             raise LinkRefused(verdict.refusal)
         self._sock.setblocking(False)
         return theirs
-
-    def _limit(self) -> None:
-        left = self._deadline - time.monotonic()
-        if left <= 0:
-            raise LinkError(f"no greeting within {GREETING_S:g} s")
-        self._sock.settimeout(left)
-
-    def _send(self, message: msgspec.Struct) -> None:
-        body = msgspec.msgpack.encode(message)
-        self._limit()
-        self._sock.sendall(LENGTH.pack(len(body)) + body)
-
-    def _receive(self, kind: type[Said]) -> Said:
-        (length,) = LENGTH.unpack(self._exactly(LENGTH.size))
-        if length > MAX_GREETING_BYTES:
-            raise ProtocolError(f"a greeting of {length} bytes")
-        try:
-            return msgspec.msgpack.decode(self._exactly(length), type=kind)
-        except (msgspec.DecodeError, ValueError) as error:
-            raise ProtocolError(f"a greeting that does not decode: {error}") from None
-
-    def _exactly(self, num_bytes: int) -> bytes:
-        got = b""
-        while len(got) < num_bytes:
-            self._limit()
-            piece = self._sock.recv(num_bytes - len(got))
-            if not piece:
-                raise LinkError("closed while greeting")
-            got += piece
-        return got

@@ -10,6 +10,7 @@ from penstock.transfer.frames import Identity, LinkError
 from penstock.transfer.streams import PONG, Greeting, WordLine, wait_for
 
 CONNECT_S = 5.0
+MAX_CONNECTIONS = 256  # of one listener
 LOST_S = 10  # silence after which a peer whose machine has vanished counts as gone
 
 
@@ -56,6 +57,12 @@ def dial(address: str, identity: Identity) -> TcpOutgoing:
     return TcpOutgoing(sock)
 
 
+def incoming(sock: socket.socket, ring_bytes: int) -> TcpIncoming:
+    """The receiving end of a greeted socket."""
+    prepare(sock)
+    return TcpIncoming(sock)
+
+
 def prepare(sock: socket.socket) -> None:
     """Small messages at once; a peer that vanished without a word is noticed, while sending and while idle.
 
@@ -92,6 +99,9 @@ class TcpOutgoing:
     def events(self, writing: bool) -> int:
         return select.POLLIN | (select.POLLOUT if writing else 0)
 
+    def recheck_s(self) -> float | None:
+        return None
+
     def close(self) -> None:
         self._sock.close()
 
@@ -118,3 +128,6 @@ class TcpIncoming:
     def wait(self) -> None:
         wait_for(self._sock, select.POLLIN | (select.POLLOUT if self._words.is_pending else 0))
         self._words.flush()
+
+    def close(self) -> None:
+        self._sock.close()
