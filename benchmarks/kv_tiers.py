@@ -325,11 +325,7 @@ class Replay:
             while at < limit:
                 offer = self.client.offer(request_id, at, now)
                 if not offer.num_blocks:
-                    if offer.next_block is None:
-                        break
-                    spent_s += self.compute(at, offer.next_block)
-                    at = offer.next_block
-                    continue
+                    break
                 load_s = self.seconds("host", "read", offer.num_blocks)
                 self.move_id += 1
                 self.client.load_started(request_id, at, offer.num_blocks, self.move_id)

@@ -1,6 +1,7 @@
 """One engine's process on virtual time: the real member over a pretended rank, its movers and its lines.
 
-It can be killed, stopped for a while, and started anew under its name. Its cluster gives it clock, wires and pool.
+It can be killed, stopped for a while or for good, stuck in a step, and started anew under its name. Its cluster gives
+it clock, wires and pool.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from tests.core.checks import check_idle, check_scheduler
 from tests.fakes.executor import EOS_IDS, FakeExecutor
 from tests.fakes.host_tier import PretendedCopies, PretendedPool
 
+from penstock.cluster.beats import Pulse
 from penstock.cluster.decode_side import DecodeSide
 from penstock.cluster.member import FRONT, Member
 from penstock.cluster.prefill_side import PrefillSide
@@ -34,6 +36,7 @@ from penstock.sim.mover import SimMover
 
 ROUTER, POOL = "router", "pool"
 BOOT_S = 0.05
+PULSE_S = 0.05
 
 
 class Node:
@@ -44,6 +47,9 @@ class Node:
         self.cluster, self.name, self.life, self.alive = cluster, name, life, True
         self.source = f"{name}.{cluster.life}.{life}"
         self.stopped_until_s = 0.0
+        self.stuck_until_s = 0.0  # its loop waits for a step that does not end
+        self.pulse = Pulse(clock.now(), setting.stuck_s)
+        self.num_marks = 0  # rounds of its loop, layers of its steps
         self.known_peers: set[str] = set()
         layout, num_blocks = cluster.layout, (setting.num_blocks,) * len(setting.windows)
         self.executor = FakeExecutor(layout, num_blocks, cluster.model, depth=setting.depth)
@@ -98,6 +104,7 @@ class Node:
             ready = Ready("m", 200, BLOCK_SIZE, blocks, rows, "cpu", [], [], peer, "m", layout.format, 64)
             self._post([(FRONT, ready)])
             self._beat()
+            self._pulse()
 
     def wake_in(self, delay_s: float) -> None:
         self.cluster.clock.call_in(delay_s, self.turn)
@@ -108,11 +115,22 @@ class Node:
             self.turn()
             self.cluster.clock.call_in(LEASE_S / 5, self._beat)
 
+    def _pulse(self) -> None:
+        """The thread beside the loop."""
+        if self.alive:
+            now = self.cluster.clock.now()
+            if now >= self.stopped_until_s and self.pulse.beats(self.num_marks, now):
+                self.cluster.heard.add(self.name)
+            self.cluster.clock.call_in(PULSE_S, self._pulse)
+
     def turn(self) -> None:
         """Messages in, plan; a step that was submitted ends later."""
         now = self.cluster.clock.now()
-        if not self.alive or now < self.stopped_until_s:
+        if not self.alive or now < max(self.stopped_until_s, self.stuck_until_s):
             return
+        if self.busy and self.cluster.setting.is_inline:
+            return
+        self.num_marks += 1
         member, network = self.member, self.cluster.network
         for life, message in network.wire(self.name, ROUTER).receive():
             if life == self.life:  # else it was for another process of this name
@@ -134,9 +152,9 @@ class Node:
     def _complete(self) -> None:
         if not self.alive:
             return
-        clock = self.cluster.clock
-        if clock.now() < self.stopped_until_s:
-            clock.call_at(self.stopped_until_s, self._complete)
+        clock, until_s = self.cluster.clock, max(self.stopped_until_s, self.stuck_until_s)
+        if clock.now() < until_s:
+            clock.call_at(until_s, self._complete)
             return
         self.busy.pop(0)
         result = self.executor.collect()
@@ -159,10 +177,20 @@ class Node:
         self.links.close()
         self.cluster.network.kill(self.name)
 
+    @property
+    def hangs(self) -> bool:
+        return self.alive and max(self.stopped_until_s, self.stuck_until_s) > self.cluster.clock.now()
+
     def stop(self, seconds: float) -> None:
         """As SIGSTOP and SIGCONT do."""
-        self.stopped_until_s = self.copies.paused_until_s = self.cluster.clock.now() + seconds
+        until_s = max(self.stopped_until_s, self.cluster.clock.now() + seconds)
+        self.stopped_until_s = self.copies.paused_until_s = until_s
         self.cluster.clock.call_at(self.stopped_until_s, self.turn)
+
+    def stick(self, seconds: float) -> None:
+        """Its loop waits for a call that does not return meanwhile; its other threads run."""
+        self.stuck_until_s = max(self.stuck_until_s, self.cluster.clock.now() + seconds)
+        self.cluster.clock.call_at(self.stuck_until_s, self.turn)
 
 
 def check_node(node: Node) -> None:

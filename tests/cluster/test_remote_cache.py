@@ -6,6 +6,7 @@ import hashlib
 import random
 
 import numpy as np
+import pytest
 import zmq
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -33,7 +34,7 @@ class Publisher:
     """An engine with hashes of its own, which change when it is started anew, and what it has published."""
 
     def __init__(self, seed, num_kept=10_000):
-        self.draw, self.num_kept = random.Random(seed), num_kept
+        self.draw, self.num_kept, self.time_s = random.Random(seed), num_kept, 0.0
         self.restart()
 
     def restart(self):
@@ -63,7 +64,8 @@ class Publisher:
         events = self.source.take(0.0)
         if events is None:
             return None
-        frames = encode(events, 0.0)
+        self.time_s += 1.0
+        frames = encode(events, self.time_s)
         self.kept = [*self.kept, (events.seq, frames[2])][-self.num_kept :]
         return frames
 
@@ -120,6 +122,28 @@ def test_a_replay_makes_up_for_what_was_lost(seed, fates):
     again = Router()
     again.feed([cache.everything()])
     assert again.holds(seen) == router.holds(seen)
+
+
+@pytest.mark.parametrize("comes_late", [False, True])
+def test_a_new_start_is_seen_also_by_who_knows_the_last_life_from_a_replay_only(comes_late):
+    """What was published before the replay may come after it: that is no new start."""
+    publisher, router = Publisher(3), Router()
+    cache = RemoteCache("e", ROOT, SIZE, can_replay=True)
+    seen = set()
+    while not publisher.held or len(publisher.kept) < 5:
+        publisher.act()
+        seen |= set(publisher.held.values())
+    router.feed(publisher.replay(cache))
+    assert router.holds(seen) == set(publisher.held.values()) != set()
+    if comes_late:
+        seq, payload = publisher.kept[1]
+        assert cache.told([b"", seq.to_bytes(8, "big"), payload]) == [] and cache.wanted is None
+    publisher.restart()
+    while (frames := publisher.act()) is None:
+        pass
+    router.feed(cache.told(frames))
+    seen |= set(publisher.held.values())
+    assert router.holds(seen) == set(publisher.held.values())
 
 
 @given(st.integers(0, 2**32), st.lists(st.booleans(), min_size=1, max_size=60), st.booleans())

@@ -26,7 +26,7 @@ from penstock.sim.wire import LineFaults
 NUM_SEEDS = int(os.environ.get("PENSTOCK_FAULT_SEEDS", "300"))
 NUM_PARTS = 3  # large enough that each shows every fault and what it leads to: a replayed request is rare
 PREFIXES = [[200 + (7 * p + 3 * i) % 91 for i in range(60)] for p in range(3)]
-FAULTS = ("kill", "stop", "stall", "cancel", "row", "pool", "router", "forget", "deadline")
+FAULTS = ("kill", "stop", "hang", "stick", "stall", "cancel", "row", "pool", "router", "forget", "deadline")
 ROLES = (
     {"p0": "prefill", "p1": "prefill", "d0": "decode", "d1": "decode"},
     {"p0": "prefill", "p1": "prefill", "d0": "decode"},
@@ -34,11 +34,13 @@ ROLES = (
     {"p0": "prefill", "d0": "decode"},
     {"e0": "both", "e1": "both"},
 )
+DEADLY = {"kill", "stop", "hang", "stick"}  # whoever is silent for long is killed
+FOR_EVER_S = 1e6
 TYPED = (
-    (0, CLOSED, {"router", "kill"}),
+    (0, CLOSED, {"router", *DEADLY}),
     (500, "the pretended rank failed", {"row"}),
-    (500, "engines ended while they computed this", {"kill"}),
-    (503, "the engine died: engine ", {"kill"}),
+    (500, "engines ended while they computed this", DEADLY),
+    (503, "the engine died: engine ", DEADLY),
     (503, "the model is still loading", {"router", "kill", ""}),
     (504, "the request did not finish within its ", {"deadline"}),
 )
@@ -54,21 +56,28 @@ def draw_setting(seed: int) -> Setting:
         wait_s=choice([0.02, 0.2]),
         max_wait_s=1.0,
         min_tokens=8,
-        detour_s=0.0,
         latency_s=1e-6,
         byte_s=1e-9,
         save_bytes=choice([16 << 20, 100]),
         max_saves=choice([4, 1]),
     )
+    flips = stream(seed, "flips")
+    hang_s = stream(seed, "hang").choice([0.3, 3.0])
+    depth = stream(seed, "depth").choice([1, 1, 2])
     return Setting(
         roles=choice(ROLES),
         windows=choice([(None,), (None,), (None, 6), (7,)]),
         num_blocks=choice([60, 34, 24]),
         max_num_seqs=choice([6, 2]),
         max_num_batched_tokens=choice([16, 7, 64]),
-        depth=choice([1, 1, 2]),
+        depth=depth,
+        is_inline=depth == 1 and stream(seed, "inline").random() < 0.5,
         min_tokens=choice([1, 6, 40]),
         max_restarts=choice([5, 5, 0]),
+        hang_s=hang_s,
+        flips=flips.choice([0.0, 0.3, 0.9]),
+        drain_s=flips.choice([0.0, 0.5]),
+        stuck_s=2 * hang_s,
         has_tiers=choice([True, True, False]),
         client_tiers=client,
         tiers=TierFaults(
@@ -134,13 +143,17 @@ class Play:
 
     def disturb(self) -> None:
         draw, cluster = self.draw, self.cluster
-        kind = draw.choice(["kill", "kill", "stop", "stall", "cancel", "cancel", "row", "pool", "router"])
+        kind = draw.choice(("kill", "cancel", *FAULTS[:9]))
         name, short = draw.choice(sorted(cluster.setting.roles)), draw.choice([0.05, 0.4, 1.5])
         node, until_s = cluster.nodes[name], cluster.clock.now() + short
         if kind == "kill":
             cluster.kill(name)
         elif kind == "stop":
             node.stop(short)
+        elif kind == "hang":
+            node.stop(FOR_EVER_S)
+        elif kind == "stick":
+            node.stick(draw.choice([short, FOR_EVER_S]))
         elif kind == "stall":
             party = draw.choice(["link", "router", "pool", "peer"])
             if party == "link":
@@ -188,6 +201,7 @@ class Play:
         for side in (self.cluster.placement._prompts, self.cluster.placement._answers):
             self.happened["gaps"] += 0 if side is None else side.index.num_gaps
         self.happened["replayed"] += self.cluster.router.num_replayed
+        self.happened += self.cluster.happened
         self.happened["stale"] += self.cluster.links.num_stale
 
     def explains(self, ask: Ask) -> bool:
@@ -205,7 +219,7 @@ def test_faults_of_every_kind_change_no_token_and_leave_nothing_behind(part: int
     happened: Counter[str] = Counter()
     for seed in range(part, NUM_SEEDS, NUM_PARTS):
         happened += Play(seed).run().happened
-    shown = (*FAULTS, "received", "failed", "loaded", "saved", "gaps", "replayed", "stale")
+    shown = (*FAULTS, "received", "failed", "loaded", "saved", "gaps", "replayed", "stale", "hung", "flipped")
     for kind in shown:
         assert happened[kind], f"no seed of this part shows {kind}"
 

@@ -1,7 +1,8 @@
 """The whole cluster in one process on virtual time: clients, front end, router, engines, pool; faults from one seed.
 
-Real are FrontEnd, Router, PolicyPlacement, Member, Engine, Scheduler, TierSource and KVPool; pretended are ranks,
-links, stores, wires and processes. Tokens are hashes of the KV that was read, so whatever is wrong shows in them.
+Real are FrontEnd, Router, RoleKeeper, PolicyPlacement, Member, Engine, Scheduler, TierSource and KVPool; pretended are
+ranks, links, stores, wires and processes, and drawn from the seed is when an engine is to change its role. Tokens are
+hashes of the KV that was read, so whatever is wrong shows in them.
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from tests.cluster.world import BLOCK_SIZE, LEASE_S, VOCAB_SIZE
 from tests.fakes.executor import EOS_IDS, HashModel, fake_layout, logprob_of
 from tests.fakes.host_tier import PretendedPool, Stores, TierFaults
 
+from penstock.cluster.beats import Silences
 from penstock.cluster.placement import PolicyPlacement
 from penstock.cluster.restarts import Restarts
+from penstock.cluster.roles import RoleKeeper
 from penstock.cluster.router import Router
 from penstock.core.request import Request, SamplingParams, child_seed
 from penstock.core.route_modes import ModeLimits
+from penstock.core.scaling import DECODE, PREFILL, Need, RoleScaler, ScalingLimits, Signals, Window
 from penstock.core.tiering import ClientSettings, ToEngine
 from penstock.engine.client import DRAINING, FrontEnd, Output, RequestError
 from penstock.engine.messages import (
@@ -37,6 +41,7 @@ from penstock.sim.clock import VirtualClock, stream
 from penstock.sim.mover import LinkFaults, PretendedLinks
 from penstock.sim.wire import LineFaults, PretendedNetwork
 
+FLIP_S = 0.2
 POLL_S = 0.1  # the front end looks after processes and its router so often
 CLOSED = "the connection was closed"
 
@@ -51,17 +56,37 @@ class Setting:
     max_num_seqs: int = 6
     max_num_batched_tokens: int = 16
     depth: int = 1
+    is_inline: bool = False  # at depth 1: a loop hears nothing while a step runs
     min_tokens: int = 6
     max_restarts: int = 5
+    hang_s: float = 3.0
+    stuck_s: float = 6.0
     has_tiers: bool = True
     client_tiers: ClientSettings = field(
-        default_factory=lambda: ClientSettings(min_tokens=8, detour_s=0.0, latency_s=1e-6, byte_s=1e-9)
+        default_factory=lambda: ClientSettings(min_tokens=8, latency_s=1e-6, byte_s=1e-9)
     )
     tiers: TierFaults = field(default_factory=TierFaults)
     messages: LineFaults = field(default_factory=lambda: LineFaults(delay_s=0.001))
     links: LinkFaults = field(default_factory=LinkFaults)
     events_lost: float = 0.0
+    flips: float = 0.0  # of a window of FLIP_S: that a role is to give an engine to the other
+    drain_s: float = 0.5
     policies: tuple[str, str] = ("least_time", "request_count")
+
+
+class DrawnScaler(RoleScaler):
+    """Who changes its role is no matter of load."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        super().__init__()
+        self._cluster = cluster
+        self._random = stream(cluster.seed, "flips", cluster.life)
+
+    def observe(self, window: Window, now: float) -> Signals:
+        donor = self._random.choice([PREFILL, DECODE])
+        draws = self._random.random() < self._cluster.setting.flips and not self._cluster.is_healing
+        flip = (donor, DECODE if donor == PREFILL else PREFILL) if draws else None
+        return Signals(Need(0.0, 0.0, 0.0), flip, {}, "by lot")
 
 
 @dataclass
@@ -116,8 +141,12 @@ class Cluster:
         setting, roles = self.setting, self.setting.roles
         limits = ModeLimits(max_output_on_p=0, max_total_on_p=0, max_new_on_d=setting.min_tokens)
         self.placement = PolicyPlacement(roles, *setting.policies, limits, self.seed)
-        self.router = Router(roles, self.placement)
+        keeper = RoleKeeper(self.placement.cost, ScalingLimits(window_s=FLIP_S), drain_s=setting.drain_s)
+        keeper._scaler = DrawnScaler(self)
+        self.router = Router(roles, self.placement, keeper)
         self.restarts = Restarts(setting.max_restarts)
+        self.silences = Silences(setting.hang_s)
+        self.heard: set[str] = set()  # who has beaten since the front end looked
         tokenizer: Any = SimpleNamespace(eos_ids=tuple(EOS_IDS))
         self.front = FrontEnd(self._submit, tokenizer, VOCAB_SIZE)
         self.open: dict[str, Ask] = {}  # by request id, of this front end
@@ -198,6 +227,11 @@ class Cluster:
             return
         now = self.clock.now()
         self._deliver([], self.router.tick(now))
+        serving = [name for name in self.router.serving if name in self.known_lives]
+        for name in self.silences.look(serving, self.heard, now):
+            self.happened["hung"] += 1
+            self.kill(name)
+        self.heard.clear()
         for name, node in list(self.nodes.items()):
             if not node.alive and self.known_lives.get(name) == node.life:
                 del self.known_lives[name]
@@ -261,8 +295,17 @@ class Cluster:
     # ---- what can happen ----
 
     def kill(self, name: str) -> None:
-        if self.nodes[name].alive:
-            self.nodes[name].kill()
+        node = self.nodes[name]
+        if node.alive:
+            node.kill()
+            self.clock.call_in(self._random.choice([0.0, 0.001, 0.1]), lambda: self._pool_hears(node.source))
+
+    def _pool_hears(self, source: str) -> None:
+        """That an engine's connection broke."""
+        if self.clock.now() < self.pool.stopped_until_s:
+            self.clock.call_at(self.pool.stopped_until_s, lambda: self._pool_hears(source))
+        else:
+            self.pool.lost(source)
 
     def kill_pool(self, revive_s: float) -> None:
         if not self.pool.alive:
@@ -288,21 +331,27 @@ class Cluster:
                 ask.error = 0, CLOSED
         for name in self.nodes:
             self.kill(name)
+        self._count_flips()
         self.pool.close()
         self.network.kill(POOL)
         self.network.kill(ROUTER)
         self.life, self.is_up = self.life + 1, False
         self.clock.call_in(revive_s, self.begin)
 
+    def _count_flips(self) -> None:
+        assert self.router.keeper is not None
+        self.happened["flipped"] += self.router.keeper.num_changes
+
     # ---- what must hold ----
 
     def run(self, until_s: float = 60.0) -> None:
         """Until every request is over and everything has calmed down."""
-        while not all(ask.is_over for ask in self.asks):
+        while not all(ask.is_over for ask in self.asks) or any(node.hangs for node in self.nodes.values()):
             assert self.clock.now() < until_s, [ask for ask in self.asks if not ask.is_over]
             self.clock.run_until(self.clock.now() + 0.1)
         self.is_healing = True
         self.clock.run_until(self.clock.now() + 6 * LEASE_S)
+        self._count_flips()
         self._submit(ResetPrefixCache())  # every engine tells something, so that every gap is found
         self.clock.run_until(self.clock.now() + 2.5)
 

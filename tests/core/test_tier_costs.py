@@ -2,31 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.core.tier_costs import RECOMPUTE, LinearRate, PrefillRate, TierWorth, choose_runs
+from penstock.core.tier_costs import LinearRate, PrefillRate, TierWorth, choose_end
 
 SECONDS = st.floats(0.001, 2.0)
 
 
-def price(choice, tiers, load, recompute_s, first_block, detour_s) -> float:
-    """Seconds of one plan, straight from the definition: choice[i] is True where block i is loaded."""
+def price(num_loaded, tiers, load, recompute_s, first_block) -> float:
+    """Seconds of one plan, straight from the definition."""
     total = 0.0
-    for i, loaded in enumerate(choice):
-        if not loaded:
+    for i, tier in enumerate(tiers):
+        if i >= num_loaded:
             total += recompute_s(first_block + i)
             continue
-        run_s, block_s = load[tiers[i]]
-        total += block_s
-        if not (i and choice[i - 1] and tiers[i - 1] == tiers[i]):
-            total += run_s
-            if i and not choice[i - 1]:
-                total += detour_s
+        run_s, block_s = load[tier]
+        total += block_s + (run_s if not i or tiers[i - 1] != tier else 0.0)
     return total
 
 
@@ -37,35 +32,27 @@ def price(choice, tiers, load, recompute_s, first_block, detour_s) -> float:
     base=SECONDS,
     slope=st.floats(0.0, 0.3),
     first_block=st.integers(0, 20),
-    detour_s=st.floats(0.0, 1.0),
 )
-def test_no_plan_is_faster(tiers, load, base, slope, first_block, detour_s):
-    """The runs cover all blocks in order, and no choice among all 2^n costs less."""
+def test_no_end_is_faster(tiers, load, base, slope, first_block):
+    """What is loaded lies in tiers without a gap, and no other end costs less."""
     by_tier = dict(enumerate(load, 1))
 
     def recompute_s(block: int) -> float:
         return base + slope * block
 
-    runs = choose_runs(tiers, by_tier, recompute_s, first_block, detour_s)
-    assert [n for run in runs for n in range(run.start, run.end)] == [*range(first_block, first_block + len(tiers))]
-    assert all(a.tier != b.tier for a, b in itertools.pairwise(runs))
-    choice = [run.tier != RECOMPUTE for run in runs for _ in range(run.start, run.end)]
-    for run in runs:
-        assert run.tier == RECOMPUTE or all(tiers[n - first_block] == run.tier for n in range(run.start, run.end))
-    ours = price(choice, tiers, by_tier, recompute_s, first_block, detour_s)
-    options = [(False, True) if tier else (False,) for tier in tiers]
-    best = min(
-        price(option, tiers, by_tier, recompute_s, first_block, detour_s) for option in itertools.product(*options)
-    )
+    num_loaded = choose_end(tiers, by_tier, recompute_s, first_block) - first_block
+    assert 0 <= num_loaded <= len(tiers) and all(tiers[:num_loaded])
+    ours = price(num_loaded, tiers, by_tier, recompute_s, first_block)
+    first_gap = tiers.index(0) if 0 in tiers else len(tiers)
+    best = min(price(n, tiers, by_tier, recompute_s, first_block) for n in range(first_gap + 1))
     assert ours == pytest.approx(best)
 
 
-def test_deep_blocks_are_loaded_where_shallow_ones_are_computed():
-    """Attention makes deep blocks dearer, so a slow tier pays from some depth on."""
+def test_deep_blocks_pay_for_shallow_ones():
+    """Attention makes deep blocks dearer: a slow tier costs time at first, and pays from some depth on."""
     prefill = PrefillRate(token_s=1e-4, pair_s=1e-6)
-    runs = choose_runs([1] * 64, {1: (0.001, 0.02)}, lambda n: prefill.seconds(32 * n, 32 * n + 32))
-    assert [run.tier for run in runs] == [RECOMPUTE, 1]
-    assert 0 < runs[0].end < 64
+    ends = [choose_end([1] * n, {1: (0.001, 0.02)}, lambda n: prefill.seconds(32 * n, 32 * n + 32)) for n in (8, 64)]
+    assert ends == [0, 64]
 
 
 @given(

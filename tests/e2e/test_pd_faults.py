@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from tests.e2e.pd import COMMON, KV_BYTES, Asked, Reference, ask, asked, engine_pids, handoffs, prompt
-from tests.e2e.serving import RealServer, penstock_command, streaming, until
+from tests.e2e.serving import RealServer, is_running, penstock_command, streaming, until
 
 from penstock.config.socket_directory import SocketDirectory
 from penstock.nn.kernels.native import usable_kernels
@@ -128,6 +129,51 @@ def test_decode_engines_killed_while_they_stream(server: RealServer, one: Refere
     assert (text, reasons[-1]) == (expected.text, "length")
     for victim in victims:
         assert f"engine {victim}: its process ended with SIGKILL; it is started again" in server.errors()[told:]
+
+
+@pytest.mark.parametrize("pd", ["1P2D", "1P1D"])
+def test_a_decode_engine_that_hangs_while_it_streams(one: Reference, pd: str) -> None:
+    """It is stopped for good, so it is killed; its stream goes on at the other, or at the one that is started again."""
+    request = asked(300, next(_numbers), max_tokens=1200, temperature=0.8, seed=6)
+    [expected] = one.answers(request)
+    arguments = ("--pd", pd, "--engine-hang-s", "2", "--kv-cache-memory-bytes", KV_BYTES)
+    with RealServer(*arguments, *COMMON) as server:
+        before = engine_pids(server.until_ready())
+        hands_over(server)
+        token_ids: list[int] = []
+        with streaming(server, "/v1/completions", request.body) as events:
+            for number, event in enumerate(events):
+                assert "error" not in event, event
+                token_ids += [token for choice in event["choices"] for token in choice.get("token_ids") or ()]
+                if number == 10:
+                    victim = until(lambda: decode_engine_of(server, 300), what="a word about where it runs")
+                    os.kill(before[victim], signal.SIGSTOP)
+        assert token_ids == expected.token_ids
+        reason = "it hangs: nothing was heard of it for 2 s, it was killed; it is started again"
+        assert f"engine {victim}: {reason}" in server.errors()
+        until(lambda: set(engine_pids(server)) == set(before), 60, "an engine started again")
+        assert not is_running(before[victim])
+        others = {name: pid for name, pid in before.items() if name != victim}
+        assert others.items() <= engine_pids(server).items(), "they have done nothing"
+        until(server.is_idle, 60, "giving all blocks back")
+
+
+def test_a_prefill_engine_that_hangs(one: Reference) -> None:
+    request = asked(1900, next(_numbers))
+    expected = one.answers(request)
+    arguments = ("--pd", "1P1D", "--engine-hang-s", "2", "--kv-lease-s", "1", "--kv-cache-memory-bytes", KV_BYTES)
+    with RealServer(*arguments, *COMMON) as server:
+        stopped = engine_pids(server.until_ready())["prefill-0"]
+        hands_over(server)
+        os.kill(stopped, signal.SIGSTOP)
+        assert ask(server, request) == expected
+        until(lambda: "engine prefill-0: it hangs" in server.errors(), what="a word about it")
+        lines = server.errors().splitlines()
+        assert all(re.match(r"\d\d:\d\d:\d\d (WARNING|ERROR  ) ", line) for line in lines), lines
+        assert any(" decode-0: " in line and "nothing was heard for 1.0 s" in line for line in lines), lines
+        until(lambda: not is_running(stopped), what="its end")
+        hands_over(server)
+        server.until_idle()
 
 
 def decode_engine_of(server: RealServer, num_tokens: int) -> str | None:

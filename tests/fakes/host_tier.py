@@ -90,6 +90,7 @@ class PretendedPool:
         self.alive, self.stopped_until_s = True, 0.0
         self.slots: Slots = {}
         self.num_bad = 0
+        self._gone: set[str] = set()  # engines whose connection broke
         size = len(layout.groups)
         pause = {"retry_s": 0.2, "max_retry_s": 1.0, "batch_bytes": 200, "latency_s": 1e-5, "byte_s": 1e-9}
         tiers = [TierSettings("disk", (faults.disk_blocks,) * size, faults.write, **pause)]  # type: ignore[arg-type]
@@ -108,7 +109,16 @@ class PretendedPool:
             draws = stream(seed, "peer", life)
             self.peer = PretendedPeer(self, draws, stores.elsewhere, faults.peer_until_s)
 
+    def lost(self, source: str) -> None:
+        """The engine's connection broke."""
+        if self.alive and source not in self._gone:
+            self._gone.add(source)
+            self.pool.lost(source, self.clock.now())
+            self._submit()
+
     def handle(self, source: str, message: ToPool) -> None:
+        if source in self._gone:
+            return  # the last word of a dead engine
         self._answer(self.pool.handle(source, message, self.clock.now()))
 
     def close(self) -> None:

@@ -17,6 +17,7 @@ from tests.server.scripted_engine import ScriptedEngine, drive
 from tests.server.synthetic_cluster import decode_report, prefill_report
 from tests.server.tiny_model import MODEL, tiny_served
 
+from penstock.cluster.beats import Silences
 from penstock.cluster.restarts import Restarts
 from penstock.cluster.router import Router
 from penstock.config.schema import Config, ModelOptions, ServerOptions
@@ -73,6 +74,9 @@ class EngineThread:
         """As subprocess.Popen's."""
         return None if self._thread.is_alive() else 0
 
+    def has_beaten(self) -> bool:
+        return True
+
     def kill(self) -> None:
         self._stop.set()
 
@@ -102,7 +106,7 @@ def cluster_server() -> Iterator[ClusterServer]:
         server.base = url
         server.up.set()
 
-    backend = ManyEngines(Router(ROLES, LeastLoaded(ROLES, min_tokens=8)), launching, Restarts(0))
+    backend = ManyEngines(Router(ROLES, LeastLoaded(ROLES, min_tokens=8)), launching, Restarts(0), Silences(10.0))
     thread = threading.Thread(target=run_server, args=(config, backend, tiny_served), kwargs={"on_ready": on_ready})
     thread.start()
     try:

@@ -11,6 +11,7 @@ import pytest
 from tests.fakes.placement import LeastLoaded
 
 from penstock.cluster import restarts
+from penstock.cluster.beats import Silences
 from penstock.cluster.restarts import Restarts
 from penstock.cluster.router import Router
 from penstock.engine.messages import Drain, Fatal, Peer, Peers, Ready, Stopped, Watch
@@ -26,10 +27,14 @@ class Pretended:
     def __init__(self, name: str, address: str) -> None:
         self.wire: ZmqWire = dial(address)
         self.code: int | None = None
+        self.is_hung = False
         self.wire.send(Ready("m", 64, 32, 9, 4, "cpu", [], [], Peer(name, ROLES[name], f"w:{name}", f"l:{name}")))
 
     def poll(self) -> int | None:
         return self.code
+
+    def has_beaten(self) -> bool:
+        return not self.is_hung
 
     def kill(self) -> None:
         self.end(-9)
@@ -42,12 +47,13 @@ class Pretended:
 class Stage:
     """The backend with its engines, and what its front end is told."""
 
-    def __init__(self, max_restarts: int) -> None:
+    def __init__(self, max_restarts: int, hang_s: float = 0.0) -> None:
         self.alive: dict[str, Pretended] = {}
         self.told: list[Any] = []
         self.num_launched = 0
         self.broken = 0  # launches that fail
-        self.backend = ManyEngines(Router(ROLES, LeastLoaded(ROLES)), self.launch, Restarts(max_restarts))
+        router = Router(ROLES, LeastLoaded(ROLES))
+        self.backend = ManyEngines(router, self.launch, Restarts(max_restarts), Silences(hang_s))
 
     def launch(self, name: str, address: str) -> Pretended:
         self.num_launched += 1
@@ -75,9 +81,9 @@ class Stage:
         return found[-1]
 
 
-def play(script: Callable[[Stage], Any], max_restarts: int = 3) -> None:
+def play(script: Callable[[Stage], Any], max_restarts: int = 3, hang_s: float = 0.0) -> None:
     async def run() -> None:
-        stage = Stage(max_restarts)
+        stage = Stage(max_restarts, hang_s)
         stage.backend.open(asyncio.get_running_loop(), lambda messages: stage.told.extend(messages))
         try:
             stage.backend.launch()
@@ -117,6 +123,22 @@ def test_it_is_started_again_and_its_peers_hear_of_it(caplog: pytest.LogCaptureF
         "engine decode-0: its process ended with SIGKILL; it is started again",
         "engine decode-0 is back",
         "engine decode-0: its process ended with exit code 1; it is started again",
+        "engine decode-0 is back",
+    ]
+
+
+def test_one_that_hangs_is_killed_and_started_again(caplog: pytest.LogCaptureFixture) -> None:
+    async def script(stage: Stage) -> None:
+        first = stage.alive["decode-0"]
+        first.is_hung = True
+        await stage.until(lambda: stage.alive["decode-0"] is not first)
+        assert first.code == -9 and stage.alive["prefill-0"].code is None
+        await stage.hears("decode-0", Peers)
+
+    with caplog.at_level(logging.INFO, "penstock.server"):
+        play(script, hang_s=0.1)
+    assert [record.message for record in caplog.records] == [
+        "engine decode-0: it hangs: nothing was heard of it for 0.1 s, it was killed; it is started again",
         "engine decode-0 is back",
     ]
 

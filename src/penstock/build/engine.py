@@ -66,7 +66,10 @@ QUANTIZATION = {
 
 @dataclass(slots=True)
 class BuiltEngine:
-    """An engine that can take requests, and what it tells about itself. `runner`: for those who measure it."""
+    """An engine that can take requests, and what it tells about itself. `runner`: for those who measure it.
+
+    `counter`: how far the running step is, where the engine has links.
+    """
 
     engine: Engine
     executor: InlineExecutor | ThreadExecutor
@@ -74,6 +77,7 @@ class BuiltEngine:
     ready: Ready
     links: LinkMover | None = None
     tiers: Tiers | None = None
+    counter: StepCounter | None = None
 
     def close(self) -> None:
         """After the last step: let its threads end."""
@@ -215,7 +219,7 @@ def _build(
         cache_format=layout.format,
         block_bytes=sum(group.block_bytes for group in layout.groups),
     )
-    return BuiltEngine(engine, executor, runner, ready, links, tiers)
+    return BuiltEngine(engine, executor, runner, ready, links, tiers, counter)
 
 
 def _fingerprint(resolved: Resolved) -> str:

@@ -1,7 +1,8 @@
-"""An engine process: `python -m penstock.build.engine_process START [NAME]`.
+"""An engine process: `python -m penstock.build.engine_process START [NAME BEATS]`.
 
 It reads its configuration from standard input, later the address of the front end's wire, dials it and serves until it
-is drained. START: when it was launched, monotonic seconds. Imports no torch at its top (build/start.py says why).
+is drained. START: when it was launched, monotonic seconds. NAME: of an engine among others; BEATS: the descriptor of
+the pipe by which it says that it goes on. Imports no torch at its top (build/start.py says why).
 """
 
 from __future__ import annotations
@@ -18,17 +19,19 @@ from queue import SimpleQueue
 from penstock.build.handover import decode
 from penstock.build.start import Stages, begin, import_builder, import_member, no_collections
 from penstock.config.kv_events import event_settings
+from penstock.config.log import set_up_logging
 from penstock.engine.loop import run_engine
 from penstock.engine.messages import Fatal, Progress
 from penstock.engine.wire import ZmqWire, dial
 
 
-def main(encoded: bytes, address: SimpleQueue[str], start_s: float) -> int:
+def main(encoded: bytes, address: SimpleQueue[str], start_s: float, beats: int | None = None) -> int:
     """The engine process: 0 after a drain, 1 after an error that the front end has been told."""
     stages = Stages(start_s)
     stages.done("start Python")
     handover = decode(encoded)
     resolved, seat = handover.resolved, handover.seat
+    set_up_logging(resolved.config.runtime.log_level, "" if seat is None else seat.name)
     if seat is not None and seat.cores and hasattr(os, "sched_setaffinity"):
         os.sched_setaffinity(0, seat.cores)
     with no_collections():
@@ -48,7 +51,7 @@ def main(encoded: bytes, address: SimpleQueue[str], start_s: float) -> int:
             del arena  # the weights keep it
             settings = event_settings(resolved.config.cluster.kv_events_config)
             if seat is not None:
-                run = import_member().member_loop(built, seat, wire, settings)
+                run = import_member().member_loop(built, seat, wire, settings, beats)
             else:
                 beside = None if settings is None else import_member().event_publisher(built, settings).turn
                 run = partial(run_engine, built.engine, built.executor, wire, time.monotonic, beside)
@@ -104,4 +107,4 @@ if __name__ == "__main__":
     configuration = _read(int.from_bytes(_read(8), "little"))
     front_end: SimpleQueue[str] = SimpleQueue()
     threading.Thread(target=_hear_front_end, args=(front_end,), name="penstock-parent", daemon=True).start()
-    sys.exit(main(configuration, front_end, float(sys.argv[1])))
+    sys.exit(main(configuration, front_end, float(sys.argv[1]), int(sys.argv[3]) if len(sys.argv) > 3 else None))

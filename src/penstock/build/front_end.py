@@ -6,6 +6,7 @@ import socket
 from collections.abc import Callable
 
 from penstock.build.launch import EngineProcess
+from penstock.cluster.beats import Silences
 from penstock.cluster.placement import PolicyPlacement
 from penstock.cluster.restarts import Restarts
 from penstock.cluster.roles import RoleKeeper
@@ -37,7 +38,7 @@ def run_cluster(
     placement = PolicyPlacement(roles, options.route_policy, options.decode_policy, limits)
     keeper = None if options.pd is None else RoleKeeper(placement.cost, may_change=options.pd_scaling)
     router = Router(roles, placement, keeper)
-    backend = ManyEngines(router, launch, Restarts(options.engine_restarts))
+    backend = ManyEngines(router, launch, Restarts(options.engine_restarts), Silences(options.engine_hang_s))
     return int(run_server(resolved.config, backend, lambda: _served(resolved), on_ready=on_ready, sock=sock))
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import msgspec
 
 from penstock.build.handover import Handover, encode
+from penstock.cluster.beat_pipe import BeatReader
 from penstock.cluster.seat import Seat
 from penstock.config.complete import Resolved
 from penstock.config.kv_pool import pool_settings
@@ -28,9 +29,15 @@ class EngineProcess:
 
     def __init__(self, resolved: Resolved, seat: Seat | None = None, pool: str = "") -> None:
         command = [sys.executable, "-m", "penstock.build.engine_process", repr(time.monotonic())]
+        self._beats = BeatReader()
+        writer = self._beats.writer
         if seat is not None:
-            command.append(seat.name)  # for people who look at processes
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=_environment(resolved))
+            command += [seat.name, str(writer)]  # the name also for people who look at processes
+        environment = _environment(resolved)
+        try:
+            self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=environment, pass_fds=(writer,))
+        finally:
+            os.close(writer)
         encoded = encode(Handover(resolved, seat, pool))
         self._tell(len(encoded).to_bytes(8, "little") + encoded)
 
@@ -40,10 +47,18 @@ class EngineProcess:
 
     def poll(self) -> int | None:
         """Its exit code, None while it runs."""
-        return self._process.poll()
+        code = self._process.poll()
+        if code is not None:
+            self._beats.close()
+        return code
+
+    def has_beaten(self) -> bool:
+        """Whether it has said since the last call that it goes on. Only an engine with a seat ever does."""
+        return self._beats.heard()
 
     def kill(self) -> None:
         self._process.kill()
+        self._beats.close()
 
     def _tell(self, data: bytes) -> None:
         assert self._process.stdin is not None
@@ -58,7 +73,7 @@ class PoolProcess:
     """The process of a machine's KV pool. It leaves when this one does, or at `close`."""
 
     def __init__(self, config: Config, directory: str) -> None:
-        command = [sys.executable, "-m", "penstock.build.pool_process", directory]
+        command = [sys.executable, "-m", "penstock.build.pool_process", directory, config.runtime.log_level]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=_findable(dict(os.environ)))
         encoded = msgspec.msgpack.encode(pool_settings(config))
         assert self._process.stdin is not None

@@ -10,6 +10,7 @@ import msgspec
 
 from penstock.build.engine import BuiltEngine
 from penstock.cluster.account import link_reports
+from penstock.cluster.beat_pipe import beating
 from penstock.cluster.decode_side import DecodeSide
 from penstock.cluster.loop import MemberLoop
 from penstock.cluster.member import Member
@@ -23,14 +24,14 @@ from penstock.engine.wire import ZmqWire
 
 
 def member_loop(
-    built: BuiltEngine, seat: Seat, front: ZmqWire, events: EventSettings | None = None
+    built: BuiltEngine, seat: Seat, front: ZmqWire, events: EventSettings | None = None, beats: int | None = None
 ) -> Callable[[], None]:
     """What runs the engine until it has drained. Says Ready first. Raises zmq.ZMQError, ConfigError.
 
-    `events`: how routers elsewhere are told of its cache; then they alone are.
+    `events`: how routers elsewhere are told of its cache; then they alone are. `beats`: the pipe to beat into.
     """
-    links = built.links
-    assert links is not None
+    links, counter = built.links, built.counter
+    assert links is not None and counter is not None
     layout, link = built.engine.scheduler.layout, links.addresses[0]
     incarnation = f"{seat.name}.{secrets.token_hex(4)}"
     peers = PeerWire("", seat.host, seat.secret) if seat.host else PeerWire(seat.name, seat.directory)
@@ -38,6 +39,8 @@ def member_loop(
     member = Member(built.engine, decode, PrefillSide(layout.format), life=time.time_ns())
     front.send(msgspec.structs.replace(built.ready, peer=Peer(seat.name, seat.role, peers.address, link, seat.model)))
     loop = MemberLoop(member, built.executor, front, peers, time.monotonic)
+    if beats is not None:
+        beating(beats, lambda: loop.num_rounds + counter.value)
     reporter = built.engine.reporter
     reporter.name, reporter.role, built.engine.timeline.engine = seat.name, seat.role, seat.name
     reporter.links = lambda: link_reports(links.stats(), loop.names, member.prefill)

@@ -1,11 +1,10 @@
-"""The process of a machine's KV pool: `python -m penstock.build.pool_process DIRECTORY`. Imports no torch.
+"""The process of a machine's KV pool: `python -m penstock.build.pool_process DIRECTORY LEVEL`. Imports no torch.
 
-It reads its settings from standard input, and leaves when that ends.
+LEVEL: what it logs from. It reads its settings from standard input, and leaves when that ends.
 """
 
 from __future__ import annotations
 
-import logging
 import signal
 import sys
 import threading
@@ -15,10 +14,11 @@ import msgspec
 
 from penstock.cluster.pool import PoolServer
 from penstock.config.kv_pool import PoolSettings
+from penstock.config.log import set_up_logging
 
 
-def main(directory: str) -> int:
-    logging.basicConfig(format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S", level=logging.INFO)
+def main(directory: str, log_level: str) -> int:
+    set_up_logging(log_level, "pool")
     encoded = sys.stdin.buffer.read(int.from_bytes(sys.stdin.buffer.read(8), "little"))
     settings = msgspec.msgpack.decode(encoded, type=PoolSettings)
     gone = threading.Event()
@@ -39,4 +39,4 @@ def main(directory: str) -> int:
 if __name__ == "__main__":
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], sys.argv[2]))

@@ -28,6 +28,7 @@ class MemberLoop:
     ) -> None:
         self.member, self.executor, self.front, self.peers, self.now = member, executor, front, peers, now
         self.names: dict[str, str] = {}  # of the peers, by link address
+        self.num_rounds = 0
         self._poller = zmq.Poller()
         self._poller.register(front.socket, zmq.POLLIN)
         self._poller.register(peers.socket, zmq.POLLIN)
@@ -42,6 +43,7 @@ class MemberLoop:
 
     def turn(self) -> bool:
         """One round; False when there was nothing to do."""
+        self.num_rounds += 1
         member, time = self.member, self.now()
         received: list[tuple[str, Any]] = [(FRONT, message) for message in self.front.receive()]
         received += self.peers.receive()

@@ -37,6 +37,7 @@ log = logging.getLogger("penstock.pool")
 
 IDLE_WAIT_MS = 50
 STATUS_S = 1.0
+LOOK_S = 0.2  # after a connection broke: by then it shows whose it was
 SILENCE_S = 10.0  # after which a pool is held to be gone
 HELLO_S = 60.0  # for the pool to open its stores and recover what the disk holds
 
@@ -86,12 +87,18 @@ def open_machine_pool(
 
 
 class PoolServer:
-    """Serves the engines of one machine at `directory`/pool until `stop` says so, and its peers where it listens."""
+    """Serves the engines of one machine at `directory`/pool until `stop` says so, and its peers where it listens.
+
+    An engine's connection breaks when its process ends, whatever ended it: then what the pool holds for it goes. zmq
+    says that one broke, but not whose; who cannot be sent to is gone.
+    """
 
     def __init__(self, settings: PoolSettings, directory: Path) -> None:
         self.settings, self.directory = settings, directory
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        self._broken = self._socket.get_monitor_socket(zmq.EVENT_DISCONNECTED)
         self._socket.bind(f"ipc://{directory}/pool")
         self._arena: Arena | None = None
         self._layout: KVLayout | None = None
@@ -99,13 +106,14 @@ class PoolServer:
         self._contents: PoolContents | None = None
         self.listener: PoolListener | None = None
         self._sources: set[bytes] = set()
-        self._told_s = float("-inf")
+        self._told_s = self._look_until_s = float("-inf")
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
         self._waker.setblocking(False)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
         self._poller.register(self._woken, zmq.POLLIN)
+        self._poller.register(self._broken, zmq.POLLIN)
 
     def run(self, stop: Callable[[], bool]) -> None:
         while not stop():
@@ -122,6 +130,9 @@ class PoolServer:
         now = time.monotonic()
         with contextlib.suppress(BlockingIOError):
             self._woken.recv(4096)
+        while self._broken.poll(0):
+            self._broken.recv_multipart(zmq.NOBLOCK)
+            self._look_until_s = now + LOOK_S
         for _ in range(256):
             try:
                 source, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
@@ -135,6 +146,8 @@ class PoolServer:
             if isinstance(message, Hello):
                 self._sources.add(source)
                 self._send(source, self._hello(message))
+            elif source not in self._sources:
+                continue  # the last word of a dead one
             elif isinstance(message, WantContents):
                 if self._contents is not None:
                     self._send(source, PoolHolds(self._contents.snapshot()))
@@ -152,10 +165,16 @@ class PoolServer:
             if events is not None:
                 for source in self._sources:
                     self._send(source, PoolChanged(events))
-            if now - self._told_s > STATUS_S:
-                self._told_s, status = now, pool_status(self._driver.pool)
-                for source in self._sources:
-                    self._send(source, status)
+            self._look(self._driver, now)
+
+    def _look(self, driver: PoolDriver, now: float) -> None:
+        """Tell all engines how the pool is, and find out who is gone."""
+        if now - self._told_s <= STATUS_S and now > self._look_until_s:
+            return
+        self._told_s, status = now, pool_status(driver.pool)
+        for source in [source for source in self._sources if not self._send(source, status)]:
+            self._sources.discard(source)
+            driver.lost(source.hex(), now)
 
     def _hello(self, message: Hello) -> Welcome:
         path, cache = self.directory / "arena", self.settings.cache
@@ -192,10 +211,21 @@ class PoolServer:
             elif self.listener is not None:
                 self.listener.deliver(to, answer)
 
-    def _send(self, to: bytes, message: Any) -> None:
-        self._socket.send_multipart([to, *encode(message)])  # one that is gone costs nothing: ROUTER drops it
+    def _send(self, to: bytes, message: Any) -> bool:
+        """Whether somebody is there; one that does not read costs nothing."""
+        try:
+            self._socket.send_multipart([to, *encode(message)], zmq.NOBLOCK)
+        except zmq.Again:
+            return True
+        except zmq.ZMQError as error:
+            if error.errno != zmq.EHOSTUNREACH:
+                raise
+            return False
+        return True
 
     def close(self) -> None:
+        self._socket.disable_monitor()
+        self._broken.close(linger=0)
         self._socket.close(linger=0)
         self._context.term()
         if self.listener is not None:
@@ -212,6 +242,7 @@ class PoolWire:
     def __init__(self, directory: str) -> None:
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.DEALER)
+        self._socket.setsockopt(zmq.LINGER, 0)
         self._socket.connect(f"ipc://{directory}/pool")
         self._heard_s = float("inf")  # until the pool has spoken it is not missed
 

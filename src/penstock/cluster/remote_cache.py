@@ -41,14 +41,20 @@ class RemoteCache:
         self._blocks: dict[bytes, _Block] = {}
         self._next = 0  # number of the batch to come
         self._newest = -1  # of what was published
+        self._replayed: dict[int, int] = {}  # batches that came again before they came: number -> hash of the payload
         self._later: deque[KVEvents] = deque()
         self._life, self._seq = 0, -1  # of what we tell
 
     def told(self, frames: Sequence[bytes]) -> list[KVEvents]:
         """A published batch. Raises FormatError."""
         events = decode(frames, self.engine)
-        if events.seq <= self._newest:  # numbers begin anew: it is another process
-            out = [self._emptied()]
+        replayed = self._replayed.get(events.seq)
+        is_known = replayed is not None and replayed == hash(frames[2])
+        if self._replayed:
+            self._replayed = {seq: payload for seq, payload in self._replayed.items() if seq > events.seq}
+        if events.seq <= self._newest or (events.seq < self._next and not is_known):
+            out = [self._emptied()]  # numbers begin anew: it is another process
+            self._replayed.clear()
             self._next, self.wanted = 0, 0 if self.can_replay and events.seq else None
             self._later.clear()
         else:
@@ -71,7 +77,10 @@ class RemoteCache:
             while self._later:
                 out += self._take(self._later.popleft())
             return out
-        return self._take(decode(frames, self.engine))
+        events = decode(frames, self.engine)
+        if events.seq > self._newest:
+            self._replayed[events.seq] = hash(frames[2])
+        return self._take(events)
 
     def everything(self) -> KVEvents:
         """All that it holds, as the beginning of a new life: for a router that has forgotten it."""

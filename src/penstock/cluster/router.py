@@ -309,6 +309,11 @@ class Router:
 
     # ---- engines that die ----
 
+    @property
+    def serving(self) -> list[str]:
+        """Engines that must go on: they are there and have not been told that they may leave."""
+        return [engine.name for engine in self.engines.values() if engine.ready is not None and not engine.stopped]
+
     def restarting(self, name: str, now: float) -> tuple[list[FromEngine], Post]:
         """An engine is gone and will be back under its name. Without another that decodes, its requests wait for it."""
         engine = self.engines[name]

@@ -5,9 +5,9 @@ from __future__ import annotations
 import importlib
 
 from penstock.commands.arguments import parse_or_help
-from penstock.commands.serve import set_up_logging
 from penstock.config.flags import FlagParser, given_settings
 from penstock.config.load import resolve
+from penstock.config.log import set_up_logging
 from penstock.config.route import RouteOptions, engine_addresses
 from penstock.config.schema import settings
 from penstock.config.values import ConfigError, parse_value

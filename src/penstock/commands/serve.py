@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import logging
 import time
 from functools import partial
 from typing import Any
@@ -15,6 +14,7 @@ from typing import Any
 from penstock.commands.arguments import add_model, config_from, parse_or_help
 from penstock.config.flags import FlagParser
 from penstock.config.load import model_directory, print_config
+from penstock.config.log import set_up_logging
 from penstock.config.schema import SECTIONS, Config
 
 
@@ -36,12 +36,6 @@ def main(arguments: list[str]) -> int:
     serve = importlib.import_module("penstock.build.serve").serve
     on_ready = partial(tell_ready, config, started_s)
     return int(serve(config, on_resolved=tell_plan, on_ready=on_ready))
-
-
-def set_up_logging(level: str) -> None:
-    """One line an event on standard error, ours from `level` on and other packages' from warnings on."""
-    logging.basicConfig(format="%(asctime)s %(levelname)-7s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
-    logging.getLogger("penstock").setLevel(level.upper())
 
 
 def tell_plan(resolved: Any) -> None:

@@ -263,6 +263,12 @@ class ClusterOptions:
     engine_restarts: int = setting(
         5, "an engine that dies beside others is started again, at most so often within 5 minutes", low=0
     )
+    engine_hang_s: float = setting(
+        10.0,
+        "an engine beside others that is silent so long is killed, and counts as dead; 0: never (for debuggers)",
+        low=0.0,
+        unit="s",
+    )
     pd_max_short_output: int = setting(
         16, "answers of up to so many tokens are made where their prompt was computed; 0: never", low=0, unit="tokens"
     )

@@ -2,7 +2,7 @@
 
 A state machine without clock or I/O. What to call, and when:
 
-- `arrived` when a request has come, `offer` when it could start (again at `Offer.next_block`), `ended` when it is over;
+- `arrived` when a request has come, `offer` when it could start, `ended` when it is over;
 - for an offer of blocks: a KVMove from `offer.place` into fresh device blocks, then `load_started`;
 - `saving.published` for blocks that the prefix cache has taken in; then, for each of `saving.ready()`: `Save.places`
   and a KVMove, `saving.started`, or `saving.dropped` if none of its blocks is on the device any more;
@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from penstock.config.model import KVLayout
 from penstock.core.moves import MoveResult, Place
-from penstock.core.tier_costs import RECOMPUTE, LinearRate, PrefillRate, TierWorth, choose_runs
+from penstock.core.tier_costs import LinearRate, PrefillRate, TierWorth, choose_end
 from penstock.core.tier_saves import TierSaves
 from penstock.core.tiering import (
     BAD_BLOCK,
@@ -52,13 +52,12 @@ class Offer:
 
     `num_blocks` from the block asked for lie ready in `place` (host memory; per KV group as many entries, 0 where a
     window group needs none). `wait_until_s`: not known yet; ask again when an answer has come, at that time at the
-    latest. `next_block`: after computing up to this block, ask again: what follows is better loaded.
+    latest.
     """
 
     num_blocks: int = 0
     place: Place | None = None
     wait_until_s: float | None = None
-    next_block: int | None = None
 
 
 NOTHING = Offer()
@@ -73,7 +72,7 @@ class _Prompt:
     asked_s: float
     match_id: int
     fetch_id: int | None = None
-    segments: list[tuple[int, int]] | None = None  # of blocks to load; None: not known yet
+    end: int | None = None  # of the blocks to load, from `first_block` on; None: not known yet
     tiers: list[str] = field(default_factory=list)  # where each block from `first_block` on was found
     place_of: dict[bytes, int] = field(default_factory=dict)  # key -> index into `slots`
     slots: Sequence[int] = ()
@@ -84,7 +83,6 @@ class _Prompt:
     waits_since_s: float | None = None
     loading: int | None = None  # move id
     load_range: tuple[int, int] = (0, 0)
-    has_ended: bool = False
 
 
 class TierClient:
@@ -135,23 +133,20 @@ class TierClient:
             again = self._ask(request_id, prompt.hashes, first_block, now)
             again.asked_again = True
             return self._wait(again, now)
-        if prompt.segments is None:
+        if prompt.end is None:
             waiting = self._wait(prompt, now)
             if waiting is NOTHING:
                 self._forget(request_id)
             return waiting
-        for start, end in prompt.segments:
-            if first_block < start:
-                return Offer(next_block=start)
-            if first_block < end:
-                ready = self._ready(prompt, first_block, end)
-                if ready < end and not prompt.is_final:
-                    waiting = self._wait(prompt, now)
-                    if waiting.wait_until_s is not None:
-                        return waiting
-                self._end_wait(prompt, now)
-                if ready > first_block:
-                    return Offer(ready - first_block, self._place(prompt, first_block, ready))
+        if first_block < prompt.end:
+            ready = self._ready(prompt, first_block, prompt.end)
+            if ready < prompt.end and not prompt.is_final:
+                waiting = self._wait(prompt, now)
+                if waiting.wait_until_s is not None:
+                    return waiting
+            self._end_wait(prompt, now)
+            if ready > first_block:
+                return Offer(ready - first_block, self._place(prompt, first_block, ready))
         self._forget(request_id)
         return NOTHING
 
@@ -166,7 +161,6 @@ class TierClient:
         """The request will load nothing more: finished, cancelled, preempted. A load under way keeps its slots."""
         prompt = self._prompts.get(request_id)
         if prompt is not None:
-            prompt.has_ended = True
             if prompt.loading is None:
                 self._forget(request_id)
             else:
@@ -291,19 +285,18 @@ class TierClient:
         """The pool has said what it has: choose, and have it brought into host memory."""
         num_groups, first = len(self.layout.groups), prompt.first_block
         tiers = [found[n : n + num_groups] for n in range(0, len(found), num_groups)]  # per block, per group
-        prompt.segments = self._segments(first, tiers, rates)
+        prompt.end = self._end(first, tiers, rates)
         names = ("", HOST, *(rate.name for rate in rates))
         prompt.tiers = [names[max(found)] for found in tiers]
         keys: list[bytes] = []
         parents: list[bytes] = []
         costs_s: list[float] = []
-        for start, end in prompt.segments:
-            for n in range(start, end):
-                for g in range(num_groups):
-                    if n >= self._first_wanted(g, start, end):
-                        keys.append(block_key(prompt.hashes[n], g))
-                        parents.append(self.saving.parent_key(prompt.hashes[n - 1] if n else None, g))
-                        costs_s.append(self.saving.cost_s(n, g))
+        for n in range(first, prompt.end):
+            for g in range(num_groups):
+                if n >= self._first_wanted(g, first, prompt.end):
+                    keys.append(block_key(prompt.hashes[n], g))
+                    parents.append(self.saving.parent_key(prompt.hashes[n - 1] if n else None, g))
+                    costs_s.append(self.saving.cost_s(n, g))
         if not keys:
             del self._prompts[request_id]
             return
@@ -314,38 +307,23 @@ class TierClient:
         self._by_id[prompt.fetch_id] = request_id
         self._outbox.append(Fetch(prompt.fetch_id, tuple(keys), tuple(parents), tuple(costs_s)))
 
-    def _segments(self, first: int, tiers: Sequence[Sequence[int]], rates: Sequence[TierRate]) -> list[tuple[int, int]]:
-        """Blocks to load, sooner than they could be computed."""
+    def _end(self, first: int, tiers: Sequence[Sequence[int]], rates: Sequence[TierRate]) -> int:
+        """Blocks [first, end) are loaded sooner than they could be computed."""
         load = {IN_HOST: (self.rate.latency_s, self.rate.byte_s * self._load_bytes)}
         for t, rate in enumerate(rates, IN_HOST + 1):
             load[t] = (rate.latency_s + self.rate.latency_s, (rate.byte_s + self.rate.byte_s) * self._load_bytes)
         if not self._full:
-            return self._window_segment(first, tiers, load)
+            return self._window_end(first, tiers, load)
         slowest = [
             NO_TIER if any(found[g] == NO_TIER for g in self._full) else max(found[g] for g in self._full)
             for found in tiers
         ]
-        segments: list[tuple[int, int]] = []
-        for run in choose_runs(slowest, load, self._recompute_s, first, self.settings.detour_s):
-            if run.tier == RECOMPUTE:
-                continue
-            if segments and segments[-1][1] == run.start:
-                segments[-1] = (segments[-1][0], run.end)
-            else:
-                segments.append((run.start, run.end))
-        if not self._windows:
-            return segments
-        # A gap that is computed leaves window groups with what they need; a loaded beginning must bring it along.
-        if not segments or segments[0][0] != first:
-            return []
-        end = segments[0][1]
+        end = choose_end(slowest, load, self._recompute_s, first)
         while end > first and not self._windows_have(first, end, tiers):
             end -= 1
-        return [(first, end)] if end > first else []
+        return end
 
-    def _window_segment(
-        self, first: int, tiers: Sequence[Sequence[int]], load: dict[int, tuple[float, float]]
-    ) -> list[tuple[int, int]]:
+    def _window_end(self, first: int, tiers: Sequence[Sequence[int]], load: dict[int, tuple[float, float]]) -> int:
         """Without a full-attention group only the last window is loaded: the deepest end that pays."""
         for end in range(first + len(tiers), first, -1):
             if self._windows_have(first, end, tiers):
@@ -353,8 +331,8 @@ class TierClient:
                 slowest = max(load[max(found)] for found in tiers[start - first : end - first])
                 load_s = slowest[0] + slowest[1] * (end - start)
                 pays = load_s < sum(self._recompute_s(n) for n in range(first, end))
-                return [(first, end)] if pays else []
-        return []
+                return end if pays else first
+        return first
 
     def _windows_have(self, first: int, end: int, tiers: Sequence[Sequence[int]]) -> bool:
         return all(
@@ -418,8 +396,6 @@ class TierClient:
         else:
             self.num_failed += 1
         is_bad = result.error is not None and result.error.startswith(BAD_BLOCK)
-        goes_on = result.error is None and not prompt.has_ended and any(s >= end for s, _ in prompt.segments or ())
-        if not goes_on:
-            self._release(prompt, is_bad)
-            if self._prompts.get(request_id) is prompt:
-                del self._prompts[request_id]
+        self._release(prompt, is_bad)
+        if self._prompts.get(request_id) is prompt:
+            del self._prompts[request_id]

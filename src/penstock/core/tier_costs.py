@@ -1,4 +1,4 @@
-"""What tiers cost and save: rates fitted to measurements, load-or-recompute per run of blocks, whether a tier pays.
+"""What tiers cost and save: rates fitted to measurements, load-or-recompute block by block, whether a tier pays.
 
 Pure arithmetic in seconds and bytes. Knows no block pool, no request and no message.
 """
@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-
-RECOMPUTE = 0  # in Run.tier
 
 
 class LinearRate:
@@ -103,60 +101,31 @@ def _num_pairs(start: int, end: int) -> float:
     return (end * end - start * start) / 2.0
 
 
-@dataclass(frozen=True, slots=True)
-class Run:
-    """Blocks [start, end) are loaded from `tier`, or computed where that is RECOMPUTE."""
-
-    start: int
-    end: int
-    tier: int
-
-
-def choose_runs(
+def choose_end(
     tiers: Sequence[int],
     load: Mapping[int, tuple[float, float]],
     recompute_s: Callable[[int], float],
     first_block: int = 0,
-    detour_s: float = 0.0,
-) -> list[Run]:
-    """Load or recompute each of the blocks, so that the whole is there soonest. Runs in order, without gaps.
+) -> int:
+    """Up to which block to load, so that the whole is there soonest; what follows is computed. `first_block`: nothing.
 
-    `tiers[i]` holds block `first_block + i` (0: none does, it must be computed). `load[tier]`: (seconds per run,
-    seconds per block). `recompute_s(block)`: of that one block, everything before it in place. `detour_s`: what a step
-    in the middle costs beyond its tokens: it is charged per computed run that a loaded one follows.
+    `tiers[i]` holds block `first_block + i` (0: none does). `load[tier]`: (seconds per run of blocks, seconds per
+    block). `recompute_s(block)`: of that one block, everything before it in place.
 
-    Loads and computing are taken to be one after another; what overlaps only comes sooner. Then every cost belongs to a
-    block or to the border between two, and the best plan is the shortest path through 2 states a block (computed,
-    loaded): exact, in O(blocks). Nothing is loaded whose end is not reached sooner for it, so a plan is a loaded
-    beginning, perhaps computed gaps, and a computed rest. Ties are computed: that cannot fail.
+    Loads and computing are taken to be one after another; what overlaps only comes sooner. Blocks behind one that must
+    be computed are not loaded: a request asks its tiers once, when it starts, and tiers lose the deepest blocks first,
+    so such gaps are rare. Exact, in O(blocks). Ties are computed: that cannot fail.
     """
-    infinite = float("inf")
-    computed, loaded = 0.0, infinite  # seconds until blocks [0, i) are there, by what the last one was
-    came_computed: list[bool] = []  # best way to compute block i: after a computed one?
-    came_loaded: list[bool] = []  # best way to load it: after a loaded one?
+    best_s = saved_s = 0.0
+    end = first_block
     for i, tier in enumerate(tiers):
-        came_computed.append(computed <= loaded)
-        next_computed = min(computed, loaded) + recompute_s(first_block + i)
-        next_loaded = infinite
-        stays = False
-        if tier:
-            run_s, block_s = load[tier]
-            after_loaded = loaded + (0.0 if i and tiers[i - 1] == tier else run_s)
-            after_computed = computed + run_s + (detour_s if i else 0.0)
-            stays = after_loaded < after_computed
-            next_loaded = min(after_loaded, after_computed) + block_s
-        came_loaded.append(stays)
-        computed, loaded = next_computed, next_loaded
-    is_loaded = loaded < computed
-    runs: list[Run] = []
-    for i in range(len(tiers) - 1, -1, -1):
-        tier = tiers[i] if is_loaded else RECOMPUTE
-        if runs and runs[-1].tier == tier:
-            runs[-1] = Run(first_block + i, runs[-1].end, tier)
-        else:
-            runs.append(Run(first_block + i, first_block + i + 1, tier))
-        is_loaded = came_loaded[i] if is_loaded else not came_computed[i]
-    return runs[::-1]
+        if not tier:
+            break
+        run_s, block_s = load[tier]
+        saved_s += recompute_s(first_block + i) - block_s - (run_s if not i or tiers[i - 1] != tier else 0.0)
+        if saved_s > best_s:
+            best_s, end = saved_s, first_block + i + 1
+    return end
 
 
 @dataclass(frozen=True, slots=True)

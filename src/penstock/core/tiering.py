@@ -237,7 +237,6 @@ class ClientSettings:
     wait_token_s: float = 2e-5
     max_wait_s: float = 5.0
     min_tokens: int = 256  # shorter beginnings are not asked for
-    detour_s: float = 0.005  # of a step between two loads
     latency_s: float = 1e-4  # from host memory, until loads were measured
     byte_s: float = 3e-10
     max_saves: int = 4  # reservations at a time

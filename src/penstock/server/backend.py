@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+from penstock.cluster.beats import Silences
 from penstock.cluster.restarts import Restarts
 from penstock.cluster.roles import RoleKeeper
 from penstock.cluster.router import Router
@@ -33,6 +34,14 @@ class EngineProcess(Protocol):
         ...
 
     def kill(self) -> None: ...
+
+
+class BeatingProcess(EngineProcess, Protocol):
+    """An engine's process among others, which says that it goes on."""
+
+    def has_beaten(self) -> bool:
+        """Whether it has since the last call."""
+        ...
 
 
 class Backend(Protocol):
@@ -155,7 +164,7 @@ class _Run:
 
     wire: ZmqWire
     loop_wire: LoopWire
-    process: EngineProcess | None = None
+    process: BeatingProcess | None = None
     has_exited: bool = False  # its last words may still be on the wire
     reason: str = ""  # in its own words, why it ends
 
@@ -164,12 +173,18 @@ class ManyEngines:
     """Engines behind a router, in its front end's process. `launch(name, address)` starts one that dials `address`.
 
     An engine that dies costs its requests some time. It is started again, within limits; `poll` says so only when none
-    is left that could go on.
+    is left that could go on. One that is silent for too long is killed, and has died.
     """
 
-    def __init__(self, router: Router, launch: Callable[[str, str], EngineProcess], restarts: Restarts) -> None:
+    def __init__(
+        self,
+        router: Router,
+        launch: Callable[[str, str], BeatingProcess],
+        restarts: Restarts,
+        silences: Silences,
+    ) -> None:
         self.router = router
-        self._launch, self._restarts = launch, restarts
+        self._launch, self._restarts, self._silences = launch, restarts, silences
         self._runs: dict[str, _Run] = {}
         self._due_s: dict[str, float] = {}  # when to start again
         self._codes: dict[str, int] = {}  # of those that will not come back
@@ -207,6 +222,7 @@ class ManyEngines:
     def poll(self) -> int | None:
         """Looks after the processes: one that has ended is taken out of the router once its last words were read."""
         now = time.monotonic()
+        self._listen(now)
         for name, run in list(self._runs.items()):
             code = None if run.process is None else run.process.poll()
             if code is None:
@@ -224,6 +240,18 @@ class ManyEngines:
         if self._runs or self._due_s or not self._codes:
             return None
         return max(self._codes.values(), key=abs)
+
+    def _listen(self, now: float) -> None:
+        """Engines that hang are taken out at once: a process that the system holds may take its time to die."""
+        heard = {name for name, run in self._runs.items() if run.process is not None and run.process.has_beaten()}
+        serving = [name for name in self.router.serving if name in self._runs]
+        for name in self._silences.look(serving, heard, now):
+            process = self._runs[name].process
+            assert process is not None
+            if process.poll() is None:  # else it has died, and its last words are read first
+                process.kill()
+                reason = f"it hangs: nothing was heard of it for {self._silences.limit_s:g} s, it was killed"
+                self._gone(name, -signal.SIGKILL, reason, now)
 
     def _ended(self, name: str, run: _Run, code: int, now: float) -> None:
         """A process is gone, and all it has said was read."""

@@ -224,7 +224,7 @@ class Sender:
             self._stats.cost = self._cost
             self._was_lost = False
             self._stats.num_connections += 1
-        log.info("link to %s: %.2f GB/s, %.0f us", self.address, self._cost.bytes_per_s / 1e9, 5e5 * message_s)
+        log.debug("link to %s: %.2f GB/s, %.0f us", self.address, self._cost.bytes_per_s / 1e9, 5e5 * message_s)
 
     def _ping(self, num_bytes: int) -> float:
         """Seconds until so many bytes were answered."""
