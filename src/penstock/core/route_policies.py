@@ -101,13 +101,9 @@ def near_best(scores: FloatArray, best_s: float | None = None) -> BoolArray:
     return np.asarray(scores <= best + max(TIE_SHARE * (best if best_s is None else best_s), TIE_S))
 
 
-def num_behind(engines: EngineViews, allowed: BoolArray) -> float:
-    """How many prompts an engine's work delays beside the one it is done for: those that queue, on average.
-
-    Prompts that come while an engine has work wait for all of it. By Little's law (arrivals times mean wait) there are
-    as many as there are in a queue, at any load, so no rate has to be measured. The one that runs is no longer delayed.
-    """
-    return max(0.0, float(engines.num_requests @ allowed) / int(np.count_nonzero(allowed)) - 1.0)
+def mean_of(amounts: np.ndarray, allowed: BoolArray) -> float:
+    """Over the rows that are allowed; there is one."""
+    return float(amounts @ allowed) / int(np.count_nonzero(allowed))
 
 
 class RandomPolicy(Policy):
@@ -201,7 +197,7 @@ class FlexLBPolicy(Policy):
 
 def within(amounts: np.ndarray, allowed: BoolArray, times: float) -> BoolArray:
     """Rows with at most so many times the mean of those allowed."""
-    return np.asarray(amounts <= times * float(amounts @ allowed) / int(np.count_nonzero(allowed)))
+    return np.asarray(amounts <= times * mean_of(amounts, allowed))
 
 
 @dataclass(slots=True)
@@ -283,8 +279,11 @@ class PreblePolicy(Policy):
 
 def fetch_from_best(
     request: RouteRequest, engines: EngineViews, predicted: Prediction, allowed: BoolArray, cost: CostModel
-) -> tuple[IntArray, Prediction]:
-    """(per row, of those it can copy from the one with the longest hit in its device; what it gets by copying)."""
+) -> tuple[IntArray, Prediction] | None:
+    """(per row, of those it can copy from the one with the longest hit in its device; what it gets by copying).
+
+    None: nobody has anything to copy.
+    """
     own = np.where(allowed, predicted.device_tokens, 0)
     if engines.reach is None:
         src = np.full(len(own), own.argmax())
@@ -295,7 +294,7 @@ def fetch_from_best(
         best = offered.argmax(axis=1)
         src, hit = holders[best], offered[np.arange(len(own)), best]
     if not hit.any():
-        return src, Prediction(predicted.wait_s, np.full(len(own), np.inf), predicted.prefill_s, own, hit, hit)
+        return None
     num_blocks = np.maximum(hit - own, 0) // engines.block_size
     load_s = load_seconds(num_blocks, engines.block_bytes, "peer", cost)
     load_s[num_blocks <= 0] = np.inf
@@ -323,7 +322,11 @@ class MooncakePolicy(Policy):
         if not allowed.any():
             return None
         predicted = predict(request, engines, index, self.cost, now, tiers=self.tiers)
-        src, fetched = fetch_from_best(request, engines, predicted, allowed, self.cost)
+        found = fetch_from_best(request, engines, predicted, allowed, self.cost)
+        if found is None:
+            row = self.among(np.where(allowed, predicted.total_s, np.inf))
+            return chosen(row, 1e3 * predicted.total_s, allowed, engines, predicted)
+        src, fetched = found
         own, best = predicted.device_tokens, fetched.hit_tokens
         fetches = (best > self.balancing * own) & np.isfinite(fetched.load_s)
         # The transfer is counted in full, as in the algorithm, though it may run while the request waits.
@@ -354,27 +357,34 @@ class LeastTimePolicy(Policy):
         if not allowed.any():
             return None
         predicted = predict(request, engines, index, self.cost, now, tiers=self.tiers)
-        src, fetched = fetch_from_best(request, engines, predicted, allowed, self.cost)
-        own_s, fetched_s = predicted.total_s, fetched.total_s
-        fetches = fetched_s < own_s
-        total = np.where(fetches, fetched_s, own_s) + self.tail_s
-        scores, delayed = total, num_behind(engines, allowed)
-        if delayed:
-            scores = total + delayed * np.where(fetches, fetched.prefill_s, predicted.prefill_s)
-        kept = allowed & (within(engines.num_requests, allowed, HOT) | (engines.num_requests <= self.hot_floor))
+        total, prefill_s, new_tokens = predicted.total_s + self.tail_s, predicted.prefill_s, predicted.new_tokens
+        found = fetch_from_best(request, engines, predicted, allowed, self.cost)
+        if found is not None:
+            src, fetched = found
+            fetched_s = fetched.total_s + self.tail_s
+            fetches = fetched_s < total
+            total = np.where(fetches, fetched_s, total)
+            prefill_s = np.where(fetches, fetched.prefill_s, prefill_s)
+            new_tokens = np.where(fetches, fetched.new_tokens, new_tokens)
+        mean = mean_of(engines.num_requests, allowed)
+        # Prompts that come while an engine has work wait for all of it. By Little's law (arrivals times mean wait) they
+        # are as many as there are in a queue, at any load, so no rate has to be measured; the one that runs is not.
+        scores = total + (mean - 1.0) * prefill_s if mean > 1.0 else total
+        kept = allowed & (engines.num_requests <= max(HOT * mean, self.hot_floor))
         if request.ttft_slo_s is not None:
             in_time = kept & (total <= request.ttft_slo_s - SLO_MARGIN_S)
             kept = in_time if in_time.any() else kept
         scores = np.where(kept if kept.any() else allowed, scores, np.inf)
         near = np.flatnonzero(near_best(scores, float(total[scores.argmin()])))
-        new_tokens = np.where(fetches[near], fetched.new_tokens[near], predicted.new_tokens[near])
-        row = self.one_of(near[new_tokens == new_tokens.min()])
+        new_near = new_tokens[near]
+        row = self.one_of(near[new_near == new_near.min()])
         copies: tuple[Replicate, ...] = ()
-        if fetches[row]:
-            copies = (copy_of(request, engines, int(src[row]), row, int(fetched.hit_tokens[row])),)
+        expected = predicted
+        if found is not None and fetches[row]:
+            copies, expected = (copy_of(request, engines, int(src[row]), row, int(fetched.hit_tokens[row])),), fetched
         if self.hot is not None:
             copies += self.hot.copies(request, engines, predicted, allowed, self.cost, now)
-        return chosen(row, 1e3 * total, allowed, engines, fetched if fetches[row] else predicted, copies)
+        return chosen(row, 1e3 * total, allowed, engines, expected, copies)
 
 
 PREFILL_POLICIES: dict[str, type[Policy]] = {
