@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 from tests.cluster.world import FRONT_END, LEASE_S, Setting, World
 
-from penstock.cluster.messages import Commit, FirstToken, Prefill, Refused, Stop
+from penstock.cluster.messages import Alive, Commit, FirstToken, Prefill, Refused, Stop
 from penstock.cluster.prefill_side import PrefillSide
 from penstock.core.moves import DEVICE, KVMove, KVTicket, MoveResult, Place
 from penstock.core.request import SamplingParams
@@ -195,6 +195,47 @@ def test_a_prefill_engine_knows_an_epoch_once_and_drops_older_ones() -> None:
     assert newer is not None
     assert newer.request_id != side.ended_requests[0]
     assert len(side.live) == 1
+
+
+def test_a_load_of_the_prompt_from_a_tier_is_no_part_of_what_is_sent() -> None:
+    """It has the request's id; its end, good or bad, is between the prefill engine and its tiers."""
+    side = PrefillSide("f")
+    request = side.take(Prefill(a_ticket(1), a_request()), 0.0)
+    assert request is not None
+    load = KVMove(1, "tier", request.request_id, Place("host", ((3,),), (b"k",)), Place(DEVICE, ((5,),)))
+    sent = KVMove(2, a_ticket(1).transfer_id, request.request_id, Place(DEVICE, ((5,),)), Place("link:d0", ((1,),)))
+    for move in (load, sent):
+        side.started(move, 0.0)
+    side.ended(load, MoveResult(1, None, 54, 540, checksum=9), 0.1)
+    side.sampled(TokenDelta(request.request_id, [7], "length"), 0.2)
+    side.ended(sent, MoveResult(2, None, 114, 1140, checksum=5), 0.3)
+    [commit] = [message for _, message in side.outbox if isinstance(message, Commit)]
+    assert (commit.num_units, commit.checksum, side.num_bytes) == (114, 5, 1140)
+    side.ended(load, MoveResult(1, "the block is damaged"), 0.4)
+    assert side.live and not side.num_failed
+
+
+def test_what_was_committed_arrives_within_one_more_lease_or_is_given_up() -> None:
+    """However often the commit is said again: nothing can follow it."""
+    world = World(Setting(), seed=1)
+    world.ask(range(200, 223), 8, "d0", ["p0"])
+    side = world.nodes["d0"].member.decode
+    while not side.num_in_flight:
+        assert world.clock.step()
+    [hand_off] = side._live.values()
+    transfer_id, begin = side._transfer_id(hand_off.request.request_id), world.clock.now()
+    first = FirstToken(transfer_id, hand_off.epoch, 999, [7])
+    step = LEASE_S / 4
+    for n in range(1, 4):
+        side.handle("p0", Alive(transfer_id, hand_off.epoch), begin + n * step)
+    committed = begin + 4 * step
+    assert not side.expired(committed), "alive until then"
+    for n in range(4):
+        side.handle("p0", Commit(first, 10**6, 1), committed + n * step)
+        side.handle("p0", Alive(transfer_id, hand_off.epoch), committed + n * step)
+    assert not side.expired(committed + 0.99 * LEASE_S)
+    assert side.expired(committed + 1.01 * LEASE_S) == [hand_off.move_id]
+    assert "not all has arrived" in hand_off.fault
 
 
 def test_a_prefill_engine_refuses_another_format_and_names_both() -> None:

@@ -232,6 +232,24 @@ def test_a_seed_replays_exactly() -> None:
         assert [ask.tokens for ask in first.cluster.asks] == [ask.tokens for ask in again.cluster.asks]
 
 
+def test_without_faults_no_hand_off_fails() -> None:
+    """With tiers at both ends, whose loads and saves are moves of the same requests."""
+    num_received = num_loaded = 0
+    for seed in range(8):
+        draw = stream(seed, "asks")
+        cluster = Cluster(replace(Setting(), num_blocks=34, roles=ROLES[0]), seed=seed)
+        cluster.clock.run_until(0.1)
+        for n in range(25):
+            cluster.ask(PREFIXES[draw.randrange(3)][: 30 + draw.randrange(30)] + [600 + n], 8)
+            cluster.clock.run_until(cluster.clock.now() + draw.choice([0.01, 0.1, 0.5]))
+        cluster.run()
+        cluster.check()
+        assert not sum(node.member.decode.num_failed for node in cluster.nodes.values()), f"seed {seed}"
+        num_received += sum(node.member.decode.num_received for node in cluster.nodes.values())
+        num_loaded += sum(cluster.nodes[name].copies.num_loaded for name in ("p0", "p1"))
+    assert num_received and num_loaded
+
+
 def test_without_faults_nobody_gets_an_error() -> None:
     cluster = Cluster(replace(Setting(), num_blocks=34), seed=1)
     cluster.clock.run_until(0.1)

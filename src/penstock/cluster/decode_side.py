@@ -38,6 +38,7 @@ class HandOff:
     epoch: int = 0
     move_id: int = -1  # the receipt in flight
     until_s: float = 0.0  # the lease
+    has_commit: bool = False  # everything has left the peer
     fault: str = ""  # why the receipt is being cancelled, if the peer is at fault
     first_token: int = 0  # of the prompt, that the peer is to send
     num_cached: int = 0  # prompt tokens that the peer's cache served
@@ -107,6 +108,7 @@ class DecodeSide:
             return
         hand_off.epoch, hand_off.move_id, hand_off.until_s = move.epoch, move.id, now + self.lease_s
         hand_off.num_tries, hand_off.fault, hand_off.num_cached = hand_off.num_tries + 1, "", 0
+        hand_off.has_commit = False
         assert self._scheduler is not None
         request = hand_off.request
         first_block = -(-len(request.token_ids) // self._size) - len(move.dst.block_ids[0])
@@ -159,7 +161,8 @@ class DecodeSide:
             if hand_off is None:
                 self.outbox.append((peer, Ack(first.transfer_id, first.epoch)))
                 return [], []
-            hand_off.until_s = now + self.lease_s
+            if not hand_off.has_commit:  # what was sent arrives within one more lease, or never does
+                hand_off.until_s, hand_off.has_commit = now + self.lease_s, True
             hand_off.num_cached = first.num_cached
             return self._give(first, now), [(hand_off.move_id, message.num_units, message.checksum)]
         if isinstance(message, FirstToken | Alive):
@@ -167,7 +170,8 @@ class DecodeSide:
             if hand_off is None:
                 self.outbox.append((peer, Stop(message.transfer_id, message.epoch)))
                 return [], []
-            hand_off.until_s = now + self.lease_s
+            if not hand_off.has_commit:
+                hand_off.until_s = now + self.lease_s
             return (self._give(message, now) if isinstance(message, FirstToken) else []), []
         return [], []
 
@@ -180,10 +184,12 @@ class DecodeSide:
         return hand_off.move_id
 
     def expired(self, now: float) -> list[int]:
-        """Receipts of which nothing was heard for a lease, to be cancelled."""
+        """Receipts of which nothing was heard for a lease, or that are not whole that long after the commit: to be
+        cancelled."""
         silent = [h for h in self._live.values() if h.move_id >= 0 and h.until_s < now and not h.fault]
         for hand_off in silent:
-            hand_off.fault = f"nothing was heard for {self.lease_s} s"
+            heard = "all was sent, and not all has arrived" if hand_off.has_commit else "nothing was heard"
+            hand_off.fault = f"{heard} for {self.lease_s:g} s"
         return [hand_off.move_id for hand_off in silent]
 
     def only(self, names: Set[str]) -> list[int]:

@@ -98,16 +98,16 @@ class PrefillSide:
         self._commit_if_done(sending, now)
 
     def started(self, move: KVMove, now: float) -> None:
-        """The engine begins to send a part of a prompt."""
+        """The engine begins to send a part of a prompt, or to move something else."""
         sending = self._by_request.get(move.request_id)
-        if sending is not None:
+        if sending is not None and move.transfer_id == sending.ticket.transfer_id:
             sending.moves.add(move.id)
 
     def ended(self, move: KVMove, result: MoveResult, now: float) -> None:
         """A part has left, or could not."""
         sending = self._by_request.get(move.request_id)
-        if sending is None:
-            return
+        if sending is None or move.transfer_id != sending.ticket.transfer_id:
+            return  # the prompt itself may come from a tier: that is no part of what is sent
         sending.moves.discard(move.id)
         if result.error is not None:
             self.num_failed += 1
