@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ import torch
 
 from penstock.build.start import Stages
 from penstock.build.tiers import Tiers, open_tiers
+from penstock.cluster.pool import PoolGone
 from penstock.cluster.seat import Seat
 from penstock.config.complete import Resolved, can_pack
 from penstock.config.fingerprint import model_fingerprint
@@ -52,6 +54,8 @@ from penstock.transfer.counter import StepCounter
 from penstock.transfer.frames import Identity
 from penstock.transfer.memory import KVMemory
 from penstock.transfer.mover import LinkMover
+
+log = logging.getLogger("penstock.engine")
 
 ProgressCallback = Callable[[str, int, int], None]
 # Setting -> formats of the layers' projections and of the head, whose rows the token table may be.
@@ -175,7 +179,10 @@ def _build(
     tiers = None
     if config.cache.kv_offloading_size is not None:
         directory = (seat and seat.directory) or pool or None
-        tiers = open_tiers(pool_settings(config), layout, store.byte_views(), directory)
+        try:
+            tiers = open_tiers(pool_settings(config), layout, store.byte_views(), directory)
+        except PoolGone as error:  # an engine that computes everything is better than none
+            log.error("%s: this engine goes on without KV tiers", error)
     counter = None if seat is None else StepCounter()
     sampler = Sampler(max_num_seqs, shape.vocab_size)
     loads = None if tiers is None else tiers.mover

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 import subprocess
 import sys
@@ -17,6 +19,8 @@ from penstock.config.complete import Resolved
 from penstock.config.kv_pool import pool_settings
 from penstock.config.openmp import bound_spinning
 from penstock.config.schema import Config
+
+log = logging.getLogger("penstock.server")
 
 POOL_EXIT_S = 10.0  # for blocks on their way to disk
 
@@ -73,12 +77,25 @@ class PoolProcess:
     """The process of a machine's KV pool. It leaves when this one does, or at `close`."""
 
     def __init__(self, config: Config, directory: str) -> None:
-        command = [sys.executable, "-m", "penstock.build.pool_process", directory, config.runtime.log_level]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, env=_findable(dict(os.environ)))
-        encoded = msgspec.msgpack.encode(pool_settings(config))
-        assert self._process.stdin is not None
-        self._process.stdin.write(len(encoded).to_bytes(8, "little") + encoded)
-        self._process.stdin.flush()
+        self._config, self._directory = config, directory
+        self._process = self._start()
+
+    def _start(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "penstock.build.pool_process", self._directory, self._config.runtime.log_level]
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, env=_findable(dict(os.environ)))
+        encoded = msgspec.msgpack.encode(pool_settings(self._config))
+        assert process.stdin is not None
+        with contextlib.suppress(BrokenPipeError):  # it is gone already; its exit code says so
+            process.stdin.write(len(encoded).to_bytes(8, "little") + encoded)
+            process.stdin.flush()
+        return process
+
+    def revive(self) -> None:
+        """Start it again if it has ended, for engines that start from now on. Those that it had compute everything."""
+        code = self._process.poll()
+        if code is not None:
+            log.warning("the pool of KV tiers has ended (exit code %s); it is started again", code)
+            self._process = self._start()
 
     def close(self) -> None:
         """Let it write what it has to, then end it."""

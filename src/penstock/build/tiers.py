@@ -76,7 +76,7 @@ def open_tiers(
 ) -> Tiers:
     """`pools`: the device's memory by layer; `directory`: where the machine's shared pool is, None for one of its own.
 
-    Raises ConfigError, OSError, ValueError.
+    Raises PoolGone, ConfigError, OSError, ValueError.
     """
     if directory is None:
         if settings.cache.kv_pool_listen is not None:

@@ -40,6 +40,11 @@ STATUS_S = 1.0
 LOOK_S = 0.2  # after a connection broke: by then it shows whose it was
 SILENCE_S = 10.0  # after which a pool is held to be gone
 HELLO_S = 60.0  # for the pool to open its stores and recover what the disk holds
+DEAD_S = 5.0  # without anybody listening; one that is started again takes less
+
+
+class PoolGone(Exception):
+    """The machine's pool does not answer."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,9 +162,7 @@ class PoolServer:
             if self.listener is not None:
                 self.listener.turn(self._driver, now)
             self._deliver(self._driver.poll(now))
-            if (
-                SILENCE_S < now - self._told_s < float("inf")
-            ):  # engines held the pool to be gone, and have told routers so
+            if SILENCE_S < now - self._told_s < float("inf"):  # engines held it to be gone, and told routers so
                 self._contents = PoolContents(self._driver.pool, time.time_ns())
             events = self._contents.take(now) if self._contents is not None else None
             if events is not None:
@@ -181,6 +184,7 @@ class PoolServer:
         if self._driver is None:
             try:
                 if self._arena is None:
+                    path.unlink(missing_ok=True)  # of a pool that died here; who has mapped it keeps its memory
                     self._arena = Arena.create(path, message.layout, host_slots(cache, message.layout))
                 if cache.kv_pool_listen is not None and self.listener is None:
                     self.listener = self._listen(cache.kv_pool_listen, message.layout, self._arena)
@@ -243,18 +247,37 @@ class PoolWire:
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
-        self._socket.connect(f"ipc://{directory}/pool")
+        self._path = f"{directory}/pool"
+        self._socket.connect(f"ipc://{self._path}")
         self._heard_s = float("inf")  # until the pool has spoken it is not missed
 
     def hello(self, layout: KVLayout) -> Welcome:
-        """Join the pool. Raises OSError if it does not answer, ValueError if it refuses."""
+        """Join the pool. Raises PoolGone if it does not answer, ValueError if it refuses."""
         self._socket.send_multipart(encode(Hello(layout)))
-        if not self._socket.poll(int(HELLO_S * 1000)):
-            raise OSError(f"the pool of KV tiers did not answer within {HELLO_S:g} s")
+        begin = dead_since = time.monotonic()
+        while not self._socket.poll(250):
+            now = time.monotonic()
+            if now - begin > HELLO_S:
+                raise PoolGone(f"the pool of KV tiers did not answer within {HELLO_S:g} s")
+            if not self._is_dead():
+                dead_since = now
+            elif now - dead_since > DEAD_S:
+                raise PoolGone("the process of the pool of KV tiers has ended")
         welcome: Welcome = decode(*self._socket.recv_multipart())
         if welcome.refusal:
             raise ValueError(welcome.refusal)
         return welcome
+
+    def _is_dead(self) -> bool:
+        """Nobody listens where somebody did. One that has yet to begin is not dead."""
+        with socket.socket(socket.AF_UNIX) as probe:
+            try:
+                probe.connect(self._path)
+            except ConnectionRefusedError:
+                return True
+            except OSError:
+                return False
+        return False
 
     def send(self, message: ToPool | WantContents, now: float) -> None:
         with contextlib.suppress(zmq.Again):  # a pool that does not read is lost soon
