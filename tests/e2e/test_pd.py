@@ -177,3 +177,21 @@ def test_roles_may_have_settings_of_their_own(tmp_path: Path) -> None:
         one.close()
     blocks = [int(n) for n in re.findall(r'cache_config_info{.*num_gpu_blocks="(\d+)"', text)]
     assert len(blocks) == 3 and blocks[0] == blocks[1] < blocks[2]
+
+
+@pytest.mark.skipif(not usable_kernels(), reason="bit-equal with native kernels only")
+def test_prompts_that_come_from_a_tier_are_handed_over() -> None:
+    """More prefixes than the devices hold, each used again: an engine's loads and sends are moves of one request."""
+    flags = ("--kv-cache-memory-bytes", "8M", "--kv-offloading-size", "64M")
+    with RealServer("--pd", "1P1D", *COMMON, *flags, model=MODEL) as server:
+        one = Reference()
+        pair = Pair(server.until_ready(), one, True)
+        for number in range(30):
+            head, tail = prompt(480, 700 + number % 10), prompt(220, 800 + number)
+            pair.check(Asked(head + tail, {"max_tokens": 8, "ignore_eos": True}))
+        server.until_idle()
+        one.close()
+        text = server.http.get("/metrics").text
+        assert handoffs(server)["received"] and handoffs(server)["failed"] == 0
+    loaded = re.findall(r'tier_hit_blocks_total{.*tier="host".*} ([0-9.e+]+)', text)
+    assert sum(map(float, loaded)) > 0, "nothing came from a tier"
