@@ -40,3 +40,6 @@ def test_pools_that_speak_to_each_other_need_a_secret() -> None:
         check_pool(config)
         assert pool_settings(config).secret == "s"
     check_pool(resolve({"kv_remote_url": "redis://127.0.0.1:1/0"}, environ={}))
+    for url in ("foo://127.0.0.1:1", "127.0.0.1:6379", "redis:/127.0.0.1"):
+        with pytest.raises(ConfigError, match=r"--kv-remote-url: it begins with none of redis://.*penstock://"):
+            check_pool(resolve({"kv_remote_url": url}, environ={}))

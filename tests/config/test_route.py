@@ -78,6 +78,7 @@ def test_event_settings_that_are_wrong(given: object, said: str) -> None:
         ({"kv_role": "both"}, "same --cluster-secret"),
         ({"kv_role": "both", "cluster_secret": "s", "cluster_host": "0.0.0.0"}, "--cluster-host: .*name one address"),
         ({"kv_role": "both", "cluster_secret": "s", "kv_link": "shm"}, "--kv-link"),
+        ({"pd": "1P1D", "cluster_secret": " "}, "--cluster-secret: it is empty"),
         ({"kv_role": "both", "cluster_secret": "s", "pd": "1P1D"}, "--kv-role with --pd"),
         ({"kv_events_config": EVENTS, "data_parallel_size": 2}, "--kv-events-config with"),
     ],

@@ -16,6 +16,8 @@ def check_cluster(options: ClusterOptions) -> None:
     if flag and (options.pd is not None or options.data_parallel_size > 1):
         message = "for servers with one engine: a router outside cannot choose among several behind one port"
         raise ConfigError(message, f"{flag} with --pd or --data-parallel-size")
+    if options.cluster_secret is not None and not options.cluster_secret.strip():
+        raise ConfigError("it is empty; without the flag a random one is drawn", "--cluster-secret")
     if options.kv_role is None:
         return
     if not options.cluster_secret:

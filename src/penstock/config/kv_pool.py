@@ -11,6 +11,7 @@ from penstock.config.schema import CacheOptions, Config
 from penstock.config.values import ConfigError
 
 SCHEME = "penstock://"
+REMOTE_SCHEMES = ("redis", "rediss", "unix", "mooncake", "penstock")
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +48,11 @@ def check_pool(config: Config) -> None:
     cache = config.cache
     if cache.kv_pool_listen is not None:
         listen_address(cache.kv_pool_listen)
+    if cache.kv_remote_url is not None:
+        scheme, colon, _ = cache.kv_remote_url.partition("://")
+        if not colon or scheme not in REMOTE_SCHEMES:
+            known = ", ".join(f"{each}://" for each in REMOTE_SCHEMES)
+            raise ConfigError(f"it begins with none of {known}", "--kv-remote-url")  # it may hold a password
     flag = "--kv-pool-listen" if cache.kv_pool_listen is not None else ""
     if peer_address(cache.kv_remote_url) is not None:
         flag = flag or "--kv-remote-url"
