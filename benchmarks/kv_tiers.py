@@ -415,7 +415,7 @@ def main() -> None:
             f"{row['tiers']:10}{row['policy']:6}{hits}  TTFT {row['ttft_mean_s']:.3f} s, P95 {row['ttft_p95_s']:.3f} s"
         )
     if given.out:
-        settings = {name: str(value) for name, value in vars(given).items()}
+        settings = {name: str(value) for name, value in vars(given).items() if name not in ("out", "directory")}
         found = {"settings": settings, "speed": speed, "crossover": curve, "workload": rows}
         write_json(given.out, {**machine(), **found})
 

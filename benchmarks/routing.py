@@ -209,7 +209,8 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="leave out traces and loads that --out has")
     options = parser.parse_args()
     options.scale = options.scale or (32 if options.cost is None else 16)
-    settings = {name: str(value) for name, value in vars(options).items() if name not in ("out", "resume", "jobs")}
+    untold = ("traces", "out", "resume", "jobs")
+    settings = {name: str(value) for name, value in vars(options).items() if name not in untold}
     document: dict[str, Any] = {**machine(), "settings": settings, "traces": {}}
     if options.resume and options.out.exists():
         document["traces"] = json.loads(options.out.read_text())["traces"]

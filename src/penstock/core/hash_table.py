@@ -42,11 +42,9 @@ class HashTable:
     def get(self, keys: Keys) -> Values:
         """The values, 0 where a key is not there. Shapes [N]."""
         buckets = (keys % np.uint64(self.num_buckets)).astype(np.int64)
-        equal = self.keys.take(buckets, axis=0) == keys[:, None]
+        equal = self.keys[buckets] == keys[:, None]
         # At most one way is equal, so the sum of products is that way's value, or 0.
-        found: Values = np.einsum(
-            "nw,nw->n", self.values.take(buckets, axis=0), equal, dtype=np.uint32, casting="unsafe"
-        )
+        found: Values = np.einsum("nw,nw->n", self.values[buckets], equal, dtype=np.uint32, casting="unsafe")
         if self.spilled:
             for i in np.flatnonzero(self._overflowed[buckets] & (found == 0)).tolist():
                 found[i] = self.spilled.get(int(keys[i]), 0)
