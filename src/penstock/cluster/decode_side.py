@@ -189,7 +189,7 @@ class DecodeSide:
         silent = [h for h in self._live.values() if h.move_id >= 0 and h.until_s < now and not h.fault]
         for hand_off in silent:
             heard = "all was sent, and not all has arrived" if hand_off.has_commit else "nothing was heard"
-            hand_off.fault = f"{heard} for {self.lease_s:g} s"
+            hand_off.fault = f"{heard} for {self.lease_s} s"
         return [hand_off.move_id for hand_off in silent]
 
     def only(self, names: Set[str]) -> list[int]:
