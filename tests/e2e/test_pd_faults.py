@@ -103,7 +103,7 @@ def test_prefill_engines_stopped_for_longer_than_the_lease(server: RealServer, o
         assert ask(server, request) == one.answers(request)
 
 
-@pytest.mark.parametrize("num_victims", [1, 2])
+@pytest.mark.parametrize("num_victims", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_decode_engines_killed_while_they_stream(server: RealServer, one: Reference, num_victims: int) -> None:
     """With both gone the streams wait for one that is started again."""
     num_tokens = 300 + num_victims  # no other prompt has as many
