@@ -21,7 +21,7 @@ serve: setup
 	@$(RUN)/penstock serve $(MODEL) --port $(PORT); code=$$?; [ $$code -eq 130 ] || exit $$code
 
 test: check
-	$(RUN)/python -m pytest -q -m "not slow" $(PYTEST)
+	$(RUN)/python -m pytest -q $(PYTEST)
 
 check: setup
 	$(RUN)/ruff check .

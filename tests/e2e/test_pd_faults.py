@@ -103,7 +103,7 @@ def test_prefill_engines_stopped_for_longer_than_the_lease(server: RealServer, o
         assert ask(server, request) == one.answers(request)
 
 
-@pytest.mark.parametrize("num_victims", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("num_victims", [1, 2])
 def test_decode_engines_killed_while_they_stream(server: RealServer, one: Reference, num_victims: int) -> None:
     """With both gone the streams wait for one that is started again."""
     num_tokens = 300 + num_victims  # no other prompt has as many
@@ -131,7 +131,7 @@ def test_decode_engines_killed_while_they_stream(server: RealServer, one: Refere
         assert f"engine {victim}: its process ended with SIGKILL; it is started again" in server.errors()[told:]
 
 
-@pytest.mark.parametrize("pd", ["1P2D", pytest.param("1P1D", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("pd", ["1P2D", "1P1D"])
 def test_a_decode_engine_that_hangs_while_it_streams(one: Reference, pd: str) -> None:
     """It is stopped for good, so it is killed; its stream goes on at the other, or at the one that is started again."""
     request = asked(300, next(_numbers), max_tokens=1200, temperature=0.8, seed=6)

@@ -13,12 +13,9 @@ from tests.e2e.serving import RealServer, until
 
 from penstock.nn.kernels.native import usable_kernels
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(
-        not usable_kernels(), reason="bit-equal with native kernels only, which were not built or not for this machine"
-    ),
-]
+pytestmark = pytest.mark.skipif(
+    not usable_kernels(), reason="bit-equal with native kernels only, which were not built or not for this machine"
+)
 
 # A role that has two engines gives one away, decode first, at the end of every window, whatever the load is.
 FLIPPING = """
