@@ -18,6 +18,7 @@ from tests.e2e.serving import MODEL, RealServer, free_port, until
 
 NUM_TOKENS = 1000
 MAX_TRIES = 8
+TELL_ROUNDS = 5  # of 0.3 s: a pool tells how full it is every second
 FLAGS = (
     "--kv-cache-memory-bytes", "32M", "--kv-offloading-size", "64M", "--disable-log-stats", "--generation-config",
     "vllm", "--cluster-secret", "between us",
@@ -52,15 +53,14 @@ class Engine(RealServer):
                 return float(line.rpartition(" ")[2])
         return 0.0
 
-    def saved(self) -> float:
-        """Blocks in its host memory, when they have become no more for a while. A step makes it tell."""
+    def used(self) -> float:
+        """Blocks in its host memory, when they have become no more for longer than its pool takes to tell of them."""
         seen = [-1.0]
 
         def is_quiet() -> bool:
             time.sleep(0.3)
-            ask(self, [5] * 8)
             seen.append(self.number("used_blocks", "host"))
-            return len(set(seen[-3:])) == 1
+            return len(set(seen[-TELL_ROUNDS:])) == 1
 
         until(is_quiet, what="saving")
         return seen[-1]
@@ -98,14 +98,16 @@ def test_what_one_computed_the_other_loads(pair: tuple[Engine, Engine]) -> None:
     for (one, other), first in ((pair, 1), (pair[::-1], 1 + MAX_TRIES)):
         for number in range(first, first + MAX_TRIES):
             asked = prompt(NUM_TOKENS, number)
-            before, hits = one.saved(), other.number("hit_blocks_total", "remote")
+            before, hits = one.used(), other.number("hit_blocks_total", "remote")
             computed, cached = ask(one, asked)
-            assert cached == 0 and one.saved() == before + NUM_TOKENS // 32
+            assert cached == 0
+            saved = before + NUM_TOKENS // 32
+            until(lambda saved=saved, one=one: one.number("used_blocks", "host") == saved, what="saving")
             tokens, cached = ask(other, asked)
             assert tokens == computed
             assert ask(other, asked, cache_salt=f"salt {number}") == (computed, 0)
-            other.saved()
-            assert other.number("hit_blocks_total", "remote") == hits + cached // 32
+            hits += cached // 32
+            until(lambda hits=hits, other=other: other.number("hit_blocks_total", "remote") == hits, what="telling")
             if cached == NUM_TOKENS // 32 * 32:
                 break
         else:
@@ -134,7 +136,7 @@ def try_hot_prefix(router: RealServer, pair: tuple[Engine, Engine], seed: int) -
     holder = router.http.get("/routes/recent").json()["routes"][0]["engine"]
     other = pair[0] if pair[1].name == holder else pair[1]
     for engine in pair:
-        engine.saved()
+        engine.used()
     hits = other.number("hit_blocks_total", "remote")
     tails = [prefix + prompt(64, seed + number) for number in range(1, 13)]
     with ThreadPoolExecutor(6) as threads:
@@ -142,7 +144,7 @@ def try_hot_prefix(router: RealServer, pair: tuple[Engine, Engine], seed: int) -
     routes = router.http.get("/routes/recent").json()["routes"][:12]
     copies = [route for route in routes if route["engine"] == other.name and route["terms"]["load"] > 0]
     assert all(route["hit_tokens"] >= NUM_TOKENS // 32 * 32 for route in copies)
-    other.saved()
+    other.used()
     has_loaded = other.number("hit_blocks_total", "remote") >= hits + NUM_TOKENS // 32
     assert answers == [ask(pair[0], tail, cache_salt="alone")[0] for tail in tails]
     return bool(copies) and has_loaded

@@ -138,7 +138,8 @@ def test_what_an_engine_has_beside_its_scheduler_says_so_itself() -> None:
     engine.reporter.name, engine.reporter.role = "p0", "prefill"
     engine.reporter.handoffs = lambda: moving[0]
     engine.reporter.links = lambda: [LinkReport("d0", "shm", 7)]
-    engine.reporter.tiers = lambda: [TierReport("host", 9, 3)]
+    tiers = [TierReport("host", 9, 3)]
+    engine.reporter.tiers = lambda: list(tiers)
     first = engine.reporter.due(0.0)
     assert first is not None
     assert (first.name, first.role, first.links[0].num_bytes, first.tiers[0].used_blocks) == ("p0", "prefill", 7, 3)
@@ -149,3 +150,7 @@ def test_what_an_engine_has_beside_its_scheduler_says_so_itself() -> None:
     last = engine.reporter.due(1.0)
     assert last is not None and last.handoffs is not None and last.handoffs.num_sending == 0
     assert engine.reporter.due(2.0) is None, "then an idle engine is silent"
+    tiers[0] = TierReport("host", 9, 4)  # the pool has told it
+    changed = engine.reporter.due(3.0)
+    assert changed is not None and changed.tiers == tiers
+    assert engine.reporter.due(4.0) is None

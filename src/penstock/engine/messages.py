@@ -235,7 +235,9 @@ class TierReport(msgspec.Struct, array_like=True, frozen=True):
 
 
 class Report(Message, frozen=True):
-    """The engine's numbers: after each step at most every 0.25 s, and while watched. `_total` counts since start.
+    """The engine's numbers: at most every 0.25 s, after steps, as its tiers change, and while watched.
+
+    `_total` counts since start.
 
     A prompt's tokens count once, at the engine that decodes. `guests` are requests that run or wait here for other
     engines; `num_running` and `waiting` count them too. A router's Report is the sum of `engines`, in which every

@@ -46,6 +46,7 @@ class Reporter:
         self.handoffs: Callable[[], HandOffs | None] = lambda: None
         self.links: Callable[[], list[LinkReport]] = list
         self.tiers: Callable[[], list[TierReport]] = list
+        self._told_tiers: list[TierReport] = []
         groups = zip(scheduler.layout.groups, scheduler.pools, strict=True)
         sizes = [group.block_bytes * pool.num_blocks for group, pool in groups]
         self._group = sizes.index(max(sizes))
@@ -76,13 +77,14 @@ class Reporter:
         interval = MIN_INTERVAL_S if watch is None else min(MIN_INTERVAL_S, watch.interval_s)
         if now - self._last_s < interval:
             return None
-        if watch is None and not self._changed:
+        if watch is None and not self._changed and self.tiers() == self._told_tiers:
             return None
         self._last_s = now
         report = self._report(now, watch is not None)
         hand_offs = report.handoffs
         in_flight = hand_offs is not None and hand_offs.num_sending + hand_offs.num_receiving > 0
         self._changed = self._scheduler.has_work or in_flight  # then a last one follows
+        self._told_tiers = report.tiers  # a pool's change while nothing is computed
         return report
 
     def _report(self, now: float, detailed: bool) -> Report:

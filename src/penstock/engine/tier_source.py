@@ -17,7 +17,17 @@ from penstock.core.pool_contents import POOL
 from penstock.core.request import Request
 from penstock.core.scheduler import Scheduler
 from penstock.core.tier_client import TierClient
-from penstock.core.tiering import HOST, WRITE_BACK, News, PoolChanged, PoolHolds, ToEngine, ToPool, WantContents
+from penstock.core.tiering import (
+    HOST,
+    WRITE_BACK,
+    News,
+    PoolChanged,
+    PoolHolds,
+    TierStatus,
+    ToEngine,
+    ToPool,
+    WantContents,
+)
 from penstock.core.traffic import Offer
 from penstock.engine.messages import TierReport
 
@@ -113,18 +123,23 @@ class TierSource:
                 TierReport(
                     tier.name,
                     tier.capacity,
-                    tier.used,
+                    0 if self._was_lost else tier.used,
                     hit_blocks=client.hits[tier.name],
                     read_bytes=int(share * client.load_bytes),
                     written_bytes=client.saving.num_bytes if tier.name == HOST else 0,
                     load_s=share * client.load_s,
                     saved_s=share * (client.saved_s - client.load_s),
-                    state=tier.state if tier.name != HOST or client.worth.is_on else "off: it does not pay",
+                    state=self._state(tier),
                     latency_s=client.rate.latency_s + tier.latency_s,
                     byte_s=client.rate.byte_s + tier.byte_s,
                 )
             )
         return reports
+
+    def _state(self, tier: TierStatus) -> str:
+        if self._was_lost:
+            return "off: the pool is gone"
+        return tier.state if tier.name != HOST or self.client.worth.is_on else "off: it does not pay"
 
     def turn(self, now: float) -> None:
         """Take the pool's answers in, start saves, tell the pool what is new."""
