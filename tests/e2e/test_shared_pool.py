@@ -74,7 +74,8 @@ def test_a_pool_that_dies_takes_no_engine_with_it() -> None:
 
         def has_tiers() -> bool:
             lines = server.http.get("/metrics").text.splitlines()
-            return sum(line.startswith("penstock:tier_on{") and 'tier="host"' in line for line in lines) == 2
+            on = [line for line in lines if line.startswith("penstock:tier_on{") and 'tier="host"' in line]
+            return len(on) == 2 and all(line.endswith(" 1.0") for line in on)
 
         until(has_tiers, 60.0, "both engines in the new pool")
         for _ in range(4):
