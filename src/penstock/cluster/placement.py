@@ -18,6 +18,7 @@ from penstock.core.cost import FittedCost, MoveCost, StepCoefficients, StepShape
 from penstock.core.decode_policies import decode_policy
 from penstock.core.kv_events import KVEvents, KVSnapshot, SnapshotRequest
 from penstock.core.kv_index import KVIndex
+from penstock.core.moves import DEVICE
 from penstock.core.pool_contents import POOL
 from penstock.core.pool_contents import TIER as REMOTE
 from penstock.core.prefix import chain_start, extend_chain
@@ -224,7 +225,7 @@ class PolicyPlacement:
             choice = Choice(side.views.names[row], row, 0.0, {}, (), 0, 0, 0.0)
         if choice is None:
             return None
-        hit = int(side.index.match(asked.hashes).blocks[0][choice.row]) * side.views.block_size
+        hit = int(side.index.match(asked.hashes).blocks[DEVICE][choice.row]) * side.views.block_size
         return replace(choice, hit_tokens=hit, new_tokens=asked.prompt_tokens - hit)
 
     def _stay(self, asked: RouteRequest, prompt: Choice, now: float, why: str) -> Placed:

@@ -28,8 +28,9 @@ class HashTable:
 
     def _allocate(self, num_buckets: int) -> None:
         self.num_buckets = num_buckets
-        self.keys = np.zeros((num_buckets, WAYS), np.uint64)
-        self.values = np.zeros((num_buckets, WAYS), np.uint32)
+        # [num_buckets, WAYS] each; a bucket's keys and values lie side by side, for memory is what a look costs.
+        self._buckets = np.zeros((num_buckets, WAYS + WAYS // 2), np.uint64)
+        self.keys, self.values = self._buckets[:, :WAYS], self._buckets[:, WAYS:].view(np.uint32)
         self.spilled: dict[int, int] = {}
         self._overflowed = np.zeros(num_buckets, bool)  # something of this bucket was spilled since the table grew
         self.num_entries = 0
@@ -37,14 +38,16 @@ class HashTable:
     @property
     def num_bytes(self) -> int:
         """Of the arrays, and an estimate of the dict."""
-        return self.keys.nbytes + self.values.nbytes + self._overflowed.nbytes + 130 * len(self.spilled)
+        return self._buckets.nbytes + self._overflowed.nbytes + 130 * len(self.spilled)
 
     def get(self, keys: Keys) -> Values:
         """The values, 0 where a key is not there. Shapes [N]."""
         buckets = (keys % np.uint64(self.num_buckets)).astype(np.int64)
-        equal = self.keys[buckets] == keys[:, None]
+        seen = self._buckets[buckets]
+        equal = seen[:, :WAYS] == keys[:, None]
         # At most one way is equal, so the sum of products is that way's value, or 0.
-        found: Values = np.einsum("nw,nw->n", self.values[buckets], equal, dtype=np.uint32, casting="unsafe")
+        values = seen[:, WAYS:].view(np.uint32)
+        found: Values = np.einsum("nw,nw->n", values, equal, dtype=np.uint32, casting="unsafe")
         if self.spilled:
             for i in np.flatnonzero(self._overflowed[buckets] & (found == 0)).tolist():
                 found[i] = self.spilled.get(int(keys[i]), 0)

@@ -6,7 +6,7 @@ It predicts: a wrong entry costs time, never a token. Knows hashes and names of 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from penstock.core.hash_table import HashTable, Keys, Values
 from penstock.core.holders import EXPECTED, NUM_TIERS, TIER_BITS, HolderCodes, Holding
-from penstock.core.kv_events import KVChange, KVEvents, KVSnapshot, SnapshotRequest, tier_factor
+from penstock.core.kv_events import TIERS, KVChange, KVEvents, KVSnapshot, SnapshotRequest, tier_factor
 
 EXPECTED_S = 30.0  # what a decision promised is believed so long without an event
 ASK_AGAIN_S = 1.0  # a snapshot that does not come is asked for again
@@ -48,17 +48,18 @@ class _Engine:
 class Match:
     """How much of a prompt's beginning each engine can have without computing it.
 
-    `blocks` [tiers, rows]: of the longest run from the start that the engine, with what is shared, can put together:
-    blocks by the nearest tier that has them. `num_asked`: blocks that were looked up.
+    `blocks`: of the longest run from the start that the engine, with what is shared, can put together, how many lie
+    nearest in a tier, per row; by tier, nearest first, the device always. `num_asked`: blocks that were looked up.
     """
 
     num_asked: int
-    blocks: NDArray[np.int64]
+    blocks: Mapping[str, NDArray[np.int64]]
 
     @property
     def total(self) -> NDArray[np.int64]:
         """[rows]"""
-        return np.asarray(self.blocks.sum(axis=0, dtype=np.int64))
+        first, *others = self.blocks.values()
+        return sum(others, first)
 
 
 class KVIndex:
@@ -338,12 +339,11 @@ class KVIndex:
 
     def match(self, hashes: Sequence[bytes]) -> Match:
         """How far each engine can go into a prompt whose block hashes, in order, are these."""
-        blocks = np.zeros((NUM_TIERS, self._num_slots), np.int64)
+        blocks: list[NDArray[np.int64] | None] = [np.zeros(self._num_slots, np.int64)] + [None] * (NUM_TIERS - 1)
         if hashes:
-            keys = keys_of(hashes)
-            values = self._table.get(keys[:LOOK])
-            if len(keys) > LOOK and values.all():  # most prompts part from what is held early
-                values = np.concatenate([values, self._table.get(keys[LOOK:])])
+            values = self._table.get(keys_of(hashes[:LOOK]))
+            if len(hashes) > LOOK and values.all():  # most prompts part from what is held early
+                values = np.concatenate([values, self._table.get(keys_of(hashes[LOOK:]))])
             lasts = [*np.flatnonzero(values[1:] != values[:-1]).tolist(), len(values) - 1]  # of runs of equal holders
             alive, start = self._live & ~self._shared, 0
             for last, value in zip(lasts, values[lasts].tolist(), strict=True):
@@ -351,23 +351,28 @@ class KVIndex:
                 if not alive:
                     break
                 start = last + 1
-        return Match(len(hashes), blocks.take(self._slot_of_row, axis=1))
+        rows = self._slot_of_row
+        found = {tier: each.take(rows) for tier, each in zip(TIERS, blocks, strict=True) if each is not None}
+        return Match(len(hashes), found)
 
-    def _reach(self, value: int, num_blocks: int, alive: int, blocks: NDArray[np.int64]) -> int:
+    def _reach(self, value: int, num_blocks: int, alive: int, blocks: list[NDArray[np.int64] | None]) -> int:
         """Count a run of blocks with equal holders for those who came so far; who comes further."""
         left, reached, tiers = alive, 0, self._codes.masks(value)
         for tier, mask in enumerate(tiers):
             near = mask & left
             if near:
-                self._add(near, num_blocks, blocks[tier])
+                self._add(near, num_blocks, blocks, tier)
                 left &= ~near
                 reached |= near
         if left and any(mask & self._shared for mask in tiers):
-            self._add(left, num_blocks, blocks[NUM_TIERS - 1])
+            self._add(left, num_blocks, blocks, NUM_TIERS - 1)
             reached = alive
         return reached
 
-    def _add(self, mask: int, num_blocks: int, counts: NDArray[np.int64]) -> None:
+    def _add(self, mask: int, num_blocks: int, blocks: list[NDArray[np.int64] | None], tier: int) -> None:
+        counts = blocks[tier]
+        if counts is None:
+            counts = blocks[tier] = np.zeros(self._num_slots, np.int64)
         if mask & (mask - 1) == 0:
             counts[mask.bit_length() - 1] += num_blocks
             return

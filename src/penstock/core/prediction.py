@@ -12,8 +12,8 @@ import numpy as np
 
 from penstock.core.cost import FloatArray, IntArray
 from penstock.core.doors import CostModel
-from penstock.core.kv_events import TIERS
 from penstock.core.kv_index import KVIndex
+from penstock.core.moves import DEVICE
 from penstock.core.routing import EngineViews, RouteRequest
 
 DISTRUST = 0.8  # hits that came true less often than this are counted as far as they did; above it, luck
@@ -45,15 +45,17 @@ def predict(
     What other tiers hold is loaded or computed, whichever is sooner. Hits count as far as they came true so far.
     """
     size, prompt = engines.block_size, request.prompt_tokens
-    blocks = index.match(request.hashes).blocks
+    match = index.match(request.hashes)
+    blocks = match.blocks
     longest = max(prompt - 1, 0)
-    device = _believed(blocks[0], engines.trust, size, longest)
+    device = _believed(blocks[DEVICE], engines.trust, size, longest)
     prefill_s = prefill_after(device, prompt, cost)
     load_s, hit = np.zeros(len(device)), device
-    if tiers and blocks[1:].any():
-        for tier, counts in zip(TIERS[1:], blocks[1:], strict=True):
-            load_s += load_seconds(counts, engines.block_bytes, tier, cost)
-        with_loads = _believed(blocks.sum(axis=0), engines.trust, size, longest)
+    if tiers and len(blocks) > 1:
+        for tier, counts in blocks.items():
+            if tier != DEVICE:
+                load_s += load_seconds(counts, engines.block_bytes, tier, cost)
+        with_loads = _believed(match.total, engines.trust, size, longest)
         sooner = prefill_after(with_loads, prompt, cost)
         pays = sooner + load_s < prefill_s
         prefill_s, load_s = np.where(pays, sooner, prefill_s), np.where(pays, load_s, 0.0)
@@ -84,13 +86,13 @@ def prefill_after(hits: IntArray, prompt_tokens: int, cost: CostModel) -> FloatA
     return seconds
 
 
-def load_seconds(counts: IntArray, block_bytes: int, tier: str, cost: CostModel) -> FloatArray:
-    """Of loading so many blocks, per row. Moves are affine in their bytes, so two of them tell all."""
+def load_seconds(counts: IntArray, block_bytes: int, tier: str, cost: CostModel, *, nothing: float = 0.0) -> FloatArray:
+    """Of loading so many blocks, per row; `nothing` for none. Moves are affine in bytes, so two of them tell all."""
     most = int(counts.max())
     if not most:
-        return np.zeros(len(counts))
+        return np.full(len(counts), nothing)
     one, all_ = cost.move_seconds(block_bytes, tier), cost.move_seconds(most * block_bytes, tier)
     if math.isinf(all_):
-        return np.where(counts > 0, np.inf, 0.0)
+        return np.where(counts > 0, np.inf, nothing)
     each = (all_ - one) / (most - 1) if most > 1 else 0.0
-    return np.where(counts > 0, one + (counts - 1) * each, 0.0)
+    return np.where(counts > 0, (one - each) + counts * each, nothing)

@@ -34,24 +34,25 @@ def candidates(request: RouteRequest, engines: EngineViews) -> BoolArray:
 
 def chosen(
     row: int, scores: FloatArray, allowed: BoolArray, engines: EngineViews, predicted: Prediction,
-    copies: tuple[Replicate, ...] = (),
+    copies: tuple[Replicate, ...] = (), *, unit: float = 1.0,
 ) -> Choice:  # fmt: skip
-    """The decision in full. `scores`: lower is better, in the policy's own unit; runner-ups are told in it."""
+    """The decision in full. `scores`: lower is better, in the policy's own unit; runner-ups' are told times `unit`."""
     left = np.where(allowed, scores, np.inf)
     left[row] = np.inf
     ranked = []
     for _ in range(NUM_RUNNER_UPS):
         other = int(left.argmin())
-        if math.isinf(left[other]):
+        score = left.item(other)
+        if math.isinf(score):
             break
-        ranked.append((engines.names[other], float(left[other])))
+        ranked.append((engines.names[other], unit * score))
         left[other] = np.inf
-    wait, load, prefill = (float(c[row]) for c in (predicted.wait_s, predicted.load_s, predicted.prefill_s))
+    wait, load, prefill = predicted.wait_s.item(row), predicted.load_s.item(row), predicted.prefill_s.item(row)
     terms = {"wait": 1e3 * wait, "load": 1e3 * max(0.0, load - wait), "prefill": 1e3 * prefill}
     return Choice(
         engines.names[row], row, sum(terms.values()), terms,
         tuple(ranked),
-        int(predicted.hit_tokens[row]), int(predicted.new_tokens[row]), prefill, copies,
+        predicted.hit_tokens.item(row), predicted.new_tokens.item(row), prefill, copies,
     )  # fmt: skip
 
 
@@ -81,24 +82,20 @@ class Policy:
 
     def among(self, scores: FloatArray) -> int:
         """One of the best, at random."""
-        return self.any_of(scores == scores.min())
-
-    def any_of(self, rows: BoolArray) -> int:
-        """One of them, at random."""
-        return self.one_of(np.flatnonzero(rows))
+        return self.one_of(np.flatnonzero(scores == scores.min()))
 
     def one_of(self, found: IntArray) -> int:
         """One of these row numbers, at random."""
         return int(found[0] if len(found) == 1 else found[self.random.randrange(len(found))])
 
 
-def near_best(scores: FloatArray, best_s: float | None = None) -> BoolArray:
-    """Which are nearly best: two routers, or two decisions on stale news, then do not all run to the same engine.
+def near_best(scores: FloatArray, seconds: FloatArray, tail_s: float = 0.0) -> IntArray:
+    """Which rows are nearly best: two routers, or two decisions on stale news, then do not all run to the same engine.
 
-    `best_s`: of which time a share counts as nothing; the best score itself where scores are times.
+    A share of the best's time counts as nothing: of its `seconds` and what comes after them.
     """
-    best = float(scores.min())
-    return np.asarray(scores <= best + max(TIE_SHARE * (best if best_s is None else best_s), TIE_S))
+    at = int(scores.argmin())
+    return np.flatnonzero(scores <= scores.item(at) + max(TIE_SHARE * (seconds.item(at) + tail_s), TIE_S))
 
 
 def mean_of(amounts: np.ndarray, allowed: BoolArray) -> float:
@@ -191,8 +188,8 @@ class FlexLBPolicy(Policy):
         predicted = predict(request, engines, index, self.cost, now, tiers=self.tiers)
         scores = predicted.total_s
         kept = allowed & within(engines.num_requests, allowed, HOT) & within(predicted.wait_s, allowed, HOT)
-        row = self.any_of(near_best(np.where(kept if kept.any() else allowed, scores, np.inf)))
-        return chosen(row, 1e3 * scores, allowed, engines, predicted)
+        row = self.one_of(near_best(np.where(kept if kept.any() else allowed, scores, np.inf), scores))
+        return chosen(row, scores, allowed, engines, predicted, unit=1e3)
 
 
 def within(amounts: np.ndarray, allowed: BoolArray, times: float) -> BoolArray:
@@ -286,19 +283,23 @@ def fetch_from_best(
     """
     own = np.where(allowed, predicted.device_tokens, 0)
     if engines.reach is None:
-        src = np.full(len(own), own.argmax())
-        hit = own[src]
+        best_row = int(own.argmax())
+        best_hit = int(own[best_row])
+        if not best_hit:
+            return None
+        src, hit = np.full(len(own), best_row), np.full(len(own), best_hit)
+        lacked = best_hit - own
+        prefill_s = engines.slowness * cost.prefill_seconds(request.prompt_tokens - best_hit, best_hit)
     else:
         holders = np.argsort(-own, kind="stable")[:MAX_SOURCES]
         offered = np.where(engines.reach[:, holders], own[holders], 0)
         best = offered.argmax(axis=1)
         src, hit = holders[best], offered[np.arange(len(own)), best]
-    if not hit.any():
-        return None
-    num_blocks = np.maximum(hit - own, 0) // engines.block_size
-    load_s = load_seconds(num_blocks, engines.block_bytes, "peer", cost)
-    load_s[num_blocks <= 0] = np.inf
-    prefill_s = prefill_after(hit, request.prompt_tokens, cost) * engines.slowness
+        if not hit.any():
+            return None
+        lacked = np.maximum(hit - own, 0)
+        prefill_s = prefill_after(hit, request.prompt_tokens, cost) * engines.slowness
+    load_s = load_seconds(lacked // engines.block_size, engines.block_bytes, "peer", cost, nothing=np.inf)
     return src, Prediction(predicted.wait_s, load_s, prefill_s, own, hit, request.prompt_tokens - hit)
 
 
@@ -325,7 +326,7 @@ class MooncakePolicy(Policy):
         found = fetch_from_best(request, engines, predicted, allowed, self.cost)
         if found is None:
             row = self.among(np.where(allowed, predicted.total_s, np.inf))
-            return chosen(row, 1e3 * predicted.total_s, allowed, engines, predicted)
+            return chosen(row, predicted.total_s, allowed, engines, predicted, unit=1e3)
         src, fetched = found
         own, best = predicted.device_tokens, fetched.hit_tokens
         fetches = (best > self.balancing * own) & np.isfinite(fetched.load_s)
@@ -333,9 +334,9 @@ class MooncakePolicy(Policy):
         scores = np.where(fetches, fetched.wait_s + fetched.load_s + fetched.prefill_s, predicted.total_s)
         row = self.among(np.where(allowed, scores, np.inf))
         if not fetches[row]:
-            return chosen(row, 1e3 * scores, allowed, engines, predicted)
+            return chosen(row, scores, allowed, engines, predicted, unit=1e3)
         copies = (copy_of(request, engines, int(src[row]), row, int(best[row])),)
-        return chosen(row, 1e3 * scores, allowed, engines, fetched, copies)
+        return chosen(row, scores, allowed, engines, fetched, copies, unit=1e3)
 
 
 @dataclass(slots=True)
@@ -357,25 +358,28 @@ class LeastTimePolicy(Policy):
         if not allowed.any():
             return None
         predicted = predict(request, engines, index, self.cost, now, tiers=self.tiers)
-        total, prefill_s, new_tokens = predicted.total_s + self.tail_s, predicted.prefill_s, predicted.new_tokens
+        total, prefill_s, new_tokens = predicted.total_s, predicted.prefill_s, predicted.new_tokens
         found = fetch_from_best(request, engines, predicted, allowed, self.cost)
         if found is not None:
             src, fetched = found
-            fetched_s = fetched.total_s + self.tail_s
+            fetched_s = fetched.total_s
             fetches = fetched_s < total
-            total = np.where(fetches, fetched_s, total)
-            prefill_s = np.where(fetches, fetched.prefill_s, prefill_s)
-            new_tokens = np.where(fetches, fetched.new_tokens, new_tokens)
+            if fetches.any():
+                total = np.where(fetches, fetched_s, total)
+                prefill_s = np.where(fetches, fetched.prefill_s, prefill_s)
+                new_tokens = np.where(fetches, fetched.new_tokens, new_tokens)
+            else:
+                found = None
         mean = mean_of(engines.num_requests, allowed)
         # Prompts that come while an engine has work wait for all of it. By Little's law (arrivals times mean wait) they
         # are as many as there are in a queue, at any load, so no rate has to be measured; the one that runs is not.
         scores = total + (mean - 1.0) * prefill_s if mean > 1.0 else total
         kept = allowed & (engines.num_requests <= max(HOT * mean, self.hot_floor))
         if request.ttft_slo_s is not None:
-            in_time = kept & (total <= request.ttft_slo_s - SLO_MARGIN_S)
+            in_time = kept & (total <= request.ttft_slo_s - SLO_MARGIN_S - self.tail_s)
             kept = in_time if in_time.any() else kept
         scores = np.where(kept if kept.any() else allowed, scores, np.inf)
-        near = np.flatnonzero(near_best(scores, float(total[scores.argmin()])))
+        near = near_best(scores, total, self.tail_s)
         new_near = new_tokens[near]
         row = self.one_of(near[new_near == new_near.min()])
         copies: tuple[Replicate, ...] = ()
@@ -384,7 +388,7 @@ class LeastTimePolicy(Policy):
             copies, expected = (copy_of(request, engines, int(src[row]), row, int(fetched.hit_tokens[row])),), fetched
         if self.hot is not None:
             copies += self.hot.copies(request, engines, predicted, allowed, self.cost, now)
-        return chosen(row, 1e3 * total, allowed, engines, expected, copies)
+        return chosen(row, total, allowed, engines, expected, copies, unit=1e3)
 
 
 PREFILL_POLICIES: dict[str, type[Policy]] = {
