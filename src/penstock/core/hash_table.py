@@ -49,7 +49,7 @@ class HashTable:
         values = seen[:, WAYS:].view(np.uint32)
         found: Values = np.einsum("nw,nw->n", values, equal, dtype=np.uint32, casting="unsafe")
         if self.spilled:
-            for i in np.flatnonzero(self._overflowed[buckets] & (found == 0)).tolist():
+            for i in (self._overflowed[buckets] & (found == 0)).nonzero()[0].tolist():
                 found[i] = self.spilled.get(int(keys[i]), 0)
         return found
 

@@ -31,8 +31,8 @@ class _Demand:
 class HotPrefixes:
     """Demand of a prefix: requests a second times the time to compute it, in engines.
 
-    Looked at where a prompt is 1, 2, 4, 8, ... blocks long. Above 60 % of one engine, ceil(demand / 60 %) engines
-    should hold it.
+    Looked at where a prompt is 1, 2, 4, 8, ... blocks long, as far as it has been seen, and one further. Above 60 % of
+    one engine, ceil(demand / 60 %) engines should hold it.
     """
 
     share: float = SHARE
@@ -45,7 +45,9 @@ class HotPrefixes:
         """Count a request; the copy that should be made now, if one should: of the longest prefix that is hot."""
         hot: tuple[int, float, _Demand] | None = None
         depth = 1
-        while depth <= len(request.hashes):
+        is_known = True
+        while is_known and depth <= len(request.hashes):
+            is_known = request.hashes[depth - 1] in self._demands
             demand = self._count(request.hashes[depth - 1], now)
             if demand.per_s * WINDOW_S >= 2:
                 engines_wanted = demand.per_s * cost.prefill_seconds(depth * engines.block_size, 0)

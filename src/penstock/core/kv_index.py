@@ -344,7 +344,7 @@ class KVIndex:
             values = self._table.get(keys_of(hashes[:LOOK]))
             if len(hashes) > LOOK and values.all():  # most prompts part from what is held early
                 values = np.concatenate([values, self._table.get(keys_of(hashes[LOOK:]))])
-            lasts = [*np.flatnonzero(values[1:] != values[:-1]).tolist(), len(values) - 1]  # of runs of equal holders
+            lasts = [*(values[1:] != values[:-1]).nonzero()[0].tolist(), len(values) - 1]  # of runs of equal holders
             alive, start = self._live & ~self._shared, 0
             for last, value in zip(lasts, values[lasts].tolist(), strict=True):
                 alive = self._reach(value, last + 1 - start, alive, blocks) if value else 0

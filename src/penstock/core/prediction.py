@@ -76,7 +76,7 @@ def prefill_after(hits: IntArray, prompt_tokens: int, cost: CostModel) -> FloatA
     """Seconds to compute a prompt after hits of so many tokens, per row. Most rows of a large fleet are alike."""
     least = int(hits.min())
     seconds = np.full(len(hits), cost.prefill_seconds(prompt_tokens - least, least))
-    more = np.flatnonzero(hits > least)
+    (more,) = (hits > least).nonzero()
     if len(more) > MANY:
         seconds[more] = cost.prefill_seconds_each(prompt_tokens - hits[more], hits[more])
     else:

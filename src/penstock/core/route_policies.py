@@ -23,6 +23,7 @@ TIE_SHARE, TIE_S = 0.10, 0.020  # scores within the larger of the two are equal
 HOT = 3.0  # times the mean
 SLO_MARGIN_S = 0.1
 NUM_RUNNER_UPS = 3
+PEER = "peer"  # of the cost model: a copy between engines
 MAX_SOURCES = 64  # engines with the longest hits that others may copy from; of 1,000, all would cost 7 ms a decision
 
 
@@ -95,7 +96,8 @@ def near_best(scores: FloatArray, seconds: FloatArray, tail_s: float = 0.0) -> I
     A share of the best's time counts as nothing: of its `seconds` and what comes after them.
     """
     at = int(scores.argmin())
-    return np.flatnonzero(scores <= scores.item(at) + max(TIE_SHARE * (seconds.item(at) + tail_s), TIE_S))
+    (near,) = (scores <= scores.item(at) + max(TIE_SHARE * (seconds.item(at) + tail_s), TIE_S)).nonzero()
+    return near
 
 
 def mean_of(amounts: np.ndarray, allowed: BoolArray) -> float:
@@ -279,8 +281,10 @@ def fetch_from_best(
 ) -> tuple[IntArray, Prediction] | None:
     """(per row, of those it can copy from the one with the longest hit in its device; what it gets by copying).
 
-    None: nobody has anything to copy.
+    None: nobody has anything to copy, or no link between engines is known.
     """
+    if math.isinf(cost.move_seconds(engines.block_bytes, PEER)):
+        return None
     own = np.where(allowed, predicted.device_tokens, 0)
     if engines.reach is None:
         best_row = int(own.argmax())
@@ -299,7 +303,7 @@ def fetch_from_best(
             return None
         lacked = np.maximum(hit - own, 0)
         prefill_s = prefill_after(hit, request.prompt_tokens, cost) * engines.slowness
-    load_s = load_seconds(lacked // engines.block_size, engines.block_bytes, "peer", cost, nothing=np.inf)
+    load_s = load_seconds(lacked // engines.block_size, engines.block_bytes, PEER, cost, nothing=np.inf)
     return src, Prediction(predicted.wait_s, load_s, prefill_s, own, hit, request.prompt_tokens - hit)
 
 
