@@ -2,17 +2,19 @@
 #   PORT=8001          where `make serve` listens       MODEL=DIR   what it serves
 #   TORCH_INDEX=URL    a package index for torch        PYTHON=...  which Python .venv is made with
 #   CXX=...            the compiler of the kernels      PYTEST=...  for pytest: make test PYTEST="tests/core -x"
+#   JOBS=2             files of tests at a time (0: in one process, for a debugger)
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 PORT ?= 8000
 MODEL ?= penstock-tiny
 PYTEST ?=
+JOBS ?= 2
 RUN := .venv/bin
 
 .PHONY: help setup serve test check sanitize demo pd-demo bench docs clean
 
 help:
-	@head -4 Makefile | cut -c3-
+	@head -5 Makefile | cut -c3-
 
 setup:
 	@TORCH_INDEX="$(TORCH_INDEX)" PYTHON="$(PYTHON)" scripts/setup.sh
@@ -21,7 +23,7 @@ serve: setup
 	@$(RUN)/penstock serve $(MODEL) --port $(PORT); code=$$?; [ $$code -eq 130 ] || exit $$code
 
 test: check
-	$(RUN)/python -m pytest -q $(PYTEST)
+	$(RUN)/python -m pytest -q -n $(JOBS) --dist loadfile $(PYTEST)
 
 check: setup
 	$(RUN)/ruff check .

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 
 import numpy as np
 import pytest
+from tests.ports import free_port
 from tests.tiers.test_driver import Machine, disk, hashes
 from tests.tiers.tier_blocks import ONE, TWO, key, record
 
@@ -336,9 +337,7 @@ def test_a_guest_that_misbehaves_is_sent_away_and_holds_nothing(caplog):
 def test_two_machines_that_name_each_other():
     """Engine, client, pool and mover of each: what one computed the other loads; asked for what neither has, none
     asks on. Then one is gone: one line, and the other computes."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port = free.getsockname()[1]
-    address = f"tcp://127.0.0.1:{port}"
+    address = f"tcp://127.0.0.1:{free_port()}"
     with peer(layout=TWO) as first:
         there = PeerStore(first.address, TWO, SECRET)
         second = PeerPool({"remote": PeerStore(address, TWO, SECRET)}, layout=TWO)

@@ -9,7 +9,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -21,6 +20,7 @@ from typing import Any
 
 import httpx
 import openai
+from tests.ports import free_port
 
 import penstock
 
@@ -46,11 +46,6 @@ def penstock_command(*arguments: str, stdin: str = "", timeout_s: float = 120.0)
     return subprocess.run(
         command, input=stdin, capture_output=True, text=True, timeout=timeout_s, env=clean_environment(), check=False
     )
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 def until(condition: Callable[[], Any], timeout_s: float = 20.0, what: str = "it") -> Any:

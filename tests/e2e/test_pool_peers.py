@@ -14,7 +14,8 @@ from typing import Any
 
 import pytest
 from tests.e2e.pd import prompt
-from tests.e2e.serving import MODEL, RealServer, free_port, until
+from tests.e2e.serving import MODEL, RealServer, until
+from tests.ports import free_port
 
 NUM_TOKENS = 1000
 MAX_TRIES = 8

@@ -17,7 +17,8 @@ from typing import Any
 import httpx
 import pytest
 from tests.e2e.pd import handoffs, prompt
-from tests.e2e.serving import MODEL, RealServer, assert_error, free_port, streaming, until
+from tests.e2e.serving import MODEL, RealServer, assert_error, streaming, until
+from tests.ports import free_port
 
 from penstock.server.kv_transfer import offered
 

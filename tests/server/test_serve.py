@@ -17,6 +17,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.ports import free_port
 from tests.server.harness import assert_error
 from tests.server.scripted_engine import DIE
 from tests.server.tiny_model import MODEL, tiny_tokenizer
@@ -75,11 +76,6 @@ class Process:
                 if "scripted_engine" in Path(f"/proc/{child}/cmdline").read_text(encoding="utf-8"):
                     return int(child)
         raise AssertionError("no engine process")
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as sock:
-        return int(sock.getsockname()[1])
 
 
 @pytest.fixture

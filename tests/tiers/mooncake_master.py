@@ -9,16 +9,11 @@ import time
 from pathlib import Path
 
 import pytest
+from tests.ports import free_port
 
 from penstock.tiers.mooncake import load
 
 TIMEOUT_S = 20.0
-
-
-def free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
 
 
 class Master:

@@ -11,6 +11,7 @@ import time
 from typing import Any
 
 import pytest
+from tests.ports import free_port
 
 
 class RespServer:
@@ -112,8 +113,7 @@ class RealServer:
     """A real Redis or Valkey process on 127.0.0.1:`port`, without persistence."""
 
     def __init__(self, binary: str, password: str | None = None) -> None:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            self.port = free.getsockname()[1]
+        self.port = free_port()
         command = [binary, "--port", str(self.port), "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
         command += ["--requirepass", password] if password else []
         self._process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -8,7 +8,8 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 import pytest
-from tests.tiers.mooncake_master import Master, free_port
+from tests.ports import free_port
+from tests.tiers.mooncake_master import Master
 from tests.tiers.tier_blocks import ONE, TWO, key, record
 
 from penstock.tiers import mooncake
