@@ -142,8 +142,8 @@ def measure_peer(layout: KVLayout, rounds: int) -> dict[str, Any]:
     cache = CacheOptions(kv_offloading_size=size, kv_pool_listen=place)
     directory = SocketDirectory()
     pool = PoolProcess(Config(cache=cache, cluster=ClusterOptions(cluster_secret="benchmark")), directory.path)
-    line = PoolWire(directory.path)
-    line.hello(layout)  # as its engine does; then it listens
+    line = PoolWire(directory.path, layout)
+    line.join()  # as its engine does; then it listens
     store = PeerStore(f"tcp://{place}", layout, "benchmark", timeout_s=10.0)
     try:
         return measure_store(store, layout, rounds, lambda: None)

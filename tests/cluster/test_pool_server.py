@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 from threading import Thread
 
 import pytest
 from tests.tiers.tier_blocks import ONE, key
 
-from penstock.cluster.pool import SILENCE_S, PoolServer, PoolWire
+from penstock.cluster.pool import SILENCE_S, PoolServer, PoolWire, Welcome
 from penstock.config.kv_pool import pool_settings
 from penstock.config.load import resolve
 from penstock.core.pool_contents import POOL
-from penstock.core.tiering import Filled, PoolChanged, Reserve, Reserved, ToEngine
+from penstock.core.tiering import Filled, PoolChanged, PoolStatus, Reserve, Reserved, ToEngine
+from penstock.tiers.arena import Arena
 
 
 class Engine:
@@ -22,15 +24,16 @@ class Engine:
 
     def __init__(self, server: PoolServer, directory: Path) -> None:
         self.server = server
-        self.line = PoolWire(str(directory))
-        welcome: list[object] = []
-        asking = Thread(target=lambda: welcome.append(self.line.hello(ONE)), daemon=True)
+        self.line = PoolWire(str(directory), ONE)
+        self.arenas: list[Arena | None] = []  # what the line said of the pool's memory
+        self.line.on_arena = self.arenas.append
+        asking = Thread(target=lambda: self.arenas.append(self.line.join()), daemon=True)
         asking.start()
         end = time.monotonic() + 10
-        while not welcome and time.monotonic() < end:
+        while not self.arenas and time.monotonic() < end:
             server.turn()
             time.sleep(0.001)
-        [self.welcome] = welcome
+        assert self.arenas
         self.heard: list[ToEngine | PoolChanged] = []
 
     def wait(self, kind: type, seconds: float = 10) -> object:
@@ -45,6 +48,15 @@ class Engine:
             time.sleep(0.001)
         raise AssertionError(f"no {kind.__name__} came; {self.heard}")
 
+    def until(self, condition: Callable[[], bool], later_s: float = 0.0, seconds: float = 10) -> None:
+        """Both go on until it holds. `later_s`: how far this engine's clock is ahead."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert time.monotonic() < end
+            self.server.turn()
+            self.heard += self.line.receive(time.monotonic() + later_s)
+            time.sleep(0.001)
+
     def save(self, number: int) -> None:
         """A block that is whole."""
         self.line.send(Reserve(number, (key(number),), (b"",), (0.1,)), 0.0)
@@ -53,12 +65,14 @@ class Engine:
         self.line.send(Filled(number, (True,)), 0.0)
 
 
+def pool_at(directory: Path) -> PoolServer:
+    return PoolServer(pool_settings(resolve({"kv_offloading_size": "4M"}, environ={})), directory)
+
+
 @pytest.fixture
 def server(tmp_path: Path) -> Iterator[PoolServer]:
-    config = resolve({"kv_offloading_size": "4M"}, environ={})
-    server = PoolServer(pool_settings(config), tmp_path)
-    yield server
-    server.close()
+    with closing(pool_at(tmp_path)) as server:
+        yield server
 
 
 def test_routers_are_told_everything_again_after_a_pool_was_held_to_be_gone(server: PoolServer, tmp_path: Path) -> None:
@@ -73,4 +87,50 @@ def test_routers_are_told_everything_again_after_a_pool_was_held_to_be_gone(serv
     assert isinstance(after, PoolChanged)
     assert after.events.life > before.events.life + 1 and after.events.seq == 0
     assert [hash_ for change in after.events.changes for hash_ in change.hashes] == [key(1)[:-1]]
+    engine.line.close()
+
+
+def test_an_engine_joins_the_pool_that_takes_a_dead_ones_place(tmp_path: Path) -> None:
+    with closing(pool_at(tmp_path)) as server:
+        engine = Engine(server, tmp_path)
+        engine.save(1)
+    engine.heard.clear()
+    with closing(pool_at(tmp_path)) as engine.server:
+        engine.line.send(Reserve(2, (key(2),), (b"",), (0.1,)), 0.0)  # which nobody has asked this pool to know
+        engine.until(lambda: engine.line.is_lost(0.0))
+        assert engine.arenas[1:] == [None], "the dead pool's memory is given back"
+        engine.line.send(Reserve(3, (key(3),), (b"",), (0.1,)), 0.0)  # not before it has joined
+        engine.until(lambda: not engine.line.is_lost(0.0))
+        assert len(engine.arenas) == 3 and isinstance(engine.arenas[2], Arena)
+        assert not any(isinstance(message, Reserved) for message in engine.heard)
+        engine.save(4)
+        told = engine.wait(PoolChanged)
+        assert isinstance(told, PoolChanged) and told.events.seq == 0
+        assert [hash_ for change in told.events.changes for hash_ in change.hashes] == [key(4)[:-1]]
+        engine.line.close()
+
+
+def test_an_idle_engine_misses_its_pool_too(server: PoolServer, tmp_path: Path) -> None:
+    """After silence it joins again: what the pool, which was only slow, holds for it from before is let go."""
+    engine = Engine(server, tmp_path)
+    engine.line.send(Reserve(1, (key(1),), (b"",), (0.1,)), 0.0)
+    engine.wait(Reserved)
+    engine.wait(PoolStatus)
+    assert server._driver is not None and server._driver.pool.num_held == 1
+    engine.heard += engine.line.receive(time.monotonic() + SILENCE_S + 1)
+    assert engine.line.is_lost(0.0) and engine.arenas[1:] == [None]
+    engine.until(lambda: not engine.line.is_lost(0.0))
+    assert isinstance(engine.arenas[2], Arena) and server._driver.pool.num_held == 0
+    engine.save(2)
+    engine.line.close()
+
+
+def test_a_pool_that_refuses_is_not_joined(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with closing(pool_at(tmp_path)) as server:
+        engine = Engine(server, tmp_path)
+    with closing(pool_at(tmp_path)) as engine.server:
+        engine.server._hello = lambda message: Welcome(refusal="no room")  # type: ignore[method-assign]
+        engine.line.send(Reserve(2, (key(2),), (b"",), (0.1,)), 0.0)
+        engine.until(lambda: "cannot be joined again: no room" in caplog.text)
+        assert engine.line.is_lost(0.0) and engine.arenas[1:] == [None]
     engine.line.close()

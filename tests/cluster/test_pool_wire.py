@@ -32,7 +32,7 @@ time.sleep(600)
 
 
 def test_a_pool_that_is_gone_does_not_stop_an_engine(tmp_path: Path) -> None:
-    wire = PoolWire(str(tmp_path))
+    wire = PoolWire(str(tmp_path), TWO)
 
     def ask() -> None:
         for n in range(5000):
@@ -47,8 +47,8 @@ def test_a_pool_that_is_gone_does_not_stop_an_engine(tmp_path: Path) -> None:
 
 
 def join(directory: str) -> PoolWire:
-    wire = PoolWire(directory)
-    wire.hello(TWO)
+    wire = PoolWire(directory, TWO)
+    wire.join()
     return wire
 
 

@@ -14,7 +14,8 @@ from tests.e2e.pd import engine_pids
 from tests.e2e.serving import RealServer, until
 from tests.tiers.tier_blocks import ONE
 
-from penstock.cluster.pool import HELLO_S, PoolGone, PoolWire
+from penstock.cluster import pool
+from penstock.cluster.pool import PoolWire
 
 TOKENS, BLOCK = 1024, 32
 HIT = TOKENS - BLOCK  # the last block's last token is computed, and so its block
@@ -52,7 +53,7 @@ def test_a_prompt_that_only_the_pool_holds_is_predicted_as_a_load_and_is_one() -
 
 
 def test_a_pool_that_dies_takes_no_engine_with_it() -> None:
-    """Engines that it had compute on; those that are started again find a new one."""
+    """Engines compute on, and join the one that is started in its place: that of before, and one that died as well."""
     prompt = list(range(100, 500))
     flags = ("-dp", "2", "--kv-cache-memory-bytes", "8M", "--kv-offloading-size", "64M", "--disable-log-stats")
     with RealServer(*flags) as server:
@@ -62,34 +63,40 @@ def test_a_pool_that_dies_takes_no_engine_with_it() -> None:
             answer = server.complete(prompt, max_tokens=8, temperature=0)
             return str(answer["choices"][0]["text"])
 
-        expected = text()
-        [pool] = [pid for pid in server.children() if "penstock.build.pool_process" in command_of(pid)]
-        os.kill(pool, signal.SIGKILL)
-        before = engine_pids(server)
-        assert len(before) == 2
-        for name, pid in before.items():
-            os.kill(pid, signal.SIGKILL)
-            until(lambda name=name, pid=pid: engine_pids(server).get(name, pid) != pid, 30.0)
-            assert text() == expected
-
-        def has_tiers() -> bool:
+        def tiers(name: str) -> list[float]:
+            """A metric of host memory, of each engine."""
             lines = server.http.get("/metrics").text.splitlines()
-            on = [line for line in lines if line.startswith("penstock:tier_on{") and 'tier="host"' in line]
-            return len(on) == 2 and all(line.endswith(" 1.0") for line in on)
+            found = [line for line in lines if line.startswith(f"penstock:tier_{name}{{") and 'tier="host"' in line]
+            return [float(line.rpartition(" ")[2]) for line in found]
 
-        until(has_tiers, 60.0, "both engines in the new pool")
-        for _ in range(4):
-            assert text() == expected
-        assert server.errors().count("it is started again") >= 3  # the pool, and each engine
+        expected = text()
+        until(lambda: tiers("used_blocks") == [len(prompt) // 32] * 2, what="saving")
+        [pool_pid] = [pid for pid in server.children() if "penstock.build.pool_process" in command_of(pid)]
+        os.kill(pool_pid, signal.SIGKILL)
+        (name, pid), _ = engine_pids(server).items()
+        os.kill(pid, signal.SIGKILL)
+        until(lambda: engine_pids(server).get(name, pid) != pid, 30.0)
+        assert text() == expected
+        until(lambda: tiers("on") == [1.0] * 2 and "the pool of KV tiers is back" in server.errors(), 60.0, "joining")
+        draw = random.Random(7)
+        others = [[draw.randrange(16, 8000) for _ in range(TOKENS)] for _ in range(2)]
+        for other in others:
+            server.complete(other, max_tokens=1, temperature=0)
+        until(lambda: min(tiers("used_blocks")) >= 2 * HIT // 32, what="saving in the new pool")
+        assert text() == expected
+        assert server.errors().count("it is started again") == 2
         assert "goes on without KV tiers" not in server.errors()
 
 
-def test_an_engine_whose_pool_does_not_come_back_goes_on_without(tmp_path: Path) -> None:
+def test_an_engine_whose_pool_does_not_come_back_goes_on_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with socket.socket(socket.AF_UNIX) as left:
         left.bind(str(tmp_path / "pool"))  # and nobody listens
-    line = PoolWire(str(tmp_path))
+    line = PoolWire(str(tmp_path), ONE)
+    monkeypatch.setattr(pool, "DEAD_S", 0.5)
     begin = time.monotonic()
-    with pytest.raises(PoolGone, match="has ended"):
-        line.hello(ONE)
-    assert time.monotonic() - begin < HELLO_S / 2
+    with pytest.raises(pool.PoolGone, match="has ended"):
+        line.join()
+    assert time.monotonic() - begin < pool.HELLO_S / 2
     line.close()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
+import weakref
 
 import numpy as np
 import pytest
@@ -148,9 +150,9 @@ def test_a_cancelled_move_ends_once(two):
     blocked = threading.Event()
     original = first.mover._save
 
-    def slow(move):
+    def slow(*args):
         blocked.wait(30)
-        return original(move)
+        return original(*args)
 
     first.mover._save = slow
     for n in (1, 2):
@@ -179,6 +181,35 @@ def test_loads_overtake_saves(two):
     blocked.set()
     order = [first.result().id for _ in range(4)]
     assert order.index(4) <= 1
+
+
+def test_a_move_that_has_started_stays_with_its_pools_memory():
+    """The pool dies and another takes its place: a save that waited must not write into what is now somebody's slot."""
+    old, new = Arena.private(ONE, (2,)), Arena.private(ONE, (2,))
+    rank = Rank(ONE, old)
+    blocked, original = threading.Event(), rank.mover._save
+
+    def slow(*args):
+        blocked.wait(30)
+        return original(*args)
+
+    rank.mover._save = slow
+    for n in (1, 2):
+        rank.mover.start(KVMove(n, "t", "r", Place(DEVICE, ((n,),)), Place(HOST, ((n,),), (key(n),))))
+    rank.mover.use(None)
+    rank.mover.start(KVMove(3, "t", "r", Place(HOST, ((1,),), (key(1),)), Place(DEVICE, ((3,),))))
+    rank.mover.use(new)
+    rank.mover.start(KVMove(4, "t", "r", Place(HOST, ((1,),), (key(1),)), Place(DEVICE, ((3,),))))
+    blocked.set()
+    results = {result.id: result.error for result in (rank.result() for _ in range(4))}
+    assert results == {1: None, 2: None, 3: "the pool is gone", 4: BAD_BLOCK}
+    assert all(old.formats[0].header(old.record(0, n)).key == key(n) for n in (1, 2))
+    assert not new.record(0, 1).any() and not new.record(0, 2).any()
+    memory = weakref.ref(old._memory)
+    del old
+    gc.collect()
+    assert memory() is None, "memory of a pool that is gone is given back"
+    rank.mover.close()
 
 
 def test_a_slot_that_changes_during_a_load_is_never_taken_for_the_block():

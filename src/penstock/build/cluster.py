@@ -43,7 +43,7 @@ def serve_cluster(
             if group.settings:
                 log.info("%s: %s", group.role, ", ".join(f"{name} {value}" for name, value in group.settings.items()))
         by_name = {name: done for group, done in zip(groups, each, strict=True) for name in group.names}
-        fleet = _Fleet(by_name, make_seats(by_name, roles, directory.path), pool)
+        fleet = _Fleet(by_name, make_seats(by_name, roles, directory.path))
         try:
             return int(import_server().run_cluster(resolved, roles, fleet.launch, sock, on_ready))
         finally:
@@ -55,8 +55,8 @@ def serve_cluster(
 class _Fleet:
     """The engines' processes. The first of each starts at once, so that it loads while others import what they need."""
 
-    def __init__(self, resolved: Mapping[str, Resolved], seats: Sequence[Seat], pool: PoolProcess | None) -> None:
-        self._resolved, self._pool = resolved, pool
+    def __init__(self, resolved: Mapping[str, Resolved], seats: Sequence[Seat]) -> None:
+        self._resolved = resolved
         self._seats = {seat.name: seat for seat in seats}
         self._early = {name: EngineProcess(resolved[name], seat) for name, seat in self._seats.items()}
         self._processes = dict(self._early)  # the last of each name
@@ -65,8 +65,6 @@ class _Fleet:
         """A process of this name that dials `address`."""
         process = self._early.pop(name, None)
         if process is None:
-            if self._pool is not None:
-                self._pool.revive()
             process = EngineProcess(self._resolved[name], self._seats[name])
         self._processes[name] = process
         process.dial(address)

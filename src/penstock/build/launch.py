@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -23,6 +24,7 @@ from penstock.config.schema import Config
 log = logging.getLogger("penstock.server")
 
 POOL_EXIT_S = 10.0  # for blocks on their way to disk
+POOL_LIFE_S = 5.0  # a pool that ends sooner is not started again before
 
 
 class EngineProcess:
@@ -74,11 +76,16 @@ class EngineProcess:
 
 
 class PoolProcess:
-    """The process of a machine's KV pool. It leaves when this one does, or at `close`."""
+    """The process of a machine's KV pool. It leaves when this one does, or at `close`.
+
+    When it ends otherwise it is started again, at once if it lived long enough; its engines join the new one.
+    """
 
     def __init__(self, config: Config, directory: str) -> None:
         self._config, self._directory = config, directory
+        self._is_closed, self._starting = threading.Event(), threading.Lock()
         self._process = self._start()
+        threading.Thread(target=self._watch, name="penstock-pool-watch", daemon=True).start()
 
     def _start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "penstock.build.pool_process", self._directory, self._config.runtime.log_level]
@@ -90,15 +97,25 @@ class PoolProcess:
             process.stdin.flush()
         return process
 
-    def revive(self) -> None:
-        """Start it again if it has ended, for engines that start from now on. Those that it had compute everything."""
-        code = self._process.poll()
-        if code is not None:
-            log.warning("the pool of KV tiers has ended (exit code %s); it is started again", code)
-            self._process = self._start()
+    def _watch(self) -> None:
+        while True:
+            begin = time.monotonic()
+            code = self._process.wait()
+            rest_s = max(0.0, begin + POOL_LIFE_S - time.monotonic())
+            if self._is_closed.is_set():
+                return
+            log.error("the pool of KV tiers has ended (exit code %s); it is started again", code)
+            if self._is_closed.wait(rest_s):
+                return
+            with self._starting:
+                if self._is_closed.is_set():
+                    return
+                self._process = self._start()
 
     def close(self) -> None:
         """Let it write what it has to, then end it."""
+        with self._starting:
+            self._is_closed.set()
         assert self._process.stdin is not None
         self._process.stdin.close()
         try:

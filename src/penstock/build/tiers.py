@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,7 +83,9 @@ def open_tiers(
         arena = Arena.private(layout, host_slots(settings.cache, layout))
         line: LocalPool | PoolWire = LocalPool(open_machine_pool(settings, layout, arena))
     else:
-        line = PoolWire(directory)
-        welcome = line.hello(layout)
-        arena = Arena.attach(Path(welcome.arena), layout, welcome.num_slots)
-    return Tiers(line, TierMover(layout, pools, arena), PrefillRate())
+        line = PoolWire(directory, layout)
+        arena = line.join()
+    mover = TierMover(layout, pools, arena)
+    if isinstance(line, PoolWire):
+        line.on_arena = mover.use
+    return Tiers(line, mover, PrefillRate())

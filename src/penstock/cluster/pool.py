@@ -12,7 +12,7 @@ import os
 import socket
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from penstock.core.kv_pool import Answers
 from penstock.core.pool_contents import PoolContents
 from penstock.core.pool_status import pool_status
 from penstock.core.tiering import News, PoolChanged, PoolHolds, ToEngine, ToPool, WantContents
-from penstock.tiers.arena import Arena
+from penstock.tiers.arena import Arena, ArenaError
 from penstock.tiers.driver import PoolDriver
 from penstock.tiers.open import host_slots, open_pool
 
@@ -40,7 +40,7 @@ STATUS_S = 1.0
 LOOK_S = 0.2  # after a connection broke: by then it shows whose it was
 SILENCE_S = 10.0  # after which a pool is held to be gone
 HELLO_S = 60.0  # for the pool to open its stores and recover what the disk holds
-DEAD_S = 5.0  # without anybody listening; one that is started again takes less
+DEAD_S = 10.0  # without anybody listening; one that is started again takes less
 
 
 class PoolGone(Exception):
@@ -49,9 +49,13 @@ class PoolGone(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Hello:
-    """An engine's first word: how it keeps KV. The first engine's layout is the pool's."""
+    """An engine's first word: how it keeps KV. The first engine's layout is the pool's.
+
+    Each of an engine's own has a larger `number`: it says it again to a pool that was started again, or was silent.
+    """
 
     layout: KVLayout
+    number: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,13 +65,19 @@ class Welcome:
     arena: str = ""
     num_slots: tuple[int, ...] = ()
     refusal: str = ""
+    number: int = 0  # of the Hello
+
+
+@dataclass(frozen=True, slots=True)
+class Stranger:
+    """To an engine whose Hello this pool has not heard: another process of it did, which is gone."""
 
 
 _TYPES: dict[str, Any] = {
     each.__name__: each
-    for each in (Hello, Welcome, tiering.Match, tiering.Fetch, tiering.Release, tiering.Reserve, tiering.Filled,
-                 tiering.Matched, tiering.Fetched, tiering.Reserved, tiering.Expired, tiering.PoolStatus,
-                 tiering.WantContents, tiering.PoolChanged, tiering.PoolHolds)
+    for each in (Hello, Welcome, Stranger, tiering.Match, tiering.Fetch, tiering.Release, tiering.Reserve,
+                 tiering.Filled, tiering.Matched, tiering.Fetched, tiering.Reserved, tiering.Expired,
+                 tiering.PoolStatus, tiering.WantContents, tiering.PoolChanged, tiering.PoolHolds)
 }  # fmt: skip
 _DECODERS = {name: msgspec.msgpack.Decoder(type_) for name, type_ in _TYPES.items()}
 _encode = msgspec.msgpack.Encoder().encode
@@ -110,7 +120,7 @@ class PoolServer:
         self._driver: PoolDriver | None = None
         self._contents: PoolContents | None = None
         self.listener: PoolListener | None = None
-        self._sources: set[bytes] = set()
+        self._sources: dict[bytes, int] = {}  # who has said Hello, and which
         self._told_s = self._look_until_s = float("-inf")
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
@@ -149,10 +159,12 @@ class PoolServer:
                 log.error("dropped a message that does not decode: %s", error)
                 continue
             if isinstance(message, Hello):
-                self._sources.add(source)
-                self._send(source, self._hello(message))
+                if source in self._sources and self._driver is not None:  # it holds this one to have been gone
+                    self._driver.lost(source.hex(), now)
+                self._sources[source] = message.number
+                self._send(source, replace(self._hello(message), number=message.number))
             elif source not in self._sources:
-                continue  # the last word of a dead one
+                self._send(source, Stranger())  # or to nobody: the last word of a dead one
             elif isinstance(message, WantContents):
                 if self._contents is not None:
                     self._send(source, PoolHolds(self._contents.snapshot()))
@@ -176,7 +188,7 @@ class PoolServer:
             return
         self._told_s, status = now, pool_status(driver.pool)
         for source in [source for source in self._sources if not self._send(source, status)]:
-            self._sources.discard(source)
+            del self._sources[source]
             driver.lost(source.hex(), now)
 
     def _hello(self, message: Hello) -> Welcome:
@@ -241,19 +253,27 @@ class PoolServer:
 
 
 class PoolWire:
-    """A PoolLine to a PoolServer. One thread calls it."""
+    """A PoolLine to a PoolServer. One thread calls it.
 
-    def __init__(self, directory: str) -> None:
+    A pool that is silent for long, or knows this engine no more, is lost until it has said Welcome again. `on_arena` is
+    called with None when it is lost, and with its memory when it is back, before anything else is heard of it.
+    """
+
+    def __init__(self, directory: str, layout: KVLayout) -> None:
+        self.layout = layout
+        self.on_arena: Callable[[Arena | None], None] = lambda arena: None
         self._context = zmq.Context(io_threads=1)
         self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
         self._path = f"{directory}/pool"
-        self._socket.connect(f"ipc://{self._path}")
+        self._socket.connect(f"ipc://{self._path}")  # and again, by itself, to a pool that is started again
         self._heard_s = float("inf")  # until the pool has spoken it is not missed
+        self._hello = Hello(layout)
+        self._hello_s: float | None = None  # while lost: when it was said last
 
-    def hello(self, layout: KVLayout) -> Welcome:
-        """Join the pool. Raises PoolGone if it does not answer, ValueError if it refuses."""
-        self._socket.send_multipart(encode(Hello(layout)))
+    def join(self) -> Arena:
+        """The pool's memory. Waits. Raises PoolGone if it does not answer, ValueError if it refuses, ArenaError."""
+        self._socket.send_multipart(encode(self._hello))
         begin = dead_since = time.monotonic()
         while not self._socket.poll(250):
             now = time.monotonic()
@@ -266,7 +286,10 @@ class PoolWire:
         welcome: Welcome = decode(*self._socket.recv_multipart())
         if welcome.refusal:
             raise ValueError(welcome.refusal)
-        return welcome
+        return self._arena(welcome)
+
+    def _arena(self, welcome: Welcome) -> Arena:
+        return Arena.attach(Path(welcome.arena), self.layout, welcome.num_slots)
 
     def _is_dead(self) -> bool:
         """Nobody listens where somebody did. One that has yet to begin is not dead."""
@@ -280,19 +303,50 @@ class PoolWire:
         return False
 
     def send(self, message: ToPool | WantContents, now: float) -> None:
-        with contextlib.suppress(zmq.Again):  # a pool that does not read is lost soon
-            self._socket.send_multipart(encode(message), zmq.NOBLOCK)
+        if self._hello_s is None:
+            with contextlib.suppress(zmq.Again):  # a pool that does not read is lost soon
+                self._socket.send_multipart(encode(message), zmq.NOBLOCK)
 
     def is_lost(self, now: float) -> bool:
-        """Nothing was heard of it for long: it speaks every second."""
-        return now - self._heard_s > SILENCE_S
+        """Nothing was heard of it for long, for it speaks every second; or it is another, not joined yet."""
+        return self._hello_s is not None
 
     def receive(self, now: float) -> Sequence[ToEngine | News]:
         received = []
         while self._socket.poll(0):
-            received.append(decode(*self._socket.recv_multipart(zmq.NOBLOCK)))
+            message = decode(*self._socket.recv_multipart(zmq.NOBLOCK))
             self._heard_s = now
+            if isinstance(message, Welcome):
+                self._welcomed(message)
+            elif isinstance(message, Stranger):
+                self._greet(now)
+            elif self._hello_s is None:
+                received.append(message)
+        if now - self._heard_s > SILENCE_S:
+            self._greet(now)
         return received
+
+    def _greet(self, now: float) -> None:
+        """Said once to a pool that does not listen yet, for zmq keeps it; and again when it might have got lost."""
+        if self._hello_s is None or now - self._hello_s > HELLO_S:
+            self.on_arena(None)
+            self._hello_s = now
+            self._hello = Hello(self.layout, self._hello.number + 1)
+            with contextlib.suppress(zmq.Again):
+                self._socket.send_multipart(encode(self._hello), zmq.NOBLOCK)
+
+    def _welcomed(self, welcome: Welcome) -> None:
+        if self._hello_s is None or welcome.number != self._hello.number:
+            return
+        try:
+            if welcome.refusal:
+                raise ValueError(welcome.refusal)
+            arena = self._arena(welcome)
+        except (ValueError, OSError, ArenaError) as error:
+            log.error("the pool of KV tiers cannot be joined again: %s", error)
+            return
+        self._hello_s = None
+        self.on_arena(arena)
 
     def close(self) -> None:
         self._socket.close(linger=0)

@@ -158,15 +158,19 @@ class TierSource:
                     self._news.append(message)
                 else:
                     self.client.handle(message, now)
+            is_lost = self.line.is_lost(now)
+            if is_lost:
+                break
             self._save()
             if not self._tell(now) and not answers:
                 break
-        is_lost = self.line.is_lost(now)
         if is_lost and not self._was_lost:
             log.error("the pool of KV tiers is gone: prompts are computed from now on")
             self.client.pool_lost()
             if self._life is not None:  # what a pool tells in a later life begins with nothing
                 self._news.append(PoolChanged(KVEvents(POOL, self._life + 1, 0, (), 0)))
+        elif self._was_lost and not is_lost:
+            log.info("the pool of KV tiers is back")
         self._was_lost = is_lost
 
     def news(self) -> list[News]:

@@ -39,13 +39,13 @@ class TierMover:
     def __init__(self, layout: KVLayout, pools: Sequence[Bytes], arena: Arena) -> None:
         self.layout = layout
         self.pools = pools
-        self.arena = arena
+        self.arena: Arena | None = arena
         self._place_of = {layer: (g.index, n) for g in layout.groups for n, layer in enumerate(g.layers)}
         self._words: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
         self._open: set[int] = set()  # started, result not polled
         self._cancelled: set[int] = set()
-        self._loads: deque[KVMove] = deque()  # go first: a request waits for each
-        self._saves: deque[KVMove] = deque()
+        self._loads: deque[tuple[KVMove, Arena | None]] = deque()  # go first: a request waits for each
+        self._saves: deque[tuple[KVMove, Arena | None]] = deque()
         self._wakes: SimpleQueue[bool] = SimpleQueue()  # True per move that was started; False: end
         self._results: SimpleQueue[MoveResult] = SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="penstock-tier-mover", daemon=True)
@@ -57,10 +57,14 @@ class TierMover:
             self._words[move.id] = np.zeros(1, np.int64)
             while len(self._words) > MAX_WORDS:
                 self._words.popitem(last=False)
-            self._loads.append(move)
+            self._loads.append((move, self.arena))
         else:
-            self._saves.append(move)
+            self._saves.append((move, self.arena))
         self._wakes.put(True)
+
+    def use(self, arena: Arena | None) -> None:
+        """Another pool's memory, or none, for moves that start from now on. Earlier ones stay with theirs."""
+        self.arena = arena
 
     def expect(self, move_id: int, num_units: int, checksum: int) -> None:
         """Of receipts from peers; a tier has none."""
@@ -95,22 +99,25 @@ class TierMover:
 
     def _work(self) -> None:
         while self._wakes.get():
-            move = self._loads.popleft() if self._loads else self._saves.popleft()
+            move, arena = self._loads.popleft() if self._loads else self._saves.popleft()
             begin = time.perf_counter()
             word = self._words.get(move.id)
             try:
                 if move.after_step != -1:
                     error: str | None = "a tier's move cannot wait for a step"
+                elif arena is None:
+                    error = "the pool is gone"
                 elif word is not None and move.src.where == HOST:
-                    error = self._load(move, word)
+                    error = self._load(move, arena, word)
                 elif move.src.where == DEVICE and move.dst.where == HOST:
-                    error = self._save(move)
+                    error = self._save(move, arena)
                 else:
                     error = f"a tier carries nothing from {move.src.where} to {move.dst.where}"
             except Exception as problem:  # a place that names blocks which are not there: the thread must live on
                 error = f"{type(problem).__name__}: {problem}"
             if error is not None and word is not None:
                 word[0] = FAILED
+            del arena  # one that is not used any more can go
             seconds = time.perf_counter() - begin
             if error is None:
                 ids = (move.dst if move.src.where == HOST else move.src).block_ids
@@ -124,19 +131,19 @@ class TierMover:
         num_units = sum(n * len(group.layers) for n, group in zip(counts, self.layout.groups, strict=True))
         return num_units, sum(n * group.block_bytes for n, group in zip(counts, self.layout.groups, strict=True))
 
-    def _blocks(self, device: Place, host: Place) -> list[list[tuple[int, Bytes, bytes]]]:
+    def _blocks(self, arena: Arena, device: Place, host: Place) -> list[list[tuple[int, Bytes, bytes]]]:
         """Per KV group (device block, record, key) of what is wanted."""
         found: list[list[tuple[int, Bytes, bytes]]] = []
         keys = iter(host.keys)
         for g, (ids, slots) in enumerate(zip(device.block_ids, host.block_ids, strict=True)):
             triples = zip(ids, slots, keys)  # `ids` end first, so the keys of later groups are left
-            found.append([(id_, self.arena.record(g, slot), key) for id_, slot, key in triples if id_ and slot])
+            found.append([(id_, arena.record(g, slot), key) for id_, slot, key in triples if id_ and slot])
         return found
 
-    def _load(self, move: KVMove, word: NDArray[np.int64]) -> str | None:
-        groups = self._blocks(move.dst, move.src)
+    def _load(self, move: KVMove, arena: Arena, word: NDArray[np.int64]) -> str | None:
+        groups = self._blocks(arena, move.dst, move.src)
         sums: list[list[tuple[int, ...]]] = []
-        for format_, blocks in zip(self.arena.formats, groups, strict=True):
+        for format_, blocks in zip(arena.formats, groups, strict=True):
             headers = [format_.header(record) for _, record, _ in blocks]
             if any(header is None or header.key != key for header, (_, _, key) in zip(headers, blocks, strict=True)):
                 return BAD_BLOCK
@@ -145,7 +152,7 @@ class TierMover:
             if move.id in self._cancelled:
                 return CANCELLED
             g, n = self._place_of[layer]
-            format_ = self.arena.formats[g]
+            format_ = arena.formats[g]
             for (id_, record, _), expected in zip(groups[g], sums[g], strict=True):
                 row = pool[id_]
                 row[:] = format_.page(record, n)
@@ -154,9 +161,10 @@ class TierMover:
             word[0] = layer + 1
         return None
 
-    def _save(self, move: KVMove) -> str | None:
-        for g, (group, blocks) in enumerate(zip(self.layout.groups, self._blocks(move.src, move.dst), strict=True)):
-            format_ = self.arena.formats[g]
+    def _save(self, move: KVMove, arena: Arena) -> str | None:
+        groups = self._blocks(arena, move.src, move.dst)
+        for g, (group, blocks) in enumerate(zip(self.layout.groups, groups, strict=True)):
+            format_ = arena.formats[g]
             for id_, record, key in blocks:
                 if move.id in self._cancelled:
                     return CANCELLED
