@@ -279,6 +279,11 @@ def test_prefixes_in_high_demand_are_copied_once_each_and_to_as_many_as_needed()
         asked = request(hashes(n, 20))
         predicted = predict(asked, fleet.views, fleet.views.index, cost, now)
         assert not cold.copies(asked, fleet.views, predicted, fleet.views.alive, cost, now + n)
+    assert len(cold._demands) == 50, "of what nobody has asked for before, the first block is counted"
+    seen = HotPrefixes()
+    for n in range(1, 9):
+        seen.copies(request([*prompt, *hashes(n, 3)]), fleet.views, predicted, fleet.views.alive, cost, now + n)
+        assert sorted(prompt.index(hash_) + 1 for hash_ in seen._demands) == [1, 2, 4, 8, 16, 32][:n]
 
 
 @given(st.sampled_from(sorted(DECODE_POLICIES)), st.integers(0, 2**32), st.integers(1, 6))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import subprocess
 import sys
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from tests.tiers.tier_blocks import ONE, TWO, key, record
 
-from penstock.tiers.arena import Arena, ArenaError, arena_bytes, slots_for
+from penstock.tiers.arena import Arena, ArenaError, arena_bytes, discard, slots_for
 
 
 def test_processes_share_slots(tmp_path):
@@ -75,3 +76,22 @@ def test_a_private_arena_has_the_slots_that_fit():
     arena.record(1, slots[1])[:] = 7
     assert not arena.record(0, slots[0]).any()
     arena.close()
+
+
+def test_a_dead_pools_memory_goes_though_engines_have_it_mapped(tmp_path):
+    """They read zeros, which are no block; the next pool's arena is another file."""
+    path = tmp_path / "arena"
+    Arena.create(path, ONE, (64,)).close()
+    engine = Arena.attach(path, ONE, (64,))
+    for slot in range(1, 65):
+        engine.record(0, slot)[:] = 0xEE
+    kept = os.open(path, os.O_RDONLY)
+    num_bytes = os.fstat(kept).st_blocks * 512
+    assert num_bytes >= 64 * engine.formats[0].num_bytes
+    discard(path)
+    assert not path.exists() and os.fstat(kept).st_blocks * 512 < num_bytes / 4
+    os.close(kept)
+    assert engine.formats[0].header(engine.record(0, 7)) is None and not engine.record(0, 7).any()
+    engine.record(0, 7)[:] = 1  # a save that was under way harms nobody
+    discard(path)  # there is none
+    Arena.create(path, ONE, (64,)).close()

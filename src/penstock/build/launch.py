@@ -105,12 +105,20 @@ class PoolProcess:
             if self._is_closed.is_set():
                 return
             log.error("the pool of KV tiers has ended (exit code %s); it is started again", code)
-            if self._is_closed.wait(rest_s):
-                return
-            with self._starting:
-                if self._is_closed.is_set():
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+            while True:
+                if self._is_closed.wait(rest_s):
                     return
-                self._process = self._start()
+                with self._starting:
+                    if self._is_closed.is_set():
+                        return
+                    try:
+                        self._process = self._start()
+                        break
+                    except OSError as error:
+                        log.error("the pool of KV tiers cannot be started: %s", error)
+                        rest_s = POOL_LIFE_S
 
     def close(self) -> None:
         """Let it write what it has to, then end it."""

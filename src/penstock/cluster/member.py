@@ -55,6 +55,8 @@ class Member:
         self.events = KVEventSource(decode.name, life, engine.scheduler.kv.events_pool.index.keys)
         engine.scheduler.kv.tell(self.events)
         decode.attach(engine.scheduler)
+        if engine.tiers is not None:
+            engine.tiers.tells_news = True
 
     # ---- messages ----
 

@@ -29,7 +29,7 @@ from penstock.core.kv_pool import Answers
 from penstock.core.pool_contents import PoolContents
 from penstock.core.pool_status import pool_status
 from penstock.core.tiering import News, PoolChanged, PoolHolds, ToEngine, ToPool, WantContents
-from penstock.tiers.arena import Arena, ArenaError
+from penstock.tiers.arena import Arena, ArenaError, discard
 from penstock.tiers.driver import PoolDriver
 from penstock.tiers.open import host_slots, open_pool
 
@@ -39,6 +39,8 @@ IDLE_WAIT_MS = 50
 STATUS_S = 1.0
 LOOK_S = 0.2  # after a connection broke: by then it shows whose it was
 SILENCE_S = 10.0  # after which a pool is held to be gone
+GRACE_MS = 20
+GREET_S = 5.0  # between an engine's Hellos, until it is welcome
 HELLO_S = 60.0  # for the pool to open its stores and recover what the disk holds
 DEAD_S = 10.0  # without anybody listening; one that is started again takes less
 
@@ -148,6 +150,7 @@ class PoolServer:
         while self._broken.poll(0):
             self._broken.recv_multipart(zmq.NOBLOCK)
             self._look_until_s = now + LOOK_S
+        is_missed = SILENCE_S < now - self._told_s < float("inf")
         for _ in range(256):
             try:
                 source, *frames = self._socket.recv_multipart(zmq.NOBLOCK)
@@ -159,8 +162,9 @@ class PoolServer:
                 log.error("dropped a message that does not decode: %s", error)
                 continue
             if isinstance(message, Hello):
-                if source in self._sources and self._driver is not None:  # it holds this one to have been gone
+                if source in self._sources and self._driver is not None:  # it holds this one to have been gone,
                     self._driver.lost(source.hex(), now)
+                    is_missed = True  # and has told routers so
                 self._sources[source] = message.number
                 self._send(source, replace(self._hello(message), number=message.number))
             elif source not in self._sources:
@@ -174,7 +178,7 @@ class PoolServer:
             if self.listener is not None:
                 self.listener.turn(self._driver, now)
             self._deliver(self._driver.poll(now))
-            if SILENCE_S < now - self._told_s < float("inf"):  # engines held it to be gone, and told routers so
+            if is_missed:
                 self._contents = PoolContents(self._driver.pool, time.time_ns())
             events = self._contents.take(now) if self._contents is not None else None
             if events is not None:
@@ -196,7 +200,7 @@ class PoolServer:
         if self._driver is None:
             try:
                 if self._arena is None:
-                    path.unlink(missing_ok=True)  # of a pool that died here; who has mapped it keeps its memory
+                    discard(path)  # of a pool that died here
                     self._arena = Arena.create(path, message.layout, host_slots(cache, message.layout))
                 if cache.kv_pool_listen is not None and self.listener is None:
                     self.listener = self._listen(cache.kv_pool_listen, message.layout, self._arena)
@@ -267,26 +271,35 @@ class PoolWire:
         self._socket.setsockopt(zmq.LINGER, 0)
         self._path = f"{directory}/pool"
         self._socket.connect(f"ipc://{self._path}")  # and again, by itself, to a pool that is started again
-        self._heard_s = float("inf")  # until the pool has spoken it is not missed
-        self._hello = Hello(layout)
-        self._hello_s: float | None = None  # while lost: when it was said last
+        self._heard_s = 0.0
+        self._number = 0  # of the last Hello
+        self._hello_s: float | None = None  # when it was said, while there is no Welcome to it
+        self._problem = ""  # of joining, as it was logged last
 
     def join(self) -> Arena:
-        """The pool's memory. Waits. Raises PoolGone if it does not answer, ValueError if it refuses, ArenaError."""
-        self._socket.send_multipart(encode(self._hello))
-        begin = dead_since = time.monotonic()
-        while not self._socket.poll(250):
+        """The pool's memory. Waits. Raises PoolGone if it does not answer, ValueError if it refuses."""
+        begin = dead_since = now = time.monotonic()
+        why = f"the pool of KV tiers did not answer within {HELLO_S:g} s"
+        while now - begin < HELLO_S:
+            self._greet(now)
+            if self._socket.poll(250):
+                welcome = decode(*self._socket.recv_multipart())
+                if isinstance(welcome, Welcome) and welcome.number == self._number:
+                    if welcome.refusal:
+                        raise ValueError(welcome.refusal)
+                    try:
+                        arena = self._arena(welcome)
+                    except (OSError, ArenaError) as error:  # the pool may just be making another
+                        why = str(error)
+                    else:
+                        self._hello_s, self._heard_s = None, time.monotonic()
+                        return arena
             now = time.monotonic()
-            if now - begin > HELLO_S:
-                raise PoolGone(f"the pool of KV tiers did not answer within {HELLO_S:g} s")
             if not self._is_dead():
                 dead_since = now
             elif now - dead_since > DEAD_S:
                 raise PoolGone("the process of the pool of KV tiers has ended")
-        welcome: Welcome = decode(*self._socket.recv_multipart())
-        if welcome.refusal:
-            raise ValueError(welcome.refusal)
-        return self._arena(welcome)
+        raise PoolGone(why)
 
     def _arena(self, welcome: Welcome) -> Arena:
         return Arena.attach(Path(welcome.arena), self.layout, welcome.num_slots)
@@ -312,40 +325,51 @@ class PoolWire:
         return self._hello_s is not None
 
     def receive(self, now: float) -> Sequence[ToEngine | News]:
-        received = []
-        while self._socket.poll(0):
+        received: list[ToEngine | News] = []
+        # Before it is missed it gets a moment: this process may have been stopped, and all that was sent be on its way.
+        while self._socket.poll(GRACE_MS if now - self._heard_s > SILENCE_S and not self.is_lost(now) else 0):
             message = decode(*self._socket.recv_multipart(zmq.NOBLOCK))
             self._heard_s = now
             if isinstance(message, Welcome):
                 self._welcomed(message)
             elif isinstance(message, Stranger):
-                self._greet(now)
-            elif self._hello_s is None:
+                if not self.is_lost(now):
+                    self._lose()
+                    break  # a Welcome comes in another call: whoever calls sees that it was lost
+            elif not self.is_lost(now):
                 received.append(message)
-        if now - self._heard_s > SILENCE_S:
-            self._greet(now)
-        return received
+        if now - self._heard_s > SILENCE_S and not self.is_lost(now):
+            self._lose()
+        if not self.is_lost(now):
+            return received
+        self._greet(now)
+        return []  # what another pool has said before counts no more
+
+    def _lose(self) -> None:
+        self._hello_s = float("-inf")
+        self.on_arena(None)
 
     def _greet(self, now: float) -> None:
-        """Said once to a pool that does not listen yet, for zmq keeps it; and again when it might have got lost."""
-        if self._hello_s is None or now - self._hello_s > HELLO_S:
-            self.on_arena(None)
-            self._hello_s = now
-            self._hello = Hello(self.layout, self._hello.number + 1)
+        """Say Hello, and again when it might have got lost. zmq keeps it for a pool that does not listen yet."""
+        if self._hello_s is None or now - self._hello_s > GREET_S:
             with contextlib.suppress(zmq.Again):
-                self._socket.send_multipart(encode(self._hello), zmq.NOBLOCK)
+                self._socket.send_multipart(encode(Hello(self.layout, self._number + 1)), zmq.NOBLOCK)
+                self._number += 1
+                self._hello_s = now
 
     def _welcomed(self, welcome: Welcome) -> None:
-        if self._hello_s is None or welcome.number != self._hello.number:
+        if self._hello_s is None or welcome.number != self._number:
             return
         try:
             if welcome.refusal:
                 raise ValueError(welcome.refusal)
             arena = self._arena(welcome)
         except (ValueError, OSError, ArenaError) as error:
-            log.error("the pool of KV tiers cannot be joined again: %s", error)
+            if str(error) != self._problem:
+                self._problem = str(error)
+                log.error("the pool of KV tiers cannot be joined again yet: %s", error)
             return
-        self._hello_s = None
+        self._hello_s, self._problem = None, ""
         self.on_arena(arena)
 
     def close(self) -> None:

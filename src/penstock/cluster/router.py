@@ -120,6 +120,7 @@ class Router:
         self._live: dict[str, _Live] = {}
         self._drain: Drain | None = None
         self.is_ready = False  # all engines have been there
+        self._num_asked = 0  # snapshots
         self._past: list[Report] = []  # the last words of engines that died: totals never go back
 
     # ---- from the front end ----
@@ -285,11 +286,11 @@ class Router:
         """Some ten times a second: what nobody's message brings about."""
         post: Post = []
         for ask in self.placement.tick(now):
-            of_pool = ask.engine == POOL  # of which any engine can ask
-            for each in self.engines.values():
-                if each.ready is not None and (of_pool or each.name == ask.engine):
-                    post.append((each.name, WantSnapshot(of_pool=of_pool)))
-                    break
+            of_pool = ask.engine == POOL  # of which any engine can ask that is joined to it: one after another
+            names = [e.name for e in self.engines.values() if e.ready is not None and (of_pool or e.name == ask.engine)]
+            if names:
+                self._num_asked += 1
+                post.append((names[self._num_asked % len(names)], WantSnapshot(of_pool=of_pool)))
         if self.keeper is None or not self.is_ready:
             return post
         for moved in self.keeper.tick(self.engines, now):

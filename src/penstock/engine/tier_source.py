@@ -60,6 +60,7 @@ class TierSource:
         self.line = line
         self._loads: dict[str, tuple[int, int]] = {}  # request id -> (first block, blocks) of the offer it took
         self._was_lost = False
+        self.tells_news = False  # somebody calls `news`
         self._news: list[News] = []
         self._life: int | None = None  # of the pool, when it has told of its contents
         scheduler.kv.on_published = client.saving.published
@@ -155,7 +156,8 @@ class TierSource:
             answers = self.line.receive(now)
             for message in answers:
                 if isinstance(message, PoolChanged | PoolHolds):
-                    self._news.append(message)
+                    if self.tells_news:
+                        self._news.append(message)
                 else:
                     self.client.handle(message, now)
             is_lost = self.line.is_lost(now)

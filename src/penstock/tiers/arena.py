@@ -115,6 +115,21 @@ class Arena:
             self._memory.close()
 
 
+def discard(path: Path) -> None:
+    """Remove the arena of a pool that died, and give its memory back though engines may still have it mapped.
+
+    What they read of it from now on is zeros, and so no block.
+    """
+    with contextlib.suppress(OSError, ValueError, AttributeError):  # there is none; not every system can do that
+        fd = os.open(path, os.O_RDWR)
+        try:
+            with mmap.mmap(fd, os.fstat(fd).st_size) as memory:
+                memory.madvise(mmap.MADV_REMOVE)
+        finally:
+            os.close(fd)
+    path.unlink(missing_ok=True)
+
+
 def arena_bytes(layout: KVLayout, num_slots: Sequence[int]) -> int:
     """What so many slots take."""
     sizes = (count * RecordFormat.of(group).num_bytes for group, count in zip(layout.groups, num_slots, strict=True))
