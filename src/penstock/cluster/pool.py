@@ -122,7 +122,7 @@ class PoolServer:
         self._driver: PoolDriver | None = None
         self._contents: PoolContents | None = None
         self.listener: PoolListener | None = None
-        self._sources: dict[bytes, int] = {}  # who has said Hello, and which
+        self._sources: set[bytes] = set()  # who has said Hello
         self._told_s = self._look_until_s = float("-inf")
         self._woken, self._waker = socket.socketpair()
         self._woken.setblocking(False)
@@ -165,7 +165,7 @@ class PoolServer:
                 if source in self._sources and self._driver is not None:  # it holds this one to have been gone,
                     self._driver.lost(source.hex(), now)
                     is_missed = True  # and has told routers so
-                self._sources[source] = message.number
+                self._sources.add(source)
                 self._send(source, replace(self._hello(message), number=message.number))
             elif source not in self._sources:
                 self._send(source, Stranger())  # or to nobody: the last word of a dead one
@@ -192,7 +192,7 @@ class PoolServer:
             return
         self._told_s, status = now, pool_status(driver.pool)
         for source in [source for source in self._sources if not self._send(source, status)]:
-            del self._sources[source]
+            self._sources.discard(source)
             driver.lost(source.hex(), now)
 
     def _hello(self, message: Hello) -> Welcome:
