@@ -114,6 +114,9 @@ private:
     struct Task {  // query tokens of one row, one KV head; one span of the context, or all of them (-1)
         int row, token, position, num_tokens, head, span;
     };
+    struct Run {  // tokens of one row that lie in one KV block
+        int row, token, position, num_tokens;
+    };
     struct Attention {  // of a step and a KV group, the same for all its layers
         std::vector<Task> tasks;
         int num_spans = 1;
@@ -134,7 +137,7 @@ private:
     void perform(const Op& op, const Batch& batch, int member, Deal& deal);
     template <class Then>
     void product(const Weight& weight, const Rows& rows, int num_rows, int member, Deal& deal, Then then);
-    void token_heads(const Batch& batch, const Op& op, int row, int token, int head);
+    void run_heads(const Batch& batch, const Op& op, const Run& run, int head);
     void plan_attention(const Batch& batch, const Op& op);
     AttendPiece piece_of(const Batch& batch, const Op& op, const Task& task) const;
     void look_ahead(AttendPiece& piece, const Batch& batch, const Op& op, const Task& task, int begin) const;
@@ -160,7 +163,7 @@ private:
     std::vector<RowChooser> choosers_;        // per member
     std::vector<std::vector<char>> scratch_;  // per member
     std::map<int, Attention> attention_;      // by KV group
-    std::vector<int> row_of_;                 // of each token of the step
+    std::vector<Run> runs_;                   // of the step
 };
 
 inline std::size_t up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
