@@ -231,7 +231,7 @@ class NativeModel:
     def __call__(self, batch: Batch) -> Tensor:
         """Hidden states bf16 [N, hidden] of the batch's outputs after the last norm.
 
-        All but their rows ends with the keys and values of the last layer.
+        Rows of other tokens end with the keys and values of the last layer.
         """
         step = batch.attention
         assert isinstance(step, NativeStep)

@@ -39,7 +39,7 @@ class DecoderLayer(nn.Module):
 
 
 class LlamaModel(nn.Module):
-    """`forward(batch)` gives hidden states after the last norm, [N, hidden] of the batch's outputs; `logits` their scores."""
+    """`forward(batch)` gives hidden states [N, hidden] of its outputs after the last norm; `logits` their scores."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
