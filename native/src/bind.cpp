@@ -334,9 +334,10 @@ public:
     // done and loads are addresses of words (words.hpp), none: 0 and empty. Indices of loads that were bad.
     std::vector<int> run(Array<std::int64_t> token_ids, Array<std::int64_t> positions, Array<std::int64_t> query_start,
                          Array<std::int64_t> start, const std::vector<Table<const std::int32_t>>& tables,
-                         std::uintptr_t done, const std::vector<std::uintptr_t>& loads, double patience_s) {
+                         const std::optional<Array<std::int64_t>>& outputs, std::uintptr_t done,
+                         const std::vector<std::uintptr_t>& loads, double patience_s) {
         Batch batch{static_cast<int>(token_ids.shape(0)), static_cast<int>(start.shape(0)), token_ids.data(),
-                    positions.data(), query_start.data(), start.data(), {}, {}};
+                    positions.data(), query_start.data(), start.data(), {}, {}, nullptr, 0};
         if (positions.shape(0) != token_ids.shape(0) || query_start.shape(0) != start.shape(0) + 1)
             throw std::invalid_argument("the arrays of a batch do not match");
         for (const auto& table : tables) {
@@ -344,6 +345,7 @@ public:
             batch.tables.push_back(table.data());
             batch.table_width.push_back(table.shape(1));
         }
+        if (outputs) batch.outputs = outputs->data(), batch.num_outputs = static_cast<int>(outputs->shape(0));
         std::vector<std::int64_t*> words;
         for (std::uintptr_t address : loads) {
             if (address == 0) throw std::invalid_argument("a load has no word");
@@ -472,8 +474,8 @@ NB_MODULE(_native, m) {
         .def("attend", [](BoundProgram& p, int qkv, int num_heads, int pool, float scale, int to) {
                 p.program().attend(qkv, num_heads, p.pool_of(pool), scale, to);
             }, "qkv"_a, "num_heads"_a, "pool"_a, "scale"_a, "to"_a)
-        .def("run", &BoundProgram::run, "token_ids"_a, "positions"_a, "query_start"_a, "start"_a, "tables"_a, "done"_a = 0,
-             "loads"_a = std::vector<std::uintptr_t>(), "patience_s"_a = 0.0)
+        .def("run", &BoundProgram::run, "token_ids"_a, "positions"_a, "query_start"_a, "start"_a, "tables"_a,
+             "outputs"_a.none() = nb::none(), "done"_a = 0, "loads"_a = std::vector<std::uintptr_t>(), "patience_s"_a = 0.0)
         .def("read", [](BoundProgram& p, int buffer, Table<std::uint16_t> out) {
                 p.program().read(buffer, static_cast<int>(out.shape(0)), out.data());
             }, "buffer"_a, "out"_a.noconvert())

@@ -8,6 +8,7 @@
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "choose.hpp"
@@ -17,7 +18,8 @@
 
 namespace penstock {
 
-// One step, as the runner's arrays hold it. R rows of T tokens in all.
+// One step, as the runner's arrays hold it. R rows of T tokens in all. Outputs are the tokens whose hidden states are
+// read, ascending; null: all of them.
 struct Batch {
     int num_tokens, num_rows;
     const std::int64_t* token_ids;     // [T]
@@ -26,6 +28,8 @@ struct Batch {
     const std::int64_t* start;         // [R]
     std::vector<const std::int32_t*> tables;  // per KV group, [R][table_width]
     std::vector<std::size_t> table_width;
+    const std::int64_t* outputs;  // [num_outputs] or null
+    int num_outputs;
 };
 
 struct Pool {  // of one layer
@@ -69,8 +73,10 @@ public:
 
     // ---- running ----
     // Keys and values of a layer are written in `heads` and read in `attend`: there the words are told and asked.
+    // Behind the last `attend` no operation reads another token's row: from there on only the rows of outputs exist.
+    // Throws for outputs that are not ascending tokens of the batch, or of a program whose end looks at all tokens.
     void run(const Batch& batch, StepWords& words);
-    // The first rows of a bf16 buffer, [num_rows][width].
+    // The first rows of a bf16 buffer, [num_rows][width]: of tokens, or of outputs if it is written from there on.
     void read(int buffer, int num_rows, bf16* out) const;
     // No part of the recorded list; hidden [num_rows][weight.k]. All scores, float32 [num_rows][weight.n] ...
     void head(const Weight& weight, const bf16* hidden, int num_rows, float* out);
@@ -102,6 +108,8 @@ private:
         const float *gamma = nullptr, *q_norm = nullptr, *k_norm = nullptr, *cos = nullptr, *sin = nullptr;
         Pool pool{};
         int ints = -1;  // int8 form of its input
+        int num_rows = 0;      // in this step: of its result
+        bool narrows = false;  // in this step: it reads all tokens, and its result has the rows of outputs only
         double seconds = 0;
     };
     struct Ints {  // int8 rows with their scales
@@ -111,8 +119,11 @@ private:
         std::vector<std::int32_t> sums;
         std::size_t sums_stride;
     };
-    struct Task {  // query tokens of one row, one KV head; one span of the context, or all of them (-1)
-        int row, token, position, num_tokens, head, span;
+    struct Queries {  // neighbouring tokens of one row that attend, and the first row of their results
+        int row, token, position, num_tokens, to;
+    };
+    struct Task : Queries {  // one KV head; one span of the context, or all of them (-1)
+        int head, span;
     };
     struct Run {  // tokens of one row that lie in one KV block
         int row, token, position, num_tokens;
@@ -131,13 +142,18 @@ private:
     int ints_for(int width);
     int quantized(const Weight& weight, int from);
     int columns_per_unit(const Weight& weight) const;
-    int units(const Op& op, int num_tokens) const;
+    int units(const Op& op) const;
     char* scratch(int member, std::size_t bytes);
     Rows input(const Op& op) const;
     void perform(const Op& op, const Batch& batch, int member, Deal& deal);
     template <class Then>
     void product(const Weight& weight, const Rows& rows, int num_rows, int member, Deal& deal, Then then);
     void run_heads(const Batch& batch, const Op& op, const Run& run, int head);
+    void end_recording();
+    void check_outputs(const Batch& batch) const;
+    void find_queries(const Batch& batch, bool of_outputs);
+    void gather_outputs(const Batch& batch, int member);
+    Attention& plan_of(const Op& op) { return attention_[{op.pool.group, op.narrows}]; }
     void plan_attention(const Batch& batch, const Op& op);
     AttendPiece piece_of(const Batch& batch, const Op& op, const Task& task) const;
     void look_ahead(AttendPiece& piece, const Batch& batch, const Op& op, const Task& task, int begin) const;
@@ -162,7 +178,10 @@ private:
     std::vector<std::int32_t> tops_at_;
     std::vector<RowChooser> choosers_;        // per member
     std::vector<std::vector<char>> scratch_;  // per member
-    std::map<int, Attention> attention_;      // by KV group
+    std::map<std::pair<int, bool>, Attention> attention_;  // by KV group, of all tokens or of outputs
+    std::vector<Queries> queries_;            // what plan_attention plans
+    int last_attend_ = -1;                    // where rows narrow to those of outputs
+    std::vector<int> carried_;                // buffers written before it and read after it
     std::vector<Run> runs_;                   // of the step
 };
 

@@ -18,6 +18,9 @@ class StepInputs:
 
     slots [R]; starts [R] and nums [R]: first position and tokens of each row; query_start [R + 1]: where rows begin
     in the batch; token_ids, positions [T] int64; tables per KV group [R, max_blocks] int32.
+
+    outputs [N] int64: the tokens whose hidden states are read, of each row its last `num_logits`, and at least the last
+    one, which tells whether its states are numbers; None: all of them. output_start [R + 1]: where rows begin in there.
     """
 
     slots: np.ndarray
@@ -27,6 +30,8 @@ class StepInputs:
     token_ids: np.ndarray
     positions: np.ndarray
     tables: tuple[np.ndarray, ...]
+    outputs: np.ndarray | None
+    output_start: np.ndarray
 
 
 class RequestTable:
@@ -78,11 +83,13 @@ class RequestTable:
         if total == len(rows):  # decodes only
             nums, query_start = np.ones(total, np.int64), np.arange(total + 1)
             positions, row_slots = starts, slots
+            outputs, output_start = None, query_start
         else:
             nums, query_start = np.array(num_list), np.zeros(len(rows) + 1, np.int64)
             np.cumsum(nums, out=query_start[1:])
             positions = np.arange(total) + np.repeat(starts - query_start[:-1], nums)
             row_slots = np.repeat(slots, nums)
+            outputs, output_start = _outputs(plan, query_start)
         width = -(-int((starts + nums).max()) // self.block_size)
         return StepInputs(
             slots,
@@ -92,6 +99,8 @@ class RequestTable:
             self.tokens[row_slots, positions].astype(np.int64),
             positions,
             tuple(table[slots, :width] for table in self.tables),
+            outputs,
+            output_start,
         )
 
     def _extend(self, slot: int, new_block_ids: tuple[tuple[int, ...], ...]) -> None:
@@ -100,3 +109,14 @@ class RequestTable:
             count = counts[slot]
             table[slot, count : count + len(new)] = new
             counts[slot] = count + len(new)
+
+
+def _outputs(plan: StepPlan, query_start: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
+    """`outputs` and `output_start` of a step whose rows begin at `query_start` [R + 1]."""
+    output_start = np.zeros(len(plan.rows) + 1, np.int64)
+    counts = np.array([max(1, row.num_logits) for row in plan.rows])
+    np.cumsum(counts, out=output_start[1:])
+    total = int(output_start[-1])
+    if total == query_start[-1]:
+        return None, query_start
+    return np.arange(total) + np.repeat(query_start[1:] - output_start[1:], counts), output_start

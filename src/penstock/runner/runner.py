@@ -27,7 +27,7 @@ LOGITS_PIECE = 256  # prompt positions whose scores are held at once for prompt_
 
 
 class Model(Protocol):
-    """What a model family offers: hidden states [T, hidden], and scores of chosen ones [N, hidden]."""
+    """What a model family offers: hidden states [N, hidden] of a batch's outputs, and their scores."""
 
     def __call__(self, batch: Batch) -> Tensor: ...
 
@@ -93,7 +93,8 @@ class Runner:
         spans = Spans(inputs.query_start, inputs.starts, inputs.tables)
         words = self._words(plan)
         attention = self.attention.prepare(spans, words)
-        batch = Batch(torch.from_numpy(inputs.token_ids), torch.from_numpy(inputs.positions), attention)
+        outputs = None if inputs.outputs is None else torch.from_numpy(inputs.outputs)
+        batch = Batch(torch.from_numpy(inputs.token_ids), torch.from_numpy(inputs.positions), attention, outputs)
         hidden = self.model(batch)
         if self.counter is not None:
             self.counter.end()
@@ -137,7 +138,7 @@ class Runner:
         self, plan: StepPlan, rows: list[int], inputs: StepInputs, hidden: Tensor, result: StepResult
     ) -> None:
         """`rows` that do not sample are looked at too: a NaN must not be published with the prompt's first blocks."""
-        last = torch.from_numpy(inputs.query_start[1:][rows] - 1)
+        last = torch.from_numpy(inputs.output_start[1:][rows] - 1)
         for n in hidden[last].isnan().any(-1).nonzero().flatten().tolist():
             self._fail(plan.rows[rows[n]], "the model's states for the prompt are not numbers (NaN)", result)
 
@@ -151,7 +152,7 @@ class Runner:
             if len(silent) == len(plan.rows):
                 result.tokens = [[] for _ in plan.rows]
                 return
-        last = inputs.query_start[1:] - 1
+        last = inputs.output_start[1:] - 1
         ends = inputs.starts + inputs.nums
         slots = inputs.slots
         if not every:
@@ -189,7 +190,7 @@ class Runner:
             if wanted is None or row.num_logits < row.num_tokens:
                 continue
             num, prompt_len = wanted
-            start, begin = int(inputs.starts[i]), int(inputs.query_start[i])
+            start, begin = int(inputs.starts[i]), int(inputs.output_start[i])
             count = min(row.num_tokens, prompt_len - 1 - start)
             if count <= 0:
                 continue

@@ -229,16 +229,20 @@ class NativeModel:
         self._kept = recorder.kept  # memory that the program reads
 
     def __call__(self, batch: Batch) -> Tensor:
-        """Hidden states bf16 [T, hidden] after the last norm."""
+        """Hidden states bf16 [N, hidden] of the batch's outputs after the last norm.
+
+        Rows of other tokens end with the keys and values of the last layer.
+        """
         step = batch.attention
         assert isinstance(step, NativeStep)
-        tokens = batch.token_ids.numpy()
-        arrays = tokens, batch.positions.numpy(), step.query_start, step.start, step.tables
+        tokens, outputs = batch.token_ids.numpy(), None if batch.outputs is None else batch.outputs.numpy()
+        arrays = tokens, batch.positions.numpy(), step.query_start, step.start, step.tables, outputs
         if (words := step.words) is None:
             self._program.run(*arrays)
         else:
             words.went_on_without(self._program.run(*arrays, words.done, words.loads, words.patience_s))
-        hidden = torch.empty(len(tokens), self._hidden.width, dtype=torch.bfloat16)
+        num_rows = len(tokens if outputs is None else outputs)
+        hidden = torch.empty(num_rows, self._hidden.width, dtype=torch.bfloat16)
         self._program.read(self._hidden.number, _words(hidden))
         return hidden
 
