@@ -31,8 +31,7 @@ static inline void load_scales(const char* heads, std::size_t block_bytes, const
 }
 
 static inline void store_words(bf16* to, vf x) {
-    vh words = __builtin_convertvector(as<vu>(nearest(x)), vh);
-    __builtin_memcpy(to, &words, sizeof words);
+    put(to, low_halves(as<vu>(nearest(x))));
 }
 
 constexpr float LEAST_SCALE = 0x1p-100f;  // that of zeros: its inverse is still a number
@@ -54,9 +53,9 @@ static inline float mask(AttendScratch& s, int r, int first, int last, int begin
     vf most = all(-INF), factor = all(WORDS ? s.query_scales[r] * scale : 1.0f);
     auto see = [&](int i, auto some) {
         vf x = load(scores + i);
-        if constexpr (WORDS) x = __builtin_convertvector(as<vi>(x), vf) * factor * load(s.key_scales + i);
+        if constexpr (WORDS) x = floats(as<vi>(x)) * factor * load(s.key_scales + i);
         if constexpr (some.value) {
-            vi position = vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + (begin + i);
+            vi position = as<vi>(LANES) + (begin + i);
             x = choose((position >= first) & (position <= last), x, all(-INF));
         }
         if (WORDS || some.value) store(scores + i, x);
@@ -153,7 +152,7 @@ static inline void attend_as(const AttendPiece& piece, AttendScratch& s) {
         if constexpr (WORDS)
             for (int r = 0; r < m; r++)
                 for (int i = r * dim; i < (r + 1) * dim; i += 16)
-                    store(out + i, __builtin_convertvector(as<vi>(load(out + i)), vf) * unit[r]);
+                    store(out + i, floats(as<vi>(load(out + i))) * unit[r]);
     }
 }
 
@@ -170,8 +169,8 @@ static void merge(const float* out, const float* max_of, const float* sum_of, in
     for (int r = 0; r < rows; r++) {
         float top = max_of[r] > to_max[r] ? max_of[r] : to_max[r];
         if (top == -INF) continue;
-        vf keep = exp2(all(to_max[r] - top)), take = exp2(all(max_of[r] - top));
-        to_sum[r] = to_sum[r] * keep[0] + sum_of[r] * take[0];
+        float keep = exp2(to_max[r] - top), take = exp2(max_of[r] - top);
+        to_sum[r] = to_sum[r] * keep + sum_of[r] * take;
         to_max[r] = top;
         for (int i = r * dim; i < (r + 1) * dim; i += 16) store(to + i, load(to + i) * keep + load(out + i) * take);
     }

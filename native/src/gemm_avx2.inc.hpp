@@ -14,8 +14,6 @@ struct Pairs {  // even and odd k of sixteen columns, as float32
 };
 
 static inline __m256 to_float(__m256i x) {
-    typedef float f8 __attribute__((vector_size(32)));
-    typedef std::int32_t i8 __attribute__((vector_size(32)));
     return as<__m256>(__builtin_convertvector(as<i8>(x), f8));
 }
 

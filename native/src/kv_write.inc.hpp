@@ -13,13 +13,10 @@ static inline bf16 to_bytes(const bf16* x, int dim, std::int8_t* out) {
     bf16 scale = static_cast<bf16>((as<std::uint32_t>(exact > LEAST_SCALE ? exact : LEAST_SCALE) + 0xffffu) >> 16);
     float inverse = 1.0f / widen(scale);
     for (int i = 0; i < dim; i += 16) {
-        vb bytes = __builtin_convertvector(nearest(load(x + i) * inverse), vb);
-        __builtin_memcpy(out + i, &bytes, sizeof bytes);
+        put(out + i, low_bytes(nearest(load(x + i) * inverse)));
     }
     return scale;
 }
-
-typedef std::uint8_t vub __attribute__((vector_size(16)));
 
 template <class Element> struct Paired;  // sixteen of an element, and sixteen pairs
 template <> struct Paired<bf16> { using Half = vh; using Line = vu; static constexpr int BITS = 16; };
@@ -41,28 +38,21 @@ static inline void write_values(const Element* v, std::size_t stride, int count,
     using Half = typename Paired<Element>::Half;
     using Line = typename Paired<Element>::Line;
     constexpr int BITS = Paired<Element>::BITS, LINE = sizeof(Line);
-    auto wide = [&](const Element* from) {
-        Half half;
-        __builtin_memcpy(&half, from, sizeof half);
-        return __builtin_convertvector(half, Line);
-    };
+    auto sixteen = [](const Element* from) -> Line { return wide(get<Half>(from)); };
     for (int t = 0; t < count;) {
         char* at = to + (offset + t) / 2 * LINE;
         const Element* from = v + t * stride;
         bool second = (offset + t) % 2;
         if (!second && t + 1 < count) {
             for (int j = 0; j < dim; j += 16) {
-                Line line = wide(from + j) | wide(from + stride + j) << BITS;
-                __builtin_memcpy(at + j * LINE, &line, LINE);
+                put(at + j * LINE, sixteen(from + j) | sixteen(from + stride + j) << BITS);
             }
             t += 2;
             continue;
         }
         for (int j = 0; j < dim; j += 16) {
-            Line line, mine = wide(from + j);
-            __builtin_memcpy(&line, at + j * LINE, LINE);
-            line = second ? line << BITS >> BITS | mine << BITS : line >> BITS << BITS | mine;
-            __builtin_memcpy(at + j * LINE, &line, LINE);
+            Line line = get<Line>(at + j * LINE), mine = sixteen(from + j);
+            put(at + j * LINE, second ? line << BITS >> BITS | mine << BITS : line >> BITS << BITS | mine);
         }
         t++;
     }

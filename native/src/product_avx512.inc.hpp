@@ -38,7 +38,7 @@ static PENSTOCK_INLINE __m512i four_bytes(const void* at) {
     return _mm512_set1_epi32(four);
 }
 
-static PENSTOCK_INLINE __m512 to_float(__m512i x) { return as<__m512>(__builtin_convertvector(as<vi>(x), vf)); }
+static PENSTOCK_INLINE __m512 to_float(__m512i x) { return as<__m512>(floats(as<vi>(x))); }
 
 static PENSTOCK_INLINE __m512 dot_pair(__m512 sum, __m512i a, __m512i w) {
 #ifdef __AVX512BF16__

@@ -49,8 +49,7 @@ static float quantize(const bf16* x, int n, std::int8_t* out, std::int32_t* sums
         for (; i + 16 <= end; i += 16) {
             vi numbers = nearest(load(x + i) * inverse);
             total += numbers;
-            vb bytes = __builtin_convertvector(numbers, vb);
-            __builtin_memcpy(out + i, &bytes, sizeof bytes);
+            put(out + i, low_bytes(numbers));
         }
         std::int32_t rest = 0;
         for (; i < end; i++) rest += out[i] = static_cast<std::int8_t>(__builtin_rintf(widen(x[i]) * inverse));
@@ -83,12 +82,10 @@ static void store_rounded(bf16* out, const float* c, const float* bias, int cols
 }
 
 static void best(const float* c, int cols, int column, float* largest_so_far, std::int32_t* at) {
-    const vi lanes = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
     vf top = load(largest_so_far);
-    vi where;
-    __builtin_memcpy(&where, at, sizeof where);
+    vi where = get<vi>(at);
     for (int i = 0; i < cols; i += 16) {
-        vi here = lanes + (column + i);
+        vi here = as<vi>(LANES) + (column + i);
         vf x = i + 16 <= cols ? load(c + i) : choose(lanes_below(cols - i), load_part(c + i, cols - i), all(-INF));
         if (!any(~(x < top))) continue;  // as nearly always
         vi better = (x > top) | (x != x) | ((x == top) & (here < where));
@@ -96,7 +93,7 @@ static void best(const float* c, int cols, int column, float* largest_so_far, st
         where = (better & here) | (~better & where);
     }
     store(largest_so_far, top);
-    __builtin_memcpy(at, &where, sizeof where);
+    put(at, where);
 }
 
 static bool peaks(const float* scores, int groups, float* out) {

@@ -1,4 +1,4 @@
-// Sixteen floats at a time, for every instruction set: GCC's vector types become one zmm, two ymm or four xmm.
+// Sixteen floats at a time, for every instruction set: one zmm or two ymm, as GCC's vector types.
 //
 // Included once per instruction set, inside its own namespace and with its own compiler flags, and free of the
 // standard library: an inline function that two translation units share would be compiled for one of them and run
@@ -8,31 +8,102 @@
 #include <immintrin.h>
 
 #include "kernels.hpp"
+#ifndef __AVX512F__
+#include "two.hpp"
+#endif
 
 namespace penstock::PENSTOCK_ISA {
 
+#ifdef __AVX512F__
 typedef float vf __attribute__((vector_size(64)));
 typedef std::int32_t vi __attribute__((vector_size(64)));
 typedef std::uint32_t vu __attribute__((vector_size(64)));
+#else
+typedef float f8 __attribute__((vector_size(32)));
+typedef std::int32_t i8 __attribute__((vector_size(32)));
+typedef std::uint32_t u8 __attribute__((vector_size(32)));
+typedef Two<f8> vf;
+typedef Two<i8> vi;
+typedef Two<u8> vu;
+#endif
 typedef std::uint16_t vh __attribute__((vector_size(32)));  // sixteen bf16
 typedef std::int8_t vb __attribute__((vector_size(16)));
+typedef std::uint8_t vub __attribute__((vector_size(16)));
 
 constexpr float INF = __builtin_inff();
 
 template <class To, class From> static inline To as(From x) {
     static_assert(sizeof(To) == sizeof(From));
-    To to;
-    __builtin_memcpy(&to, &x, sizeof to);
-    return to;
+#ifndef __AVX512F__
+    if constexpr (is_two<To> && is_two<From>) {
+        To to;
+        __builtin_memcpy(&to.low, &x.low, sizeof to.low);
+        __builtin_memcpy(&to.high, &x.high, sizeof to.high);
+        return to;
+    } else
+#endif
+    {
+        To to;
+        __builtin_memcpy(&to, &x, sizeof to);
+        return to;
+    }
 }
 
-static inline vf load(const float* p) { vf x; __builtin_memcpy(&x, p, sizeof x); return x; }
-static inline void store(float* p, vf x) { __builtin_memcpy(p, &x, sizeof x); }
+// Half by half: what is copied as a whole goes through memory once more.
+template <class V> static inline V get(const void* p) {
+    V x;
+#ifndef __AVX512F__
+    if constexpr (is_two<V>) {
+        __builtin_memcpy(&x.low, p, sizeof x.low);
+        __builtin_memcpy(&x.high, static_cast<const char*>(p) + sizeof x.low, sizeof x.high);
+        return x;
+    }
+#endif
+    __builtin_memcpy(&x, p, sizeof x);
+    return x;
+}
+template <class V> static inline void put(void* p, V x) {
+#ifndef __AVX512F__
+    if constexpr (is_two<V>) {
+        __builtin_memcpy(p, &x.low, sizeof x.low);
+        __builtin_memcpy(static_cast<char*>(p) + sizeof x.low, &x.high, sizeof x.high);
+        return;
+    }
+#endif
+    __builtin_memcpy(p, &x, sizeof x);
+}
+
+static inline vf load(const float* p) { return get<vf>(p); }
+static inline void store(float* p, vf x) { put(p, x); }
 static inline vf all(float x) { return vf{} + x; }
 static inline vi all_int(std::int32_t x) { return vi{} + x; }
 
-static inline vf widen(vh x) { return as<vf>(__builtin_convertvector(x, vu) << 16); }
-static inline vf load(const bf16* p) { vh x; __builtin_memcpy(&x, p, sizeof x); return widen(x); }
+// Element by element; ints: towards zero; low_halves, low_bytes: of each lane.
+#ifdef __AVX512F__
+static inline vu wide(vh x) { return __builtin_convertvector(x, vu); }
+static inline vf floats(vi x) { return __builtin_convertvector(x, vf); }
+static inline vi ints(vf x) { return __builtin_convertvector(x, vi); }
+static inline vh low_halves(vu x) { return __builtin_convertvector(x, vh); }
+static inline vb low_bytes(vi x) { return __builtin_convertvector(x, vb); }
+#else
+static inline vu wide(vh x) {
+    struct Halves { __m128i low, high; } of = as<Halves>(x);
+    return {as<u8>(_mm256_cvtepu16_epi32(of.low)), as<u8>(_mm256_cvtepu16_epi32(of.high))};
+}
+static inline vf floats(vi x) { return {__builtin_convertvector(x.low, f8), __builtin_convertvector(x.high, f8)}; }
+static inline vi ints(vf x) { return {__builtin_convertvector(x.low, i8), __builtin_convertvector(x.high, i8)}; }
+static inline vh low_halves(vu x) {
+    x = x & 0xffffu;
+    return as<vh>(_mm256_permute4x64_epi64(_mm256_packus_epi32(as<__m256i>(x.low), as<__m256i>(x.high)), 0xd8));
+}
+static inline vb low_bytes(vi x) {
+    struct Halves { __m128i low, high; } of = as<Halves>(low_halves(as<vu>(x & 0xff)));
+    return as<vb>(_mm_packus_epi16(of.low, of.high));
+}
+#endif
+static inline vh wide(vub x) { return as<vh>(_mm256_cvtepu8_epi16(as<__m128i>(x))); }
+static inline vf widen(vh x) { return as<vf>(wide(x) << 16); }
+static inline vf load(const bf16* p) { return widen(get<vh>(p)); }
 
 // To nearest, ties to even; a NaN stays one.
 static inline vh narrow(vf x) {
@@ -43,18 +114,25 @@ static inline vh narrow(vf x) {
     vu rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
     vi is_number = x == x;
     vu chosen = (as<vu>(is_number) & rounded) | (~as<vu>(is_number) & 0x7fc0u);
-    return __builtin_convertvector(chosen, vh);
+    return low_halves(chosen);
 #endif
 }
-static inline void store(bf16* p, vf x) { vh h = narrow(x); __builtin_memcpy(p, &h, sizeof h); }
+static inline void store(bf16* p, vf x) { put(p, narrow(x)); }
 static inline float widen(bf16 x) { return as<float>(static_cast<std::uint32_t>(x) << 16); }
 static inline bf16 narrow(float x) {
     std::uint32_t u = as<std::uint32_t>(x);
     return x == x ? static_cast<bf16>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16) : bf16{0x7fc0};
 }
 
+#ifdef __AVX512F__
 static inline vf choose(vi mask, vf yes, vf no) { return mask ? yes : no; }
-static inline vf max(vf a, vf b) { return a > b ? a : b; }  // b where one is no number
+static inline vf max(vf a, vf b) { return as<vf>(_mm512_max_ps(as<__m512>(a), as<__m512>(b))); }
+#else
+static inline vf choose(vi mask, vf yes, vf no) {
+    return {mask.low ? yes.low : no.low, mask.high ? yes.high : no.high};
+}
+static inline vf max(vf a, vf b) { return choose(a > b, a, b); }  // b where one is no number
+#endif
 static inline vf absolute(vf x) { return as<vf>(as<vi>(x) & 0x7fffffff); }
 
 // Both halves joined, then theirs, down to one: always the same tree.
@@ -74,10 +152,10 @@ static inline float largest(vf x) { return fold<float>(x, [](auto a, auto b) { r
 
 // The largest magnitude of n numbers; NaN where one is a NaN or an infinity.
 static inline float magnitude(const bf16* x, int n) {
-    typedef std::int16_t Bits __attribute__((vector_size(64)));  // which order as magnitudes do: numbers, infinity, NaNs
+    typedef std::int16_t Bits __attribute__((vector_size(32)));  // which order as magnitudes do: numbers, infinity, NaNs
     Bits most = {};
     int i = 0;
-    for (; i + 32 <= n; i += 32) {
+    for (; i + 16 <= n; i += 16) {
         Bits bits;
         __builtin_memcpy(&bits, x + i, sizeof bits);
         bits &= 0x7fff;
@@ -118,7 +196,7 @@ static inline vi nearest(vf x) {
     return as<vi>(_mm512_cvtps_epi32(as<__m512>(x)));
 #else
     vf magic = all(12582912.0f);
-    return __builtin_convertvector((x + magic) - magic, vi);
+    return ints((x + magic) - magic);
 #endif
 }
 
@@ -145,18 +223,24 @@ static inline vf exp2(vf x) {
     __mmask16 counts = _mm512_cmp_ps_mask(as<__m512>(x), _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);  // a NaN does
     return as<vf>(_mm512_maskz_scalef_ps(counts, as<__m512>(p), as<__m512>(whole)));
 #else
-    vi exponent = __builtin_convertvector(whole, vi);
-    vf scaled = as<vf>(as<vi>(p) + (exponent << 23));
+    vf scaled = as<vf>(as<vi>(p) + (ints(whole) << 23));
     return choose(tiny, all(0.0f), scaled);
 #endif
 }
 
+static inline float exp2(float x) {
+    float of[16];
+    store(of, exp2(all(x)));
+    return of[0];
+}
+
 constexpr float LOG2_E = 1.44269504088896f;
 
+struct LaneNumbers { std::int32_t of[16]; };
+constexpr LaneNumbers LANES = {{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15}};
+
 // Sixteen columns of tail: lanes [0, n).
-static inline vi lanes_below(int n) {
-    return vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} < n;
-}
+static inline vi lanes_below(int n) { return as<vi>(LANES) < n; }
 static inline vf load_part(const float* p, int n) {
     float part[16] = {};
     for (int i = 0; i < n; i++) part[i] = p[i];
