@@ -5,28 +5,34 @@ Knows tokens, positions and block tables as numpy int arrays. Knows no model and
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from penstock.core.plan import StepPlan
+from penstock.core.plan import Row, StepPlan
 
 
 @dataclass(slots=True)
 class StepInputs:
     """One step, R rows and T tokens.
 
-    slots [R]; starts [R] and nums [R]: first position and tokens of each row; query_start [R + 1]: where rows begin
-    in the batch; token_ids, positions [T] int64; tables per KV group [R, max_blocks] int32.
+    request_ids, slots [R]; starts, nums and ends [R]: first position, tokens, and the position after the last, of each row;
+    query_start [R + 1]: where rows begin in the batch; token_ids, positions [T] int64; tables per KV group
+    [R, max_blocks] int32, contiguous; length: of the longest row, its end. Valid until the next `prepare`, which may
+    write into the same arrays.
     """
 
+    request_ids: list[str]
     slots: np.ndarray
     starts: np.ndarray
     nums: np.ndarray
+    ends: np.ndarray
     query_start: np.ndarray
     token_ids: np.ndarray
     positions: np.ndarray
     tables: tuple[np.ndarray, ...]
+    length: int
 
 
 class RequestTable:
@@ -42,15 +48,18 @@ class RequestTable:
         self._num_blocks = [[0] * max_num_seqs for _ in range(num_groups)]
         self._nothing_new: tuple[tuple[int, ...], ...] = ((),) * num_groups
         self._free = list(range(max_num_seqs - 1, -1, -1))
+        self._steady: StepInputs | None = None  # the last step, if the next may go on with it; forgotten when anybody comes or goes
 
     def release(self, request_id: str) -> int:
         """Forget a request; its slot."""
+        self._steady = None
         slot = self.slots.pop(request_id)
         self._free.append(slot)
         return slot
 
     def admit(self, request_id: str, token_ids: tuple[int, ...], start: int) -> int:
         """Take a request in, with `start` tokens computed already; its slot."""
+        self._steady = None
         slot = self._free.pop()
         self.slots[request_id] = slot
         self.tokens[slot, : len(token_ids)] = token_ids
@@ -65,15 +74,24 @@ class RequestTable:
         return self.tables[group][slot, : self._num_blocks[group][slot]]
 
     def prepare(self, plan: StepPlan) -> StepInputs:
-        """Add the rows' new blocks and gather the step's arrays."""
-        rows, of = plan.rows, self.slots
-        slot_list = [of[row.request_id] for row in rows]
-        # Most rows of most steps add no block: one comparison each finds those that do.
-        for i in [i for i, row in enumerate(rows) if row.new_block_ids != self._nothing_new]:
-            self._extend(slot_list[i], rows[i].new_block_ids)
-        slots = np.fromiter(slot_list, np.int64, len(rows))
+        """Add the rows' new blocks and gather the step's arrays.
+
+        Where the last step gave each of its rows one token, and this one goes on with the same rows, it gets the very
+        same object: the arrays move on in place, and what was made from them stays good.
+        """
+        rows = plan.rows
+        ids = [row.request_id for row in rows]
         num_list = [row.num_tokens for row in rows]
         total = sum(num_list)
+        # Most rows of most steps add no block: one comparison each finds those that do.
+        grown = [i for i, row in enumerate(rows) if row.new_block_ids != self._nothing_new]
+        steady, self._steady = self._steady, None
+        if steady is not None and total == len(rows) and ids == steady.request_ids:
+            return self._go_on(steady, rows, grown)
+        slot_list = [self.slots[request_id] for request_id in ids]
+        for i in grown:
+            self._extend(slot_list[i], rows[i].new_block_ids)
+        slots = np.fromiter(slot_list, np.int64, len(rows))
         starts = self.num_computed[slots]
         if total == len(rows):  # decodes only
             nums, query_start = np.ones(total, np.int64), np.arange(total + 1)
@@ -83,16 +101,44 @@ class RequestTable:
             np.cumsum(nums, out=query_start[1:])
             positions = np.arange(total) + np.repeat(starts - query_start[:-1], nums)
             row_slots = np.repeat(slots, nums)
-        width = -(-int((starts + nums).max()) // self.block_size)
-        return StepInputs(
-            slots,
-            starts,
-            nums,
-            query_start,
-            self.tokens[row_slots, positions].astype(np.int64),
-            positions,
-            tuple(table[slots, :width] for table in self.tables),
-        )
+        ends, token_ids = starts + nums, self.tokens[row_slots, positions].astype(np.int64)
+        length = int(ends.max())
+        tables = self._gathered(slots, length)
+        return StepInputs(ids, slots, starts, nums, ends, query_start, token_ids, positions, tables, length)
+
+    def advance(self, inputs: StepInputs, sampling: Sequence[int], token_ids: np.ndarray) -> None:
+        """The step was computed: its rows `sampling` got one token each."""
+        slots, ends = inputs.slots, inputs.ends
+        self.num_computed[slots] = ends
+        if len(sampling) == len(slots):
+            self.tokens[slots, ends] = token_ids
+            if len(inputs.token_ids) == len(slots):
+                self._steady = inputs
+        else:
+            self.tokens[slots[sampling], ends[sampling]] = token_ids
+
+    def _go_on(self, inputs: StepInputs, rows: list[Row], grown: list[int]) -> StepInputs:
+        """The rows of `inputs`, one token further."""
+        slots = inputs.slots
+        inputs.starts += 1  # they are the positions too
+        inputs.ends += 1
+        inputs.length += 1
+        inputs.token_ids[:] = self.tokens[slots, inputs.starts]
+        for i in grown:
+            slot, new_block_ids = int(slots[i]), rows[i].new_block_ids
+            for table, counts, new in zip(inputs.tables, self._num_blocks, new_block_ids, strict=True):
+                at = counts[slot]
+                if at < table.shape[1]:  # else the table is too narrow, and soon gathered again
+                    table[i, at : at + len(new)] = new[: table.shape[1] - at]
+            self._extend(slot, new_block_ids)
+        if inputs.length > inputs.tables[0].shape[1] * self.block_size:
+            inputs.tables = self._gathered(slots, inputs.length)
+        return inputs
+
+    def _gathered(self, slots: np.ndarray, length: int) -> tuple[np.ndarray, ...]:
+        """The tables of `slots`, wide enough for `length` tokens."""
+        width = -(-length // self.block_size)
+        return tuple(table[slots, :width] for table in self.tables)
 
     def _extend(self, slot: int, new_block_ids: tuple[tuple[int, ...], ...]) -> None:
         """Append a row's new blocks to its slot's tables."""

@@ -14,7 +14,7 @@ import functools
 import logging
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any, Protocol
@@ -227,20 +227,32 @@ class NativeModel:
         self._hidden = model.record(recorder)
         weights.finish()
         self._kept = recorder.kept  # memory that the program reads
+        self._tensors = torch.empty(0), torch.empty(0)  # of the last batch
+        self._arrays = self._tensors[0].numpy(), self._tensors[1].numpy()  # the same memory
 
     def __call__(self, batch: Batch) -> Tensor:
         """Hidden states bf16 [T, hidden] after the last norm."""
+        hidden = torch.empty(len(batch.token_ids), self._hidden.width, dtype=torch.bfloat16)
+        self._run(batch, _words(hidden))
+        return hidden
+
+    def _run(self, batch: Batch, hidden: np.ndarray) -> None:
+        """The layers, then their hidden states into `hidden`, bf16 as uint16 [T, hidden]."""
         step = batch.attention
         assert isinstance(step, NativeStep)
-        tokens = batch.token_ids.numpy()
-        arrays = tokens, batch.positions.numpy(), step.query_start, step.start, step.tables
+        arrays = *self._views(batch), step.query_start, step.start, step.tables
         if (words := step.words) is None:
             self._program.run(*arrays)
         else:
             words.went_on_without(self._program.run(*arrays, words.done, words.loads, words.patience_s))
-        hidden = torch.empty(len(tokens), self._hidden.width, dtype=torch.bfloat16)
-        self._program.read(self._hidden.number, _words(hidden))
-        return hidden
+        self._program.read(self._hidden.number, hidden)
+
+    def _views(self, batch: Batch) -> tuple[np.ndarray, np.ndarray]:
+        """The batch's tensors as arrays. Steady decoding brings the same tensors again and again."""
+        if batch.token_ids is not self._tensors[0] or batch.positions is not self._tensors[1]:
+            self._tensors = batch.token_ids, batch.positions
+            self._arrays = batch.token_ids.numpy(), batch.positions.numpy()
+        return self._arrays
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden bf16 [N, hidden] to float32 [N, vocab_size]."""
@@ -250,7 +262,12 @@ class NativeModel:
         return scores
 
     def scores(self, hidden: Tensor) -> Scores:
-        return _HeadScores(self._program, self._head, hidden.contiguous())
+        return _HeadScores(self._program, self._head, _words(hidden.contiguous()))
+
+    def scores_after(self, batch: Batch) -> Scores:
+        """The layers run when somebody chooses: nothing but native calls then, for they leave the caches cold."""
+        hidden = np.empty((len(batch.token_ids), self._hidden.width), np.uint16)
+        return _HeadScores(self._program, self._head, hidden, functools.partial(self._run, batch))
 
     def seconds(self) -> list[tuple[str, float]]:
         """Where steps spent their time, by operation in order, since the last `clear_seconds`."""
@@ -274,16 +291,23 @@ class NativeScores:
 
 
 class _HeadScores:
-    """The head and the choice in one native call: nobody holds all scores but for the rows that are reported."""
+    """The head and the choice in one native call: nobody holds all scores but for the rows that are reported.
 
-    def __init__(self, program: Any, head: Any, hidden: Tensor) -> None:
-        self._program, self._head, self._hidden = program, head, hidden
+    hidden: bf16 as uint16 [N, hidden]; `fill` writes it first.
+    """
+
+    def __init__(
+        self, program: Any, head: Any, hidden: np.ndarray, fill: Callable[[np.ndarray], None] | None = None
+    ) -> None:
+        self._program, self._head, self._hidden, self._fill = program, head, hidden, fill
 
     def choose(self, params: RowParams, edits: RowEdits | None, reported: Ids) -> tuple[Ids, Tensor]:
         tokens = np.empty(len(self._hidden), np.int64)
         raw = torch.empty(len(reported), self._head.n)
-        asked = native_asked(params, edits, self._head.n)
-        self._program.choose(self._head, _words(self._hidden), asked, reported, raw.numpy(), tokens)
+        asked, scores = native_asked(params, edits, self._head.n), raw.numpy()
+        if self._fill is not None:
+            self._fill(self._hidden)
+        self._program.choose(self._head, self._hidden, asked, reported, scores, tokens)
         return tokens, raw
 
 
@@ -316,8 +340,8 @@ class NativeAttention:
     """The AttentionBackend of native programs: hands the spans on."""
 
     def prepare(self, spans: Spans, words: StepWords | None = None) -> NativeStep:
-        tables = [np.ascontiguousarray(table, np.int32) for table in spans.block_tables]
-        return NativeStep(spans.query_start.astype(np.int64), spans.start.astype(np.int64), tables, words)
+        query_start, start = (values.astype(np.int64, copy=False) for values in (spans.query_start, spans.start))
+        return NativeStep(query_start, start, [np.ascontiguousarray(t, np.int32) for t in spans.block_tables], words)
 
 
 def check_layout(layout: KVLayout) -> None:
