@@ -74,7 +74,7 @@ class NullModel:
     def __call__(self, batch: Batch) -> Tensor:
         self.seconds = 0.0
         self.spans = batch.attention  # type: ignore[assignment]
-        return batch.token_ids[:, None]
+        return (batch.token_ids if batch.outputs is None else batch.token_ids[batch.outputs])[:, None]
 
     def logits(self, hidden: Tensor) -> Tensor:
         begin = time.thread_time()

@@ -34,6 +34,8 @@ namespace {
 template <class T> using Matrix = nb::ndarray<const T, nb::ndim<2>, nb::device::cpu>;
 template <class T> using Array = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 template <class T> using Table = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+using Tables = std::vector<Table<const std::int32_t>>;
+using Tokens = nb::ndarray<std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 
 std::size_t up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
 
@@ -266,37 +268,49 @@ private:
     List<RowEdits> rows_;
 };
 
-// What N rows ask for when their tokens are chosen.
+// What N rows ask for when their tokens are chosen: as the arrays say at that time.
 struct Asked {
     Asked(Array<float> temperature, Array<std::int64_t> top_k, Array<double> top_p, Array<double> min_p,
           Array<std::uint64_t> seeds, Array<std::int64_t> positions, const Edits* edits)
-        : edits(edits) {
-        std::size_t num_rows = temperature.shape(0);
-        for (std::size_t length : {top_k.shape(0), top_p.shape(0), min_p.shape(0), seeds.shape(0), positions.shape(0),
+        : num_rows(temperature.shape(0)), edits(edits), temperature_(std::move(temperature)), top_k_(std::move(top_k)),
+          top_p_(std::move(top_p)), min_p_(std::move(min_p)), seeds_(std::move(seeds)), positions_(std::move(positions)) {
+        for (std::size_t length : {top_k_.shape(0), top_p_.shape(0), min_p_.shape(0), seeds_.shape(0), positions_.shape(0),
                                    edits ? edits->rows().size() : num_rows})
             if (length != num_rows) throw std::invalid_argument("the arrays of what rows ask for differ in length");
-        for (std::size_t r = 0; r < num_rows; r++)
-            wishes.push_back({temperature.data()[r], top_k.data()[r], top_p.data()[r], min_p.data()[r], seeds.data()[r],
-                              positions.data()[r]});
     }
-    std::vector<Wish> wishes;
+    std::vector<Wish> wishes() const {
+        std::vector<Wish> found;
+        for (std::size_t r = 0; r < num_rows; r++)
+            found.push_back({temperature_.data()[r], top_k_.data()[r], top_p_.data()[r], min_p_.data()[r], seeds_.data()[r],
+                             positions_.data()[r]});
+        return found;
+    }
+    std::size_t num_rows;
     const Edits* edits;
+
+private:
+    Array<float> temperature_;
+    Array<std::int64_t> top_k_;
+    Array<double> top_p_, min_p_;
+    Array<std::uint64_t> seeds_;
+    Array<std::int64_t> positions_;
 };
 
 // Tokens from scores [N][vocab_size] that somebody else computed.
 void choose_from(const std::string& kernels, Table<const float> scores, const Asked& asked,
-                 nb::ndarray<std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> tokens) {
+                 Tokens tokens) {
     std::size_t num_rows = scores.shape(0), size = scores.shape(1);
-    if (asked.wishes.size() != num_rows || tokens.shape(0) != num_rows || size == 0)
+    if (asked.num_rows != num_rows || tokens.shape(0) != num_rows || size == 0)
         throw std::invalid_argument("the arrays to choose from do not match");
     const Kernels& table = kernels_named(kernels);
+    std::vector<Wish> wishes = asked.wishes();
     nb::gil_scoped_release unlocked;
     RowChooser chooser;
     std::vector<float> row(up(size, NOISE_GROUP));
     for (std::size_t r = 0; r < num_rows; r++) {
         std::copy_n(scores.data() + r * size, size, row.data());
         if (asked.edits) edit_scores(asked.edits->rows()[r], row.data(), static_cast<int>(size));
-        tokens.data()[r] = chooser.choose(table, row.data(), static_cast<int>(size), asked.wishes[r]);
+        tokens.data()[r] = chooser.choose(table, row.data(), static_cast<int>(size), wishes[r]);
     }
 }
 
@@ -332,11 +346,48 @@ public:
     const Pool& pool_of(int number) const { return pools_.at(number); }
 
     // done and loads are addresses of words (words.hpp), none: 0 and empty. Indices of loads that were bad.
-    std::vector<int> run(Array<std::int64_t> token_ids, Array<std::int64_t> positions, Array<std::int64_t> query_start,
-                         Array<std::int64_t> start, const std::vector<Table<const std::int32_t>>& tables,
+    std::vector<int> run(const Array<std::int64_t>& token_ids, const Array<std::int64_t>& positions, const Array<std::int64_t>& query_start,
+                         const Array<std::int64_t>& start, const Tables& tables, const std::optional<Array<std::int64_t>>& outputs,
                          std::uintptr_t done, const std::vector<std::uintptr_t>& loads, double patience_s) {
+        Batch batch = batch_of(token_ids, positions, query_start, start, tables, outputs);
+        StepWords words(word_at(done), words_of(loads), patience_s);
+        nb::gil_scoped_release unlocked;
+        program_.run(batch, words);
+        return words.bad();
+    }
+
+    void choose(const PackedWeight& w, Table<const std::uint16_t> hidden, const Asked& asked, const Array<std::int64_t>& raw_rows,
+                const Table<float>& raw, const Tokens& tokens) {
+        if (static_cast<int>(hidden.shape(1)) != w.weight().k) throw std::invalid_argument("hidden and weight do not match");
+        Choosing how = choosing(w, hidden.shape(0), asked, raw_rows, raw, tokens);
+        nb::gil_scoped_release unlocked;
+        program_.choose(w.weight(), hidden.data(), static_cast<int>(hidden.shape(0)), how, tokens.data());
+    }
+
+    // run, then choose from what it leaves in the buffer `states`.
+    std::vector<int> step(const Array<std::int64_t>& token_ids, const Array<std::int64_t>& positions, const Array<std::int64_t>& query_start,
+                          const Array<std::int64_t>& start, const Tables& tables, const std::optional<Array<std::int64_t>>& outputs,
+                          std::uintptr_t done, const std::vector<std::uintptr_t>& loads, double patience_s, int states,
+                          const PackedWeight& w, const Asked& asked, const Array<std::int64_t>& raw_rows, const Table<float>& raw,
+                          const Tokens& tokens) {
+        Batch batch = batch_of(token_ids, positions, query_start, start, tables, outputs);
+        StepWords words(word_at(done), words_of(loads), patience_s);
+        int num_rows = batch.outputs ? batch.num_outputs : batch.num_tokens;
+        if (program_.width(states) != w.weight().k) throw std::invalid_argument("states and weight do not match");
+        Choosing how = choosing(w, num_rows, asked, raw_rows, raw, tokens);
+        nb::gil_scoped_release unlocked;
+        program_.run(batch, words);
+        states_.resize(static_cast<std::size_t>(num_rows) * w.weight().k);
+        program_.read(states, num_rows, states_.data());
+        program_.choose(w.weight(), states_.data(), num_rows, how, tokens.data());
+        return words.bad();
+    }
+
+private:
+    static Batch batch_of(const Array<std::int64_t>& token_ids, const Array<std::int64_t>& positions, const Array<std::int64_t>& query_start,
+                          const Array<std::int64_t>& start, const Tables& tables, const std::optional<Array<std::int64_t>>& outputs) {
         Batch batch{static_cast<int>(token_ids.shape(0)), static_cast<int>(start.shape(0)), token_ids.data(),
-                    positions.data(), query_start.data(), start.data(), {}, {}};
+                    positions.data(), query_start.data(), start.data(), {}, {}, nullptr, 0};
         if (positions.shape(0) != token_ids.shape(0) || query_start.shape(0) != start.shape(0) + 1)
             throw std::invalid_argument("the arrays of a batch do not match");
         for (const auto& table : tables) {
@@ -344,36 +395,43 @@ public:
             batch.tables.push_back(table.data());
             batch.table_width.push_back(table.shape(1));
         }
+        if (outputs) {
+            const std::int64_t *first = outputs->data(), *end = first + outputs->shape(0);
+            bool ascending = std::adjacent_find(first, end, std::greater_equal<>()) == end;
+            std::int64_t num_tokens = query_start.data()[start.shape(0)];
+            if (!ascending || (first != end && (*first < 0 || end[-1] >= num_tokens || num_tokens != batch.num_tokens)))
+                throw std::invalid_argument("outputs are tokens of the batch, in ascending order");
+            batch.outputs = first, batch.num_outputs = static_cast<int>(end - first);
+        }
+        return batch;
+    }
+
+    static std::vector<std::int64_t*> words_of(const std::vector<std::uintptr_t>& loads) {
         std::vector<std::int64_t*> words;
         for (std::uintptr_t address : loads) {
             if (address == 0) throw std::invalid_argument("a load has no word");
             words.push_back(word_at(address));
         }
-        StepWords shared(word_at(done), std::move(words), patience_s);
-        nb::gil_scoped_release unlocked;
-        program_.run(batch, shared);
-        return shared.bad();
+        return words;
     }
 
-    void choose(const PackedWeight& w, Table<const std::uint16_t> hidden, const Asked& asked, Array<std::int64_t> raw_rows,
-                Table<float> raw, nb::ndarray<std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> tokens) {
-        std::size_t num_rows = hidden.shape(0), n = w.weight().n;
-        bool fits = static_cast<int>(hidden.shape(1)) == w.weight().k && asked.wishes.size() == num_rows &&
-                    tokens.shape(0) == num_rows && raw.shape(0) == raw_rows.shape(0) && raw.shape(1) == n;
+    static Choosing choosing(const PackedWeight& w, std::size_t num_rows, const Asked& asked, const Array<std::int64_t>& raw_rows,
+                             const Table<float>& raw, const Tokens& tokens) {
+        std::size_t n = w.weight().n;
+        bool fits = asked.num_rows == num_rows && tokens.shape(0) == num_rows && raw.shape(0) == raw_rows.shape(0) && raw.shape(1) == n;
         if (!fits) throw std::invalid_argument("the arrays to choose from do not match");
-        Choosing how{asked.wishes, asked.edits ? asked.edits->rows() : std::vector<RowEdits>{}, {}};
+        Choosing how{asked.wishes(), asked.edits ? asked.edits->rows() : std::vector<RowEdits>{}, {}};
         if (raw_rows.shape(0)) how.raw.assign(num_rows, nullptr);
         for (std::size_t i = 0; i < raw_rows.shape(0); i++) how.raw.at(raw_rows.data()[i]) = raw.data() + i * n;
-        nb::gil_scoped_release unlocked;
-        program_.choose(w.weight(), hidden.data(), static_cast<int>(num_rows), how, tokens.data());
+        return how;
     }
 
-private:
     const Kernels& kernels_;
     Program program_;
     std::vector<std::unique_ptr<std::vector<float>>> kept_;
     std::vector<Pool> pools_;
     std::vector<std::size_t> num_blocks_;
+    std::vector<bf16> states_;  // of a step's outputs
 };
 
 }  // namespace
@@ -472,8 +530,11 @@ NB_MODULE(_native, m) {
         .def("attend", [](BoundProgram& p, int qkv, int num_heads, int pool, float scale, int to) {
                 p.program().attend(qkv, num_heads, p.pool_of(pool), scale, to);
             }, "qkv"_a, "num_heads"_a, "pool"_a, "scale"_a, "to"_a)
-        .def("run", &BoundProgram::run, "token_ids"_a, "positions"_a, "query_start"_a, "start"_a, "tables"_a, "done"_a = 0,
-             "loads"_a = std::vector<std::uintptr_t>(), "patience_s"_a = 0.0)
+        .def("run", &BoundProgram::run, "token_ids"_a, "positions"_a, "query_start"_a, "start"_a, "tables"_a, "outputs"_a.none() = nb::none(),
+             "done"_a = 0, "loads"_a = std::vector<std::uintptr_t>(), "patience_s"_a = 0.0)
+        .def("step", &BoundProgram::step, "token_ids"_a, "positions"_a, "query_start"_a, "start"_a, "tables"_a, "outputs"_a.none(),
+             "done"_a, "loads"_a, "patience_s"_a, "states"_a, "weight"_a, "asked"_a, "raw_rows"_a.noconvert(), "raw"_a.noconvert(),
+             "tokens"_a.noconvert())
         .def("read", [](BoundProgram& p, int buffer, Table<std::uint16_t> out) {
                 p.program().read(buffer, static_cast<int>(out.shape(0)), out.data());
             }, "buffer"_a, "out"_a.noconvert())

@@ -28,10 +28,6 @@ std::unique_ptr<char, void (*)(void*)> zeros(std::size_t bytes) {
     return {static_cast<char*>(data), std::free};
 }
 
-double now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
 float widen(bf16 x) {
     std::uint32_t u = static_cast<std::uint32_t>(x) << 16;
     float f;
@@ -89,9 +85,10 @@ int Program::ints_for(int width) {
     return static_cast<int>(ints_.size()) - 1;
 }
 
-// The int8 form of a bf16 buffer, made by an operation that is recorded before the linear that reads it.
+// The int8 form of a bf16 buffer, made by an operation that is recorded before the linear that reads it, and anew behind
+// an ATTEND, where rows may be others.
 int Program::quantized(const Weight& weight, int from) {
-    for (auto op = ops_.rbegin(); op != ops_.rend() && op->to != from; ++op)
+    for (auto op = ops_.rbegin(); op != ops_.rend() && op->to != from && op->what != What::ATTEND; ++op)
         if (op->what == What::QUANTIZE && op->from == from) return op->ints;
     auto found = ints_of_.find(weight.k);
     if (found == ints_of_.end()) found = ints_of_.emplace(weight.k, ints_for(weight.k)).first;
@@ -140,21 +137,20 @@ Rows Program::input(const Op& op) const {
 }
 
 void Program::plan_attention(const Batch& batch, const Op& op) {
-    Attention& plan = attention_[op.pool.group];
+    Attention& plan = plan_of(op);
     int group = op.num_heads / op.pool.num_kv_heads;
     int tile = std::max(1, QUERY_ROWS / group);
+    find_queries(batch, op.narrows);
     plan.tasks.clear();
     int max_spans = 1;
     // Head by head: the next task often reads the same keys and values, of its own prompt or of a prefix that requests
     // share, and those of one head stay in the cache.
     for (int h = 0; h < op.pool.num_kv_heads; h++)
-        for (int r = 0; r < batch.num_rows; r++) {
-            int first = static_cast<int>(batch.query_start[r]), num = static_cast<int>(batch.query_start[r + 1]) - first;
-            int start = static_cast<int>(batch.start[r]);
-            max_spans = std::max(max_spans, (start + num + ATTENTION_SPAN - 1) / ATTENTION_SPAN);
+        for (const Queries& q : queries_) {
+            max_spans = std::max(max_spans, (q.position + q.num_tokens + ATTENTION_SPAN - 1) / ATTENTION_SPAN);
             // The last tokens see most: they go first, so that what is left at the end is short.
-            for (int t = (num - 1) / tile * tile; t >= 0; t -= tile)
-                plan.tasks.push_back({r, first + t, start + t, std::min(tile, num - t), h, -1});
+            for (int t = (q.num_tokens - 1) / tile * tile; t >= 0; t -= tile)
+                plan.tasks.push_back({{q.row, q.token + t, q.position + t, std::min(tile, q.num_tokens - t), q.to + t}, h, -1});
         }
     plan.num_spans = 1;
     if (max_spans > 1 && static_cast<int>(plan.tasks.size()) < 4 * team_.size()) {
@@ -197,7 +193,7 @@ void Program::look_ahead(AttendPiece& piece, const Batch& batch, const Op& op, c
 }
 
 void Program::attend_tasks(const Batch& batch, const Op& op, int member, Deal& deal) {
-    Attention& plan = attention_[op.pool.group];
+    Attention& plan = plan_of(op);
     int group = op.num_heads / op.pool.num_kv_heads, dim = op.pool.head_dim;
     int tile = std::max(1, QUERY_ROWS / group), rows = tile * group;
     std::size_t part = static_cast<std::size_t>(rows) * (dim + 2);
@@ -249,7 +245,7 @@ void Program::attend_tasks(const Batch& batch, const Op& op, int member, Deal& d
 }
 
 void Program::merge_spans(const Op& op, int member) {
-    Attention& plan = attention_[op.pool.group];
+    Attention& plan = plan_of(op);
     int group = op.num_heads / op.pool.num_kv_heads, dim = op.pool.head_dim;
     int tile = std::max(1, QUERY_ROWS / group), rows = tile * group;
     std::size_t part = static_cast<std::size_t>(rows) * (dim + 2);
@@ -279,7 +275,7 @@ void Program::finish(const Op& op, const Task& task, const float* out, const flo
     for (int t = 0; t < task.num_tokens; t++)
         for (int g = 0; g < group; g++) {
             int row = t * group + g;
-            bf16* to = buffers_[op.to].half(task.token + t) + (task.head * group + g) * dim;
+            bf16* to = buffers_[op.to].half(task.to + t) + (task.head * group + g) * dim;
             kernels_.finish(out + static_cast<std::size_t>(row) * dim, sum[row], dim, to);
         }
 }
@@ -300,7 +296,7 @@ void Program::token_heads(const Batch& batch, const Op& op, int row, int token, 
                       position % KV_BLOCK, dim);
 }
 
-int Program::units(const Op& op, int num_tokens) const {
+int Program::units(const Op& op) const {
     switch (op.what) {
         case What::LINEAR:
         case What::LINEAR_ADD:
@@ -309,11 +305,11 @@ int Program::units(const Op& op, int num_tokens) const {
             return (op.weight.n_pad + columns - 1) / columns;
         }
         case What::HEADS:
-            return num_tokens * op.pool.num_kv_heads;
+            return op.num_rows * op.pool.num_kv_heads;
         case What::ATTEND:
-            return static_cast<int>(attention_.at(op.pool.group).tasks.size());
+            return static_cast<int>(attention_.at({op.pool.group, op.narrows}).tasks.size());
         default:
-            return num_tokens;
+            return op.num_rows;
     }
 }
 
@@ -348,15 +344,15 @@ void Program::perform(const Op& op, const Batch& batch, int member, Deal& deal) 
                                                   ints.sums.data() + t * ints.sums_stride);
             });
         case What::LINEAR:
-            return product(op.weight, input(op), batch.num_tokens, member, deal, [&](int row, int column, int width, float* c) {
+            return product(op.weight, input(op), op.num_rows, member, deal, [&](int row, int column, int width, float* c) {
                 kernels_.store(buffers_[op.to].half(row) + column, c, op.weight.bias ? op.weight.bias + column : nullptr, width);
             });
         case What::LINEAR_ADD:
-            return product(op.weight, input(op), batch.num_tokens, member, deal, [&](int row, int column, int width, float* c) {
+            return product(op.weight, input(op), op.num_rows, member, deal, [&](int row, int column, int width, float* c) {
                 kernels_.add(buffers_[op.to].f32(row) + column, c, op.weight.bias ? op.weight.bias + column : nullptr, width);
             });
         case What::LINEAR_SILU_MUL:
-            return product(op.weight, input(op), batch.num_tokens, member, deal, [&](int row, int column, int width, float* c) {
+            return product(op.weight, input(op), op.num_rows, member, deal, [&](int row, int column, int width, float* c) {
                 if (op.weight.bias)
                     for (int i = 0; i < width; i++) c[i] += op.weight.bias[column + i];
                 bf16* to = buffers_[op.to].half(row) + column / 2;
@@ -369,9 +365,13 @@ void Program::perform(const Op& op, const Batch& batch, int member, Deal& deal) 
             });
         case What::ATTEND:
             attend_tasks(batch, op, member, deal);
-            if (attention_[op.pool.group].num_spans > 1) {
+            if (plan_of(op).num_spans > 1) {
                 team_.meet();
                 merge_spans(op, member);
+            }
+            if (op.narrows) {
+                team_.meet();  // queries may be among what is gathered
+                gather_outputs(batch, member);
             }
             return;
     }
@@ -382,20 +382,24 @@ void Program::run(const Batch& batch, StepWords& words) {
     row_of_.resize(batch.num_tokens);
     for (int r = 0; r < batch.num_rows; r++)
         for (auto t = batch.query_start[r]; t < batch.query_start[r + 1]; t++) row_of_[t] = r;
-    for (auto& [group, plan] : attention_) plan.tasks.clear();
-    if (deals_.size() != ops_.size()) deals_ = std::vector<Deal>(ops_.size());
+    for (auto& [key, plan] : attention_) plan.tasks.clear();
+    if (deals_.size() != ops_.size()) end_recording();
+    if (batch.outputs && last_attend_ < 0) throw std::invalid_argument("only rows behind a last attention can be left out");
     for (std::size_t i = 0; i < ops_.size(); i++) {
-        const Op& op = ops_[i];
-        if (op.what == What::ATTEND && attention_[op.pool.group].tasks.empty()) {
+        Op& op = ops_[i];
+        bool behind = batch.outputs && static_cast<int>(i) >= last_attend_;
+        op.num_rows = behind ? batch.num_outputs : batch.num_tokens;
+        op.narrows = behind && op.what == What::ATTEND;
+        if (op.what == What::ATTEND && plan_of(op).tasks.empty()) {
             plan_attention(batch, op);
-            Attention& plan = attention_[op.pool.group];
+            Attention& plan = plan_of(op);
             if (plan.num_spans > 1) {
                 int group = op.num_heads / op.pool.num_kv_heads;
                 std::size_t part = static_cast<std::size_t>(std::max(1, QUERY_ROWS / group) * group) * (op.pool.head_dim + 2);
                 plan.partial.resize(plan.tasks.size() * part);
             }
         }
-        deals_[i].reset(units(op, batch.num_tokens));
+        deals_[i].reset(units(op));
     }
     team_.run([&](int member) {
         double begin = now();
@@ -425,11 +429,13 @@ std::vector<std::pair<std::string, double>> Program::seconds() const {
     static const char* const NAMES[] = {"embed", "norm", "linear", "linear_add", "linear_silu_mul", "heads", "attend", "quantize"};
     std::vector<std::pair<std::string, double>> found;
     for (const Op& op : ops_) found.emplace_back(NAMES[static_cast<int>(op.what)], op.seconds);
+    found.emplace_back("head and choice", choosing_seconds_);
     return found;
 }
 
 void Program::clear_seconds() {
     for (Op& op : ops_) op.seconds = 0;
+    choosing_seconds_ = 0;
 }
 
 }  // namespace penstock

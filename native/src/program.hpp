@@ -5,9 +5,11 @@
 // caller, who keeps them alive.
 #pragma once
 #include <algorithm>
+#include <chrono>
 #include <map>
 #include <memory>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "choose.hpp"
@@ -17,7 +19,8 @@
 
 namespace penstock {
 
-// One step, as the runner's arrays hold it. R rows of T tokens in all.
+// One step, as the runner's arrays hold it. R rows of T tokens in all. Outputs are the tokens whose hidden states are
+// read, ascending; null: all of them.
 struct Batch {
     int num_tokens, num_rows;
     const std::int64_t* token_ids;     // [T]
@@ -26,6 +29,8 @@ struct Batch {
     const std::int64_t* start;         // [R]
     std::vector<const std::int32_t*> tables;  // per KV group, [R][table_width]
     std::vector<std::size_t> table_width;
+    const std::int64_t* outputs;  // [num_outputs] or null
+    int num_outputs;
 };
 
 struct Pool {  // of one layer
@@ -53,6 +58,7 @@ public:
     Program(const Kernels& kernels, Team& team, int max_tokens);
 
     int buffer(Kind kind, int width);
+    int width(int buffer) const { return buffers_.at(buffer).width; }
 
     // ---- recording; ids of buffers ----
     void embed(const void* table, Kind kind, int width, int to);      // table [tokens][width]
@@ -69,15 +75,16 @@ public:
 
     // ---- running ----
     // Keys and values of a layer are written in `heads` and read in `attend`: there the words are told and asked.
+    // Behind the last `attend` no operation reads another token's row: from there on only the rows of outputs exist.
     void run(const Batch& batch, StepWords& words);
-    // The first rows of a bf16 buffer, [num_rows][width].
+    // The first rows of a bf16 buffer, [num_rows][width]: of tokens, or of outputs if it was written behind that.
     void read(int buffer, int num_rows, bf16* out) const;
     // No part of the recorded list; hidden [num_rows][weight.k]. All scores, float32 [num_rows][weight.n] ...
     void head(const Weight& weight, const bf16* hidden, int num_rows, float* out);
     // ... or the chosen tokens [num_rows] alone. Greedy rows keep no scores; of the others SCORE_ROWS are held at once.
     void choose(const Weight& weight, const bf16* hidden, int num_rows, const Choosing& how, std::int64_t* tokens);
 
-    // (operation, seconds since the last clear_seconds), waiting for the slowest member included.
+    // (operation, seconds since the last clear_seconds), waiting for the slowest member included. The last is `choose`.
     std::vector<std::pair<std::string, double>> seconds() const;
     void clear_seconds();
 
@@ -102,6 +109,8 @@ private:
         const float *gamma = nullptr, *q_norm = nullptr, *k_norm = nullptr, *cos = nullptr, *sin = nullptr;
         Pool pool{};
         int ints = -1;  // int8 form of its input
+        int num_rows = 0;      // in this step: of its result
+        bool narrows = false;  // in this step: it reads all tokens, and its result has the rows of outputs only
         double seconds = 0;
     };
     struct Ints {  // int8 rows with their scales
@@ -111,8 +120,11 @@ private:
         std::vector<std::int32_t> sums;
         std::size_t sums_stride;
     };
-    struct Task {  // query tokens of one row, one KV head; one span of the context, or all of them (-1)
-        int row, token, position, num_tokens, head, span;
+    struct Queries {  // neighbouring tokens of one row that attend, and the first row of their results
+        int row, token, position, num_tokens, to;
+    };
+    struct Task : Queries {  // one KV head; one span of the context, or all of them (-1)
+        int head, span;
     };
     struct Attention {  // of a step and a KV group, the same for all its layers
         std::vector<Task> tasks;
@@ -128,13 +140,17 @@ private:
     int ints_for(int width);
     int quantized(const Weight& weight, int from);
     int columns_per_unit(const Weight& weight) const;
-    int units(const Op& op, int num_tokens) const;
+    int units(const Op& op) const;
     char* scratch(int member, std::size_t bytes);
     Rows input(const Op& op) const;
     void perform(const Op& op, const Batch& batch, int member, Deal& deal);
     template <class Then>
     void product(const Weight& weight, const Rows& rows, int num_rows, int member, Deal& deal, Then then);
     void token_heads(const Batch& batch, const Op& op, int row, int token, int head);
+    void end_recording();
+    void find_queries(const Batch& batch, bool of_outputs);
+    void gather_outputs(const Batch& batch, int member);
+    Attention& plan_of(const Op& op) { return attention_[{op.pool.group, op.narrows}]; }
     void plan_attention(const Batch& batch, const Op& op);
     AttendPiece piece_of(const Batch& batch, const Op& op, const Task& task) const;
     void look_ahead(AttendPiece& piece, const Batch& batch, const Op& op, const Task& task, int begin) const;
@@ -159,9 +175,15 @@ private:
     std::vector<std::int32_t> tops_at_;
     std::vector<RowChooser> choosers_;        // per member
     std::vector<std::vector<char>> scratch_;  // per member
-    std::map<int, Attention> attention_;      // by KV group
+    std::map<std::pair<int, bool>, Attention> attention_;  // by KV group, of all tokens or of outputs
+    std::vector<Queries> queries_;            // what plan_attention plans
+    int last_attend_ = -1;                    // where rows narrow to those of outputs
+    std::vector<int> carried_;                // buffers written before it and read after it
     std::vector<int> row_of_;                 // of each token of the step
+    double choosing_seconds_ = 0;
 };
+
+inline double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }  // s
 
 inline std::size_t up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
 

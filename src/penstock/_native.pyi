@@ -78,7 +78,14 @@ class Program:
     def __init__(self, kernels: str, team: Team, max_tokens: int) -> None: ...
     def buffer(self, kind: int, width: int) -> int: ...
     def pool(
-        self, bytes: npt.NDArray[np.uint8], num_kv_heads: int, head_dim: int, group: int, window: int, format: int
+        self,
+        bytes: npt.NDArray[np.uint8],
+        num_kv_heads: int,
+        head_dim: int,
+        group: int,
+        window: int,
+        format: int,
+        layer: int = 0,
     ) -> int: ...
     def embed_bf16(self, table: Words, to: int) -> None: ...
     def embed_packed(self, weight: PackedWeight, to: int) -> None: ...
@@ -105,7 +112,29 @@ class Program:
         query_start: Longs,
         start: Longs,
         tables: list[npt.NDArray[np.int32]],
-    ) -> None: ...
+        outputs: Longs | None = None,
+        done: int = 0,
+        loads: list[int] = ...,
+        patience_s: float = 0.0,
+    ) -> list[int]: ...
+    def step(
+        self,
+        token_ids: Longs,
+        positions: Longs,
+        query_start: Longs,
+        start: Longs,
+        tables: list[npt.NDArray[np.int32]],
+        outputs: Longs | None,
+        done: int,
+        loads: list[int],
+        patience_s: float,
+        states: int,
+        weight: PackedWeight,
+        asked: Asked,
+        raw_rows: Longs,
+        raw: Floats,
+        tokens: Longs,
+    ) -> list[int]: ...
     def read(self, buffer: int, out: Words) -> None: ...
     def head(self, weight: PackedWeight, hidden: Words, out: Floats) -> None: ...
     def choose(

@@ -47,11 +47,16 @@ class AttentionBackend(Protocol):
 
 @dataclass(slots=True)
 class Batch:
-    """What one forward may read. token_ids and positions: int64 [T]."""
+    """What one forward may read. token_ids and positions: int64 [T].
+
+    outputs, int64 [N], ascending: the tokens of the batch whose hidden states somebody reads; None: all of them. A
+    model gives these states [N, hidden], in this order. Keys and values are written for every token.
+    """
 
     token_ids: Tensor
     positions: Tensor
     attention: PreparedAttention
+    outputs: Tensor | None = None
 
 
 class Scores(Protocol):

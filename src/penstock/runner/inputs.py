@@ -12,15 +12,21 @@ import numpy as np
 
 from penstock.core.plan import Row, StepPlan
 
+NO_IDS = np.empty(0, np.int64)
+
 
 @dataclass(slots=True)
 class StepInputs:
     """One step, R rows and T tokens.
 
-    request_ids, slots [R]; starts, nums and ends [R]: first position, tokens, and the position after the last, of each row;
-    query_start [R + 1]: where rows begin in the batch; token_ids, positions [T] int64; tables per KV group
-    [R, max_blocks] int32, contiguous; length: of the longest row, its end. Valid until the next `prepare`, which may
-    write into the same arrays.
+    request_ids, slots [R]; starts, nums and ends [R]: first position, tokens, and the position behind the last, of each
+    row; query_start [R + 1]: where rows begin in the batch; token_ids, positions [T] int64; tables per KV group
+    [R, max_blocks] int32, contiguous; length: the largest of the ends.
+
+    outputs [N] int64: the tokens whose hidden states are read, of each row its last `num_logits`, and at least the last
+    one, which tells whether its states are numbers; None: all of them. output_start [R + 1]: where rows begin in there.
+
+    Valid until the next `prepare`, which may write into these arrays, but not into `slots`.
     """
 
     request_ids: list[str]
@@ -32,7 +38,10 @@ class StepInputs:
     token_ids: np.ndarray
     positions: np.ndarray
     tables: tuple[np.ndarray, ...]
+    outputs: np.ndarray | None
+    output_start: np.ndarray
     length: int
+    next_ids: np.ndarray  # what the rows sampled, once they did
 
 
 class RequestTable:
@@ -48,18 +57,20 @@ class RequestTable:
         self._num_blocks = [[0] * max_num_seqs for _ in range(num_groups)]
         self._nothing_new: tuple[tuple[int, ...], ...] = ((),) * num_groups
         self._free = list(range(max_num_seqs - 1, -1, -1))
-        self._steady: StepInputs | None = None  # the last step, if the next may go on with it; forgotten when anybody comes or goes
+        # The last step, if the next may go on with it: until anybody comes or goes. Its arrays know where its rows are,
+        # `num_computed` and `tokens` are behind.
+        self._steady: StepInputs | None = None
 
     def release(self, request_id: str) -> int:
         """Forget a request; its slot."""
-        self._steady = None
+        self._settle()
         slot = self.slots.pop(request_id)
         self._free.append(slot)
         return slot
 
     def admit(self, request_id: str, token_ids: tuple[int, ...], start: int) -> int:
         """Take a request in, with `start` tokens computed already; its slot."""
-        self._steady = None
+        self._settle()
         slot = self._free.pop()
         self.slots[request_id] = slot
         self.tokens[slot, : len(token_ids)] = token_ids
@@ -76,8 +87,8 @@ class RequestTable:
     def prepare(self, plan: StepPlan) -> StepInputs:
         """Add the rows' new blocks and gather the step's arrays.
 
-        Where the last step gave each of its rows one token, and this one goes on with the same rows, it gets the very
-        same object: the arrays move on in place, and what was made from them stays good.
+        A step that gives one token to each row of the step before, which did the same, gets that step's very object:
+        the arrays move on in place, and what was made from their memory stays good.
         """
         rows = plan.rows
         ids = [row.request_id for row in rows]
@@ -85,9 +96,9 @@ class RequestTable:
         total = sum(num_list)
         # Most rows of most steps add no block: one comparison each finds those that do.
         grown = [i for i, row in enumerate(rows) if row.new_block_ids != self._nothing_new]
-        steady, self._steady = self._steady, None
-        if steady is not None and total == len(rows) and ids == steady.request_ids:
-            return self._go_on(steady, rows, grown)
+        if self._steady is not None and total == len(rows) and ids == self._steady.request_ids:
+            return self._go_on(self._steady, rows, grown)
+        self._settle()
         slot_list = [self.slots[request_id] for request_id in ids]
         for i in grown:
             self._extend(slot_list[i], rows[i].new_block_ids)
@@ -96,43 +107,65 @@ class RequestTable:
         if total == len(rows):  # decodes only
             nums, query_start = np.ones(total, np.int64), np.arange(total + 1)
             positions, row_slots = starts, slots
+            outputs, output_start = None, query_start
         else:
             nums, query_start = np.array(num_list), np.zeros(len(rows) + 1, np.int64)
             np.cumsum(nums, out=query_start[1:])
             positions = np.arange(total) + np.repeat(starts - query_start[:-1], nums)
             row_slots = np.repeat(slots, nums)
-        ends, token_ids = starts + nums, self.tokens[row_slots, positions].astype(np.int64)
+            outputs, output_start = _outputs(plan, query_start)
+        ends = starts + nums
         length = int(ends.max())
-        tables = self._gathered(slots, length)
-        return StepInputs(ids, slots, starts, nums, ends, query_start, token_ids, positions, tables, length)
+        return StepInputs(
+            ids,
+            slots,
+            starts,
+            nums,
+            ends,
+            query_start,
+            self.tokens[row_slots, positions].astype(np.int64),
+            positions,
+            self._gathered(slots, length),
+            outputs,
+            output_start,
+            length,
+            NO_IDS,
+        )
 
     def advance(self, inputs: StepInputs, sampling: Sequence[int], token_ids: np.ndarray) -> None:
-        """The step was computed: its rows `sampling` got one token each."""
+        """The step of `inputs` was computed, and its rows `sampling` were given one of `token_ids` each, which are kept.
+
+        To be called once for each `prepare`.
+        """
         slots, ends = inputs.slots, inputs.ends
+        if len(sampling) == len(slots) == len(inputs.token_ids):
+            self._steady, inputs.next_ids = inputs, token_ids
+            return
         self.num_computed[slots] = ends
-        if len(sampling) == len(slots):
-            self.tokens[slots, ends] = token_ids
-            if len(inputs.token_ids) == len(slots):
-                self._steady = inputs
-        else:
-            self.tokens[slots[sampling], ends[sampling]] = token_ids
+        self.tokens[slots[sampling], ends[sampling]] = token_ids
+
+    def _settle(self) -> None:
+        """Write down where the rows of the last step are, which its own arrays know."""
+        steady, self._steady = self._steady, None
+        if steady is not None:
+            self.num_computed[steady.slots] = steady.ends
+            self.tokens[steady.slots, steady.ends] = steady.next_ids
 
     def _go_on(self, inputs: StepInputs, rows: list[Row], grown: list[int]) -> StepInputs:
         """The rows of `inputs`, one token further."""
-        slots = inputs.slots
-        inputs.starts += 1  # they are the positions too
+        self._steady = None
+        inputs.starts += 1  # which are the positions too
         inputs.ends += 1
         inputs.length += 1
-        inputs.token_ids[:] = self.tokens[slots, inputs.starts]
+        inputs.token_ids[:] = inputs.next_ids
         for i in grown:
-            slot, new_block_ids = int(slots[i]), rows[i].new_block_ids
+            slot, new_block_ids = int(inputs.slots[i]), rows[i].new_block_ids
             for table, counts, new in zip(inputs.tables, self._num_blocks, new_block_ids, strict=True):
-                at = counts[slot]
-                if at < table.shape[1]:  # else the table is too narrow, and soon gathered again
+                if (at := counts[slot]) < table.shape[1]:  # else it is gathered again before a row gets there
                     table[i, at : at + len(new)] = new[: table.shape[1] - at]
             self._extend(slot, new_block_ids)
         if inputs.length > inputs.tables[0].shape[1] * self.block_size:
-            inputs.tables = self._gathered(slots, inputs.length)
+            inputs.tables = self._gathered(inputs.slots, inputs.length)
         return inputs
 
     def _gathered(self, slots: np.ndarray, length: int) -> tuple[np.ndarray, ...]:
@@ -146,3 +179,14 @@ class RequestTable:
             count = counts[slot]
             table[slot, count : count + len(new)] = new
             counts[slot] = count + len(new)
+
+
+def _outputs(plan: StepPlan, query_start: np.ndarray) -> tuple[np.ndarray | None, np.ndarray]:
+    """`outputs` and `output_start` of a step whose rows begin at `query_start` [R + 1]."""
+    output_start = np.zeros(len(plan.rows) + 1, np.int64)
+    counts = np.array([max(1, row.num_logits) for row in plan.rows])
+    np.cumsum(counts, out=output_start[1:])
+    total = int(output_start[-1])
+    if total == query_start[-1]:
+        return None, query_start
+    return np.arange(total) + np.repeat(query_start[1:] - output_start[1:], counts), output_start

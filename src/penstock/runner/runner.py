@@ -17,9 +17,8 @@ from torch import Tensor
 
 from penstock.core.plan import Logprobs, Row, StepPlan, StepResult
 from penstock.nn.doors import AttentionBackend, Batch, Scores, Spans
-from penstock.nn.kernels.edits import NO_IDS
 from penstock.nn.words import StepWords
-from penstock.runner.inputs import RequestTable, StepInputs
+from penstock.runner.inputs import NO_IDS, RequestTable, StepInputs
 from penstock.runner.kv_store import KVStore
 from penstock.runner.sampler import Sampler
 from penstock.transfer.counter import StepCounter
@@ -28,7 +27,7 @@ LOGITS_PIECE = 256  # prompt positions whose scores are held at once for prompt_
 
 
 class Model(Protocol):
-    """What a model family offers: hidden states [T, hidden], and scores of chosen ones [N, hidden]."""
+    """What a model family offers: hidden states [N, hidden] of a batch's outputs, and their scores."""
 
     def __call__(self, batch: Batch) -> Tensor: ...
 
@@ -41,7 +40,7 @@ class Model(Protocol):
         ...
 
     def scores_after(self, batch: Batch) -> Scores:
-        """Scores of what follows each token of a batch. It may be computed only when somebody chooses from them."""
+        """Scores of what follows each output of a batch. The layers may run only when somebody chooses from them."""
         ...
 
 
@@ -86,7 +85,7 @@ class Runner:
         self._without_autograd = torch.inference_mode if isinstance(model, torch.nn.Module) else nullcontext
         self._wants_prompt_logprobs: dict[str, tuple[int, int]] = {}  # request id -> (how many, prompt_len)
         self._inputs: StepInputs | None = None  # of the last step
-        self._tensors: tuple[Tensor, Tensor]  # its token ids and positions, in the same memory
+        self._tensors: tuple[Tensor, Tensor, Tensor | None]  # its token ids, positions and outputs, in the same memory
 
     def run(self, plan: StepPlan) -> StepResult:
         """Apply `released` and `admitted`, compute the rows, sample where they end. Exactness: E1 in plain torch."""
@@ -101,9 +100,9 @@ class Runner:
         batch = self._batch(inputs, words)
         result = StepResult(plan.step, [])
         silent = [i for i, row in enumerate(plan.rows) if not row.samples]
-        if silent or self._wants_prompt_logprobs or len(inputs.token_ids) > len(plan.rows):
+        if silent or self._wants_prompt_logprobs:
             self._sample_some(plan, inputs, self.model(batch), silent, result)
-        else:  # a token follows every token: nobody looks at the states between
+        else:  # nobody looks at the states themselves
             self._sample(plan, inputs, self.model.scores_after(batch), range(len(plan.rows)), result)
         if self.counter is not None:
             self.counter.end()
@@ -116,9 +115,11 @@ class Runner:
         """What the model reads, in the memory of `inputs`."""
         if inputs is not self._inputs:  # else this step goes on where the last one ended
             self._inputs = inputs
-            self._tensors = torch.from_numpy(inputs.token_ids), torch.from_numpy(inputs.positions)
+            outputs = None if inputs.outputs is None else torch.from_numpy(inputs.outputs)
+            self._tensors = torch.from_numpy(inputs.token_ids), torch.from_numpy(inputs.positions), outputs
         attention = self.attention.prepare(Spans(inputs.query_start, inputs.starts, inputs.tables), words)
-        return Batch(*self._tensors, attention)
+        token_ids, positions, outputs = self._tensors
+        return Batch(token_ids, positions, attention, outputs)
 
     def _words(self, plan: StepPlan) -> StepWords | None:
         """What this step tells and awaits; None: nothing. The counter stands at the step's base afterwards."""
@@ -150,9 +151,10 @@ class Runner:
         self, plan: StepPlan, rows: list[int], inputs: StepInputs, hidden: Tensor, result: StepResult
     ) -> None:
         """`rows` that do not sample are looked at too: a NaN must not be published with the prompt's first blocks."""
-        last = torch.from_numpy(inputs.query_start[1:][rows] - 1)
+        last = torch.from_numpy(inputs.output_start[1:][rows] - 1)
         for n in hidden[last].isnan().any(-1).nonzero().flatten().tolist():
-            self._fail(plan.rows[rows[n]], "the model's states for the prompt are not numbers (NaN)", result)
+            start = int(inputs.starts[rows[n]])
+            self._fail(plan.rows[rows[n]], start, "the model's states for the prompt are not numbers (NaN)", result)
 
     def _sample_some(
         self, plan: StepPlan, inputs: StepInputs, hidden: Tensor, silent: list[int], result: StepResult
@@ -164,7 +166,7 @@ class Runner:
             self._fail_broken_chunks(plan, silent, inputs, hidden, result)
         sampling = [i for i, row in enumerate(plan.rows) if row.samples]
         if sampling:
-            scores = self.model.scores(hidden[torch.from_numpy(inputs.query_start[1:][sampling] - 1)])
+            scores = self.model.scores(hidden[torch.from_numpy(inputs.output_start[1:][sampling] - 1)])
             self._sample(plan, inputs, scores, sampling, result)
         else:
             result.tokens = [[] for _ in plan.rows]
@@ -178,7 +180,7 @@ class Runner:
         slots, ends = (inputs.slots, inputs.ends) if every else (inputs.slots[sampling], inputs.ends[sampling])
         out = self.sampler.sample(scores, slots, ends)
         for i, error in out.failed.items():
-            self._fail(plan.rows[sampling[i]], error, result)
+            self._fail(plan.rows[sampling[i]], int(inputs.starts[sampling[i]]), error, result)
         self.sampler.accept(slots, out.token_ids)
         self.table.advance(inputs, sampling, out.token_ids)
         if every:
@@ -192,11 +194,11 @@ class Runner:
         if out.logprobs:
             result.logprobs = {sampling[i]: [found] for i, found in out.logprobs.items()}
 
-    def _fail(self, row: Row, error: str, result: StepResult) -> None:
+    def _fail(self, row: Row, start: int, error: str, result: StepResult) -> None:
         """The row's scores are not numbers: its request fails; what it wrote is cleaned for the blocks' next owners."""
         result.failed[row.request_id] = error
         slot = self.table.slots[row.request_id]
-        first = int(self.table.num_computed[slot]) // self.table.block_size  # earlier blocks may be shared
+        first = start // self.table.block_size  # earlier blocks may be shared
         for g in range(len(self.table.tables)):
             self.store.clean(g, self.table.blocks_of(g, slot)[first:].tolist())
 
@@ -207,7 +209,7 @@ class Runner:
             if wanted is None or row.num_logits < row.num_tokens:
                 continue
             num, prompt_len = wanted
-            start, begin = int(inputs.starts[i]), int(inputs.query_start[i])
+            start, begin = int(inputs.starts[i]), int(inputs.output_start[i])
             count = min(row.num_tokens, prompt_len - 1 - start)
             if count <= 0:
                 continue
@@ -217,5 +219,5 @@ class Runner:
                 piece = hidden[begin + at : begin + min(at + LOGITS_PIECE, count)]
                 found += self.sampler.prompt_logprobs(self.model.logits(piece), following[at : at + len(piece)], num)
             if any(math.isnan(entry.logprobs[0]) for entry in found):
-                self._fail(row, "the model's scores for the prompt are not numbers (NaN)", result)
+                self._fail(row, start, "the model's scores for the prompt are not numbers (NaN)", result)
             result.prompt_logprobs[i] = [*found]

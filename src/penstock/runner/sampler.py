@@ -10,7 +10,7 @@ the token of a request does not depend on who shares its batches (E0 on equal sc
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -232,7 +232,8 @@ class Sampler:
         if self._gathered is None or self._gathered.slots != slots.tobytes():
             self._gathered = self._gather(slots)
         wishes, any_wish, params = self._gathered.wishes, self._gathered.any_wish, self._gathered.params
-        params.positions = np.asarray(positions, np.int64)
+        if positions is not params.positions:  # in steady decoding their values move on in place
+            params = self._gathered.params = replace(params, positions=np.asarray(positions, np.int64))
         reporting = np.flatnonzero(wishes & REPORTS) if any_wish & REPORTS else NO_IDS
         edits = self._row_edits(wishes, slots, positions) if any_wish & (CONSTRAINS | PENALISES) else None
         token_ids, raw = scores.choose(params, edits, reporting)

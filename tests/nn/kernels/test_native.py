@@ -20,11 +20,11 @@ from penstock.nn.kernels.native import (
     NativeAttention,
     NativeModel,
     PackedWeights,
-    Unsupported,
     check_layout,
     load_native,
     usable_kernels,
 )
+from penstock.nn.kernels.native_recording import Unsupported
 from penstock.nn.models import create_model
 from penstock.nn.models.llama import LlamaModel
 from penstock.nn.weights.create import init_dummy

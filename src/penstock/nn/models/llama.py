@@ -39,7 +39,7 @@ class DecoderLayer(nn.Module):
 
 
 class LlamaModel(nn.Module):
-    """`forward(batch)` gives hidden states [T, hidden] after the last norm; `logits` turns chosen rows into scores."""
+    """`forward(batch)` gives hidden states [N, hidden] of its outputs after the last norm; `logits` their scores."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -57,6 +57,8 @@ class LlamaModel(nn.Module):
         cos, sin = self.rotary.gather(batch.positions, x.dtype)
         for layer in self.layers:
             x = layer(x, batch, cos, sin)
+        if batch.outputs is not None:
+            x = x[batch.outputs]
         return self.norm(x)
 
     def record(self, to: Recorder) -> Buffer:
