@@ -233,9 +233,10 @@ class NativeModel:
         self._hidden = model.record(recorder)
         weights.finish()
         self._kept = recorder.kept  # memory that the program reads
-        self.nothing = torch.empty(0, head.n)  # scores of no rows
+        nothing = torch.empty(0, head.n)
+        self._no_scores = nothing, nothing.numpy()
         self._tensors: tuple[Tensor | None, ...] = (None, None, None)  # of the last batch ...
-        self._arrays: list[np.ndarray | None] = []  # ... and their memory
+        self._arrays: list[Any] = []  # ... and their memory
         self._params: RowParams | None = None  # for whom something was asked last, and what
         self._asked: Any = None
 
@@ -244,20 +245,31 @@ class NativeModel:
 
         All but their rows ends with the keys and values of the last layer.
         """
-        self._perform(self._program.run, batch)
-        hidden = torch.empty(_num_outputs(batch), self._hidden.width, dtype=torch.bfloat16)
+        arrays = self._memory(batch)
+        self._perform(self._program.run, batch, arrays)
+        hidden = torch.empty(_num_outputs(arrays), self._hidden.width, dtype=torch.bfloat16)
         self._program.read(self._hidden.number, words(hidden))
         return hidden
 
-    def _perform(self, call: Callable[..., list[int]], batch: Batch, *more: Any) -> None:
-        """`call` of the program with a batch, and what else it takes."""
-        step = batch.attention
-        assert isinstance(step, NativeStep)
+    def scores_after(self, batch: Batch) -> Scores:
+        """Layers, head and choice are one native call: between two of them Python would run on empty caches."""
+        arrays = self._memory(batch)
+        choose = partial(self._perform, self._program.step, batch, arrays, self._hidden.number, self._head)
+        return _HeadScores(self, _num_outputs(arrays), choose)
+
+    def _memory(self, batch: Batch) -> list[Any]:
+        """Token ids, positions and outputs as arrays. Steady decoding brings the same tensors again and again."""
         tensors = batch.token_ids, batch.positions, batch.outputs
-        if not all(map(is_, tensors, self._tensors)):  # steady decoding brings the same ones again and again
+        if not all(map(is_, tensors, self._tensors)):
             self._tensors = tensors
             self._arrays = [None if tensor is None else tensor.numpy() for tensor in tensors]
-        token_ids, positions, outputs = self._arrays
+        return self._arrays
+
+    def _perform(self, call: Callable[..., list[int]], batch: Batch, arrays: list[Any], *more: Any) -> None:
+        """`call` of the program on a batch, with what else it takes."""
+        step = batch.attention
+        assert isinstance(step, NativeStep)
+        token_ids, positions, outputs = arrays
         told = step.words
         shared = (0, (), 0.0) if told is None else (told.done, told.loads, told.patience_s)
         bad = call(token_ids, positions, step.query_start, step.start, step.tables, outputs, *shared, *more)
@@ -274,10 +286,12 @@ class NativeModel:
         choose = partial(self._program.choose, self._head, words(hidden.contiguous()))
         return _HeadScores(self, hidden.shape[0], choose)
 
-    def scores_after(self, batch: Batch) -> Scores:
-        """Layers, head and choice are one native call: between two of them Python would run on empty caches."""
-        choose = partial(self._perform, self._program.step, batch, self._hidden.number, self._head)
-        return _HeadScores(self, _num_outputs(batch), choose)
+    def raw_scores(self, num_rows: int) -> tuple[Tensor, np.ndarray]:
+        """Room for the scores of so many rows, float32 [num_rows, vocab_size], and its memory."""
+        if num_rows == 0:
+            return self._no_scores
+        raw = torch.empty(num_rows, self._head.n)
+        return raw, raw.numpy()
 
     def asked(self, params: RowParams, edits: RowEdits | None) -> Any:
         """As `native_asked`. Without edits it is made once for `params`: it sees the memory of their arrays."""
@@ -319,14 +333,14 @@ class _HeadScores:
 
     def choose(self, params: RowParams, edits: RowEdits | None, reported: Ids) -> tuple[Ids, Tensor]:
         tokens = np.empty(self._num_rows, np.int64)
-        nothing = self._model.nothing
-        raw = torch.empty(len(reported), nothing.shape[1]) if len(reported) else nothing
-        self._choose(self._model.asked(params, edits), reported, raw.numpy(), tokens)
+        raw, memory = self._model.raw_scores(len(reported))
+        self._choose(self._model.asked(params, edits), reported, memory, tokens)
         return tokens, raw
 
 
-def _num_outputs(batch: Batch) -> int:
-    return len(batch.token_ids if batch.outputs is None else batch.outputs)
+def _num_outputs(arrays: list[Any]) -> int:
+    token_ids, _, outputs = arrays
+    return len(token_ids if outputs is None else outputs)
 
 
 def native_asked(params: RowParams, edits: RowEdits | None, vocab_size: int) -> Any:
@@ -358,8 +372,7 @@ class NativeAttention:
     """The AttentionBackend of native programs: hands the spans on."""
 
     def prepare(self, spans: Spans, words: StepWords | None = None) -> NativeStep:
-        query_start, start = (values.astype(np.int64, copy=False) for values in (spans.query_start, spans.start))
-        return NativeStep(query_start, start, [np.ascontiguousarray(t, np.int32) for t in spans.block_tables], words)
+        return NativeStep(spans.query_start, spans.start, list(spans.block_tables), words)
 
 
 def check_layout(layout: KVLayout) -> None:
