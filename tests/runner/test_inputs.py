@@ -68,10 +68,10 @@ def test_prepare_gathers_what_the_plans_said(data: st.DataObject, num_groups: in
                 needed = -(-(row.start + row.num_tokens) // BLOCK)
                 assert gathered[r, :needed].tolist() == blocks[row.request_id][group][:needed]
                 assert table.blocks_of(group, int(inputs.slots[r])).tolist() == blocks[row.request_id][group]
-        # What the runner does after a step: the computed count grows, and a row that samples has one token more.
-        table.num_computed[inputs.slots] += inputs.nums
+        # What a step does: the computed count grows, and a row that samples has one token more.
+        sampling = [i for i, row in enumerate(rows) if row.samples]
+        table.advance(inputs, sampling, step + np.arange(len(sampling)))
         for row in rows:
             computed[row.request_id] += row.num_tokens
-            if row.samples:
-                tokens[row.request_id].append(step)
-                table.tokens[table.slots[row.request_id], len(tokens[row.request_id]) - 1] = step
+        for n, i in enumerate(sampling):
+            tokens[rows[i].request_id].append(step + n)

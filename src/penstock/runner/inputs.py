@@ -133,7 +133,7 @@ class RequestTable:
         )
 
     def advance(self, inputs: StepInputs, sampling: Sequence[int], token_ids: np.ndarray) -> None:
-        """The step of `inputs` was computed, and its rows `sampling` were given one of `token_ids` each, which are kept.
+        """The step of `inputs` was computed, and its rows `sampling` were given a token each, which are kept.
 
         To be called once for each `prepare`.
         """
