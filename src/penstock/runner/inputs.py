@@ -154,8 +154,8 @@ class RequestTable:
     def _go_on(self, inputs: StepInputs, rows: list[Row], grown: list[int]) -> StepInputs:
         """The rows of `inputs`, one token further."""
         self._steady = None
-        inputs.starts += 1  # which are the positions too
-        inputs.ends += 1
+        inputs.starts += inputs.nums  # ones; the positions are this array too
+        inputs.ends += inputs.nums
         inputs.length += 1
         inputs.token_ids[:] = inputs.next_ids
         for i in grown:

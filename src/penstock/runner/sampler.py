@@ -238,8 +238,9 @@ class Sampler:
         edits = self._row_edits(wishes, slots, positions) if any_wish & (CONSTRAINS | PENALISES) else None
         token_ids, raw = scores.choose(params, edits, reporting)
         output = SampleOutput(token_ids, token_ids.tolist())
-        if min(output.tokens, default=0) < 0:
-            output.failed = {row: ERRORS[int(token_ids[row])] for row in np.flatnonzero(token_ids < 0).tolist()}
+        failed = [row for row, token in enumerate(output.tokens) if token < 0]
+        if failed:
+            output.failed = {row: ERRORS[output.tokens[row]] for row in failed}
             token_ids[token_ids < 0] = 0
             output.tokens = token_ids.tolist()
         if any_wish & REPORTS:
