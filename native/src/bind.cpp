@@ -225,14 +225,7 @@ private:
             batch.tables.push_back(table.data());
             batch.table_width.push_back(table.shape(1));
         }
-        if (outputs) {
-            const std::int64_t *first = outputs->data(), *end = first + outputs->shape(0);
-            bool ascending = std::adjacent_find(first, end, std::greater_equal<>()) == end;
-            std::int64_t num_tokens = query_start.data()[start.shape(0)];
-            if (!ascending || (first != end && (*first < 0 || end[-1] >= num_tokens || num_tokens != batch.num_tokens)))
-                throw std::invalid_argument("outputs are tokens of the batch, in ascending order");
-            batch.outputs = first, batch.num_outputs = static_cast<int>(end - first);
-        }
+        if (outputs) batch.outputs = outputs->data(), batch.num_outputs = static_cast<int>(outputs->shape(0));
         return batch;
     }
 
@@ -360,8 +353,8 @@ NB_MODULE(_native, m) {
         .def("attend", [](BoundProgram& p, int qkv, int num_heads, int pool, float scale, int to) {
                 p.program().attend(qkv, num_heads, p.pool_of(pool), scale, to);
             }, "qkv"_a, "num_heads"_a, "pool"_a, "scale"_a, "to"_a)
-        .def("run", &BoundProgram::run, "token_ids"_a, "positions"_a, "query_start"_a, "start"_a, "tables"_a, "outputs"_a.none() = nb::none(),
-             "done"_a = 0, "loads"_a = std::vector<std::uintptr_t>(), "patience_s"_a = 0.0)
+        .def("run", &BoundProgram::run, "token_ids"_a, "positions"_a, "query_start"_a, "start"_a, "tables"_a,
+             "outputs"_a.none() = nb::none(), "done"_a = 0, "loads"_a = std::vector<std::uintptr_t>(), "patience_s"_a = 0.0)
         .def("step", &BoundProgram::step, "token_ids"_a, "positions"_a, "query_start"_a, "start"_a, "tables"_a, "outputs"_a.none(),
              "done"_a, "loads"_a, "patience_s"_a, "states"_a, "weight"_a, "asked"_a, "raw_rows"_a.noconvert(), "raw"_a.noconvert(),
              "tokens"_a.noconvert())

@@ -1,7 +1,10 @@
 // The end of a step, which only the tokens need whose hidden states somebody reads: where it begins, and what is taken
 // there. Knows operations and buffers; who reads, and why, is told by the batch.
+#include <algorithm>
 #include <cstring>
+#include <functional>
 #include <set>
+#include <stdexcept>
 
 #include "program.hpp"
 
@@ -27,6 +30,16 @@ void Program::end_recording() {
     }
 }
 
+void Program::check_outputs(const Batch& batch) const {
+    if (last_attend_ < 0) throw std::invalid_argument("only rows behind a last attention can be left out");
+    const std::int64_t *first = batch.outputs, *end = first + batch.num_outputs;
+    if (first == end) return;
+    bool ascending = std::adjacent_find(first, end, std::greater_equal<>()) == end;
+    if (!ascending || *first < 0 || end[-1] >= std::min<std::int64_t>(batch.num_tokens, batch.query_start[batch.num_rows]))
+        throw std::invalid_argument("outputs are tokens of the batch, in ascending order");
+}
+
+// What attends: rows as they are, or of each its runs of outputs.
 void Program::find_queries(const Batch& batch, bool of_outputs) {
     queries_.clear();
     auto first = [&](int row) { return static_cast<int>(batch.query_start[row]); };
@@ -45,8 +58,8 @@ void Program::find_queries(const Batch& batch, bool of_outputs) {
     }
 }
 
-// The rows of outputs to the front of what is carried over. They ascend and never lie behind where they go: in place.
-// Each member has whole cache lines of every row.
+// Moves the rows of outputs to the front of what is carried over: in place, because they ascend and a row's new place is
+// never behind its old one. Each member moves its own cache lines of every row.
 void Program::gather_outputs(const Batch& batch, int member) {
     constexpr std::size_t LINE = 64;
     for (int number : carried_) {
@@ -54,9 +67,9 @@ void Program::gather_outputs(const Batch& batch, int member) {
         std::size_t row_bytes = buffer.stride * (buffer.kind == Kind::F32 ? sizeof(float) : sizeof(bf16));
         std::size_t lines = row_bytes / LINE, size = team_.size();
         std::size_t begin = lines * member / size * LINE, end = lines * (member + 1) / size * LINE;
+        char* rows = buffer.data.get() + begin;
         for (int i = 0; i < batch.num_outputs; i++)
-            if (char* row = buffer.data.get() + begin; batch.outputs[i] != i)
-                std::memcpy(row + i * row_bytes, row + batch.outputs[i] * row_bytes, end - begin);
+            if (batch.outputs[i] != i) std::memcpy(rows + i * row_bytes, rows + batch.outputs[i] * row_bytes, end - begin);
     }
 }
 

@@ -384,7 +384,7 @@ void Program::run(const Batch& batch, StepWords& words) {
         for (auto t = batch.query_start[r]; t < batch.query_start[r + 1]; t++) row_of_[t] = r;
     for (auto& [key, plan] : attention_) plan.tasks.clear();
     if (deals_.size() != ops_.size()) end_recording();
-    if (batch.outputs && last_attend_ < 0) throw std::invalid_argument("only rows behind a last attention can be left out");
+    if (batch.outputs) check_outputs(batch);
     for (std::size_t i = 0; i < ops_.size(); i++) {
         Op& op = ops_[i];
         bool behind = batch.outputs && static_cast<int>(i) >= last_attend_;

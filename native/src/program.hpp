@@ -76,8 +76,9 @@ public:
     // ---- running ----
     // Keys and values of a layer are written in `heads` and read in `attend`: there the words are told and asked.
     // Behind the last `attend` no operation reads another token's row: from there on only the rows of outputs exist.
+    // Throws for outputs that are not ascending tokens of the batch, or of a program whose end looks at all tokens.
     void run(const Batch& batch, StepWords& words);
-    // The first rows of a bf16 buffer, [num_rows][width]: of tokens, or of outputs if it was written behind that.
+    // The first rows of a bf16 buffer, [num_rows][width]: of tokens, or of outputs if it is written from there on.
     void read(int buffer, int num_rows, bf16* out) const;
     // No part of the recorded list; hidden [num_rows][weight.k]. All scores, float32 [num_rows][weight.n] ...
     void head(const Weight& weight, const bf16* hidden, int num_rows, float* out);
@@ -148,6 +149,7 @@ private:
     void product(const Weight& weight, const Rows& rows, int num_rows, int member, Deal& deal, Then then);
     void token_heads(const Batch& batch, const Op& op, int row, int token, int head);
     void end_recording();
+    void check_outputs(const Batch& batch) const;
     void find_queries(const Batch& batch, bool of_outputs);
     void gather_outputs(const Batch& batch, int member);
     Attention& plan_of(const Op& op) { return attention_[{op.pool.group, op.narrows}]; }

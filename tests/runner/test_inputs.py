@@ -15,7 +15,7 @@ BLOCK, MAX_SEQS, MAX_LEN = 4, 5, 60
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), num_groups=st.integers(1, 3))
 def test_prepare_gathers_what_the_plans_said(data: st.DataObject, num_groups: int) -> None:
-    """Tokens, positions, row borders and block tables of every step are those of lists that only grow."""
+    """Tokens, positions, row borders, block tables and outputs of every step are those of lists that only grow."""
     table = RequestTable(MAX_SEQS, MAX_LEN, num_groups, BLOCK)
     tokens: dict[str, list[int]] = {}
     computed: dict[str, int] = {}
@@ -45,7 +45,8 @@ def test_prepare_gathers_what_the_plans_said(data: st.DataObject, num_groups: in
                 new.append(tuple(range(next_block + 1, next_block + 1 + max(0, wanted))))
                 next_block += max(0, wanted)
                 group += new[-1]
-            rows.append(Row(request_id, computed[request_id], num, 0, 1, num == gap, tuple(new)))
+            num_logits = data.draw(st.sampled_from([0, 1, num]))
+            rows.append(Row(request_id, computed[request_id], num, 0, num_logits, num == gap, tuple(new)))
         if not rows:
             continue
 
@@ -62,6 +63,12 @@ def test_prepare_gathers_what_the_plans_said(data: st.DataObject, num_groups: in
         assert inputs.query_start.tolist() == borders
         assert inputs.starts.tolist() == [row.start for row in rows]
         assert inputs.nums.tolist() == [row.num_tokens for row in rows]
+        read = [range(end - max(1, row.num_logits), end) for row, end in zip(rows, borders[1:], strict=True)]
+        outputs = list(range(borders[-1])) if inputs.outputs is None else inputs.outputs.tolist()
+        assert outputs == [token for tokens_of_row in read for token in tokens_of_row]
+        assert (inputs.outputs is None) == (len(outputs) == borders[-1])
+        starts_and_ends = zip(inputs.output_start[:-1], inputs.output_start[1:], strict=True)
+        assert [outputs[a:b] for a, b in starts_and_ends] == [list(tokens_of_row) for tokens_of_row in read]
         assert inputs.token_ids.dtype == inputs.positions.dtype == np.int64
         for group, gathered in enumerate(inputs.tables):
             for r, row in enumerate(rows):

@@ -100,6 +100,22 @@ def test_chunking_depth_threads_and_hits(model: Model, step_tokens: int, depth: 
             assert llm._built.engine.scheduler.counters.prefix_hits > 0
 
 
+def test_prompt_logprobs_are_the_same_bits_however_prompts_are_cut(model: Model) -> None:
+    """Every second request asks for them: of its prompt all hidden states are read, of others' the last ones."""
+
+    def answers(**settings: Any) -> list[tuple[list[int], Any]]:
+        with model.engine(**settings) as llm:
+            outputs = llm.generate(model.prompts, params, use_tqdm=False)
+        return [(each.outputs[0].token_ids, each.prompt_logprobs) for each in outputs]
+
+    common = {"temperature": 0, "max_tokens": 3, "ignore_eos": True}
+    params = [SamplingParams(**common, prompt_logprobs=2 * (i % 2) or None) for i in range(len(model.prompts))]
+    expected = answers(max_num_seqs=1, num_threads=1)
+    assert all((found is not None) == (i % 2 == 1) for i, (_, found) in enumerate(expected))
+    for step_tokens in (7, 50, 512):
+        assert answers(max_num_batched_tokens=step_tokens, max_num_seqs=min(8, step_tokens)) == expected
+
+
 def test_alone_and_without_the_prefix_cache(model: Model) -> None:
     with model.engine(enable_prefix_caching=False, max_num_seqs=1, num_threads=3) as llm:
         assert model.answers(llm) == model.expected

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
 from penstock.core.request import SamplingParams
 from penstock.engine.client import RequestError
 from penstock.llm import LLM
+from penstock.nn.doors import Batch
 
 POISON = 4000  # a token whose embedding is made NaN
 GREEDY = SamplingParams(temperature=0, max_tokens=8, ignore_eos=True, detokenize=False)
@@ -32,3 +35,25 @@ def test_a_poisoned_prompt_harms_nobody_else(at: int) -> None:
             llm.reset_prefix_cache()
             found = [out.outputs[0].token_ids for out in llm.generate(prompts, GREEDY, use_tqdm=False)]
             assert found == expected
+
+
+def test_the_model_is_asked_for_what_is_read_alone() -> None:
+    """The last token of each row, all of a prompt whose log probabilities are wanted; decodes name none."""
+    prompts = [list(range(60, 100)), list(range(200, 270)), list(range(300, 310))]
+    params = [SamplingParams(temperature=0, max_tokens=8, prompt_logprobs=n, detokenize=False) for n in (None, None, 0)]
+    seen: list[tuple[int, list[int] | None]] = []
+    with LLM(max_num_batched_tokens=64, max_model_len=96, dtype="float32", kv_cache_memory_bytes="8M") as llm:
+        model: Any = llm._built.runner.model
+
+        class Spy:
+            def __call__(self, batch: Batch) -> Any:
+                seen.append((len(batch.token_ids), None if batch.outputs is None else batch.outputs.tolist()))
+                return model(batch)
+
+            def __getattr__(self, name: str) -> Any:
+                return getattr(model, name)
+
+        llm._built.runner.model = Spy()  # type: ignore[assignment]
+        llm.generate(prompts, params, use_tqdm=False)
+    assert seen[:2] == [(64, [39, 63]), (57, [0, 46, *range(47, 57)])]
+    assert len(seen) > 4 and set(seen[2:]) <= {(n, None) for n in (1, 2, 3)}

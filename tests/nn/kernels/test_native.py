@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,13 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.nn.dense_attention import dense_logits
+from tests.nn.native_model import QWEN3, SHAPES, SIZE, native, prompts, torch_model
 
-from penstock.config.model import ModelConfig, kv_layout, parse_model_config
-from penstock.nn.doors import Batch, Spans
+from penstock.config.model import kv_layout, parse_model_config
 from penstock.nn.kernels import native as kernels_module
 from penstock.nn.kernels.native import (
     FORMATS,
-    NativeAttention,
     NativeModel,
     PackedWeights,
     check_layout,
@@ -26,111 +24,12 @@ from penstock.nn.kernels.native import (
 )
 from penstock.nn.kernels.native_recording import Unsupported
 from penstock.nn.models import create_model
-from penstock.nn.models.llama import LlamaModel
-from penstock.nn.weights.create import init_dummy
 
 KERNELS = usable_kernels()
 pytestmark = [
     pytest.mark.skipif(not KERNELS, reason="the native kernels were not built, or not for this machine"),
     pytest.mark.usefixtures("one_thread"),
 ]
-SIZE = 32  # tokens of a block
-QWEN3 = {
-    "architectures": ["Qwen3ForCausalLM"],
-    "vocab_size": 203,
-    "hidden_size": 72,
-    "intermediate_size": 80,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "rms_norm_eps": 1e-6,
-    "rope_theta": 1e6,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": True,
-    "torch_dtype": "bfloat16",
-}
-MISTRAL = {**QWEN3, "architectures": ["MistralForCausalLM"], "sliding_window": 40, "tie_word_embeddings": False}
-QWEN2 = {**QWEN3, "architectures": ["Qwen2ForCausalLM"]}
-SHAPES = {
-    "qwen3": QWEN3,
-    "qwen3 heads of 64": {**QWEN3, "head_dim": 64, "num_attention_heads": 2, "num_key_value_heads": 1},
-    "qwen3 heads of 80": {**QWEN3, "head_dim": 80},
-    "qwen3 heads of 96": {**QWEN3, "head_dim": 96},
-    "qwen3 heads of 128": {**QWEN3, "head_dim": 128, "hidden_size": 128},
-    "qwen3 heads of 192": {**QWEN3, "head_dim": 192},
-    "qwen3 heads of 256": {**QWEN3, "head_dim": 256, "num_attention_heads": 1, "num_key_value_heads": 1},
-    "llama, groups of 3": {
-        **QWEN3,
-        "architectures": ["LlamaForCausalLM"],
-        "num_attention_heads": 6,
-        "num_key_value_heads": 2,
-        "head_dim": 16,
-    },
-    "llama with biases": {
-        **QWEN3,
-        "architectures": ["LlamaForCausalLM"],
-        "attention_bias": True,
-        "mlp_bias": True,
-        "tie_word_embeddings": False,
-    },
-    "mistral with a window": MISTRAL,
-    "qwen2, all heads alone": {**QWEN2, "num_key_value_heads": 4},
-    "qwen2, one KV head for all": {**QWEN2, "num_key_value_heads": 1},
-}
-
-
-def torch_model(raw: dict[str, Any], dtype: torch.dtype) -> tuple[ModelConfig, LlamaModel]:
-    config = parse_model_config(raw)
-    model = create_model(config, dtype)
-    init_dummy(model, 0)
-    return config, model
-
-
-@dataclass
-class Native:
-    """A native model with its cache, and requests that own every third block of it."""
-
-    config: ModelConfig
-    model: NativeModel
-    pools: list[torch.Tensor]
-
-    def step(self, rows: list[tuple[int, int, np.ndarray]]) -> torch.Tensor:
-        """Rows are (request, start, token ids); hidden states of all tokens."""
-        nums = [len(ids) for _, _, ids in rows]
-        starts = np.array([start for _, start, _ in rows])
-        width = max(-(-(start + len(ids)) // SIZE) for _, start, ids in rows)
-        table = np.array([[1 + request + 3 * block for block in range(width)] for request, _, _ in rows], np.int32)
-        spans = Spans(np.cumsum([0, *nums]), starts, (table,) * len(self.groups()))
-        tokens = torch.from_numpy(np.concatenate([ids for _, _, ids in rows]).astype(np.int64))
-        positions = torch.from_numpy(np.concatenate([np.arange(s, s + n) for s, n in zip(starts, nums, strict=True)]))
-        return self.model(Batch(tokens, positions, NativeAttention().prepare(spans)))
-
-    def groups(self) -> set[int | None]:
-        return set(self.config.layer_windows)
-
-
-def native(
-    raw: dict[str, Any],
-    kernels: str,
-    *,
-    num_threads: int = 2,
-    length: int = 256,
-    formats: tuple[str, str] = ("bf16", "bf16"),
-) -> Native:
-    config, model = torch_model(raw, torch.bfloat16)
-    layout = kv_layout(config, SIZE, "bfloat16")
-    num_blocks = 1 + 3 * -(-length // SIZE)
-    heads, dim = config.num_kv_heads, config.head_dim
-    pools = [torch.zeros(num_blocks, 2, heads, SIZE, dim, dtype=torch.bfloat16) for _ in range(config.num_layers)]
-    weights = PackedWeights(model, num_threads, formats)
-    ours = NativeModel(model, weights, layout, pools, kernels=kernels, max_tokens=3 * length)
-    return Native(config, ours, pools)
-
-
-def prompts(config: ModelConfig, *lengths: int) -> list[np.ndarray]:
-    random = np.random.default_rng(len(lengths))
-    return [random.integers(0, config.vocab_size, length) for length in lengths]
 
 
 def error(found: torch.Tensor, expected: torch.Tensor) -> float:

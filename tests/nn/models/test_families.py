@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tests.nn.dense_attention import dense_logits
+from tests.nn.dense_attention import dense_batch, dense_logits
 
 from penstock.config.model import load_model_config
 from penstock.nn.models import create_model, model_routes
@@ -167,6 +167,17 @@ def test_batching_changes_nothing_but_rounding(tmp_path: Path) -> None:
     together = dense_logits(model, prompts())
     alone = torch.cat([dense_logits(model, [prompt]) for prompt in prompts()])
     assert relative_error(together, alone) <= 1e-5
+
+
+@torch.inference_mode()
+def test_hidden_states_are_those_of_the_outputs(tmp_path: Path) -> None:
+    reference_model(CASES[0], tmp_path)
+    model = our_model(tmp_path, torch.float32)
+    batch = dense_batch(model.config, prompts())
+    every = model(batch)
+    for outputs in ([0, 2, 39, 129], [], [57]):
+        batch.outputs = torch.tensor(outputs, dtype=torch.int64)
+        assert torch.equal(model(batch), every[outputs])
 
 
 def test_tied_head_is_one_parameter(tmp_path: Path) -> None:

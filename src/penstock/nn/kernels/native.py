@@ -243,7 +243,7 @@ class NativeModel:
     def __call__(self, batch: Batch) -> Tensor:
         """Hidden states bf16 [N, hidden] of the batch's outputs after the last norm.
 
-        All but their rows ends with the keys and values of the last layer.
+        Rows of other tokens end with the keys and values of the last layer.
         """
         arrays = self._memory(batch)
         self._perform(self._program.run, batch, arrays)
