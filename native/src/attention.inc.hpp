@@ -61,29 +61,36 @@ static inline float to_words(const bf16* x, int dim, bf16* out) {
     return scale;
 }
 
-// What row `r` sees of the span: scores[r] times `scale`, -inf elsewhere. Returns the largest.
+// What row `r` may see of the span, positions first..last: -inf elsewhere. Over int8 the scores become float32, times
+// `scale` and that of their key. Returns the largest score.
 template <bool WORDS>
 static inline float mask(AttendScratch& s, int r, int first, int last, int begin, int num, float scale) {
-    float *scores = s.scores[r], factor = WORDS ? s.query_scales[r] * scale : scale;
-    vf most = all(-INF);
-    vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-    for (int i = 0; i < num; i += 16) {
-        vi position = lane + (begin + i);
-        vf score = load(scores + i);
-        if constexpr (WORDS) score = __builtin_convertvector(as<vi>(score), vf) * factor * load(s.key_scales + i);
-        else score *= factor;
-        vf x = choose((position >= first) & (position <= last), score, all(-INF));
-        store(scores + i, x);
+    float* scores = s.scores[r];
+    vf most = all(-INF), factor = all(WORDS ? s.query_scales[r] * scale : 1.0f);
+    auto see = [&](int i, auto some) {
+        vf x = load(scores + i);
+        if constexpr (WORDS) x = __builtin_convertvector(as<vi>(x), vf) * factor * load(s.key_scales + i);
+        if constexpr (some.value) {
+            vi position = vi{0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15} + (begin + i);
+            x = choose((position >= first) & (position <= last), x, all(-INF));
+        }
+        if (WORDS || some.value) store(scores + i, x);
         most = max(x, most);
-    }
+    };
+    int from = first > begin ? (first - begin + 15) / 16 * 16 : 0, to = last - begin >= 15 ? (last - begin + 1) / 16 * 16 : 0;
+    if (to > num) to = num;
+    if (from > to) from = to;
+    for (int i = 0; i < from; i += 16) see(i, Count<1>{});
+    for (int i = from; i < to; i += 16) see(i, Count<0>{});
+    for (int i = to; i < num; i += 16) see(i, Count<1>{});
     return largest(most);
 }
 
-// Softmax over masked scores: chances[r], rounded to bf16, and the sum of the unrounded ones.
-static inline float soften(AttendScratch& s, int r, int num, float top) {
+// Softmax over scores times `scale`: chances[r], rounded to bf16, and the sum of the unrounded ones.
+static inline float soften(AttendScratch& s, int r, int num, float scale, float top) {
     vf total = all(0);
     for (int i = 0; i < num; i += 16) {
-        vf p = exp2(load(s.scores[r] + i) - top);
+        vf p = exp2(fused(load(s.scores[r] + i), all(scale), all(-top)));
         total += p;
         store(s.chances[r] + i, p);
     }
@@ -109,11 +116,6 @@ static inline float soften_words(AttendScratch& s, int r, int num, float top, fl
     for (int i = 0; i < num; i += 16) store_words(s.chances[r] + i, load(s.scores[r] + i) * inverse);
     *unit = largest_chance / WORD_MAX;
     return sum(total);
-}
-
-// Ask for one head of a block, keys or values: a block is a page or less, and no hardware reads ahead into the next.
-static inline void fetch(const char* from, std::size_t bytes) {
-    for (std::size_t i = 0; i < bytes; i += 64) __builtin_prefetch(from + i, 0, 2);
 }
 
 template <class Pairs, bool WORDS>
@@ -144,14 +146,9 @@ static inline void attend_as(const AttendPiece& piece, AttendScratch& s) {
         }
         const std::int32_t* blocks = piece.blocks + begin / KV_BLOCK;
         constexpr std::size_t Q_STRIDE = sizeof s.queries[0] / sizeof(bf16);
-        for (int b = 0; b < num_blocks; b++) {
-            if (r0 == 0) {
-                if (b + 1 < num_blocks) fetch(keys + blocks[b + 1] * block_bytes, head_bytes);
-                fetch(values + blocks[b] * block_bytes, head_bytes);
-            }
-            key_product<Pairs>(keys + blocks[b] * block_bytes, s.queries[0], Q_STRIDE, m, dim,
-                               s.scores[0] + b * KV_BLOCK, ATTENTION_SPAN);
-        }
+        Ahead ahead = r0 ? Ahead() : Ahead(piece, head_bytes, (piece.num_ahead + num_blocks - 1) / num_blocks);
+        key_product<Pairs>(keys, block_bytes, blocks, num_blocks, s.queries[0], Q_STRIDE, m, dim, s.scores[0],
+                           ATTENTION_SPAN, ahead);
         if constexpr (WORDS) {
             load_scales(keys, block_bytes, blocks, num_blocks, dim, s.key_scales);
             load_scales(values, block_bytes, blocks, num_blocks, dim, s.value_scales);
@@ -160,23 +157,15 @@ static inline void attend_as(const AttendPiece& piece, AttendScratch& s) {
         for (int r = 0; r < m; r++) {
             int position = piece.position + (r0 + r) / piece.group;
             int from = piece.window ? position - piece.window + 1 : 0;
-            float top = mask<WORDS>(s, r, from, position, begin, num, piece.scale);
+            float top = mask<WORDS>(s, r, from, position, begin, num, piece.scale) * (WORDS ? 1 : piece.scale);
             piece.max[r0 + r] = top, piece.sum[r0 + r] = 0;
             if (top == -INF) {
                 for (int i = 0; i < num; i++) s.chances[r][i] = 0;
                 continue;
             }
-            piece.sum[r0 + r] = WORDS ? soften_words(s, r, num, top, unit + r) : soften(s, r, num, top);
+            piece.sum[r0 + r] = WORDS ? soften_words(s, r, num, top, unit + r) : soften(s, r, num, piece.scale, top);
         }
-        // Values came while keys were computed with; the keys of what is next come while values are: a quarter less
-        // time for one row of heads of 128 over int8.
-        auto keys_ahead = [&](int b, int j, int count) {
-            if (r0 || b >= piece.num_ahead) return;
-            std::size_t part = head_bytes / (dim / COLUMNS);
-            fetch(piece.ahead + piece.ahead_blocks[b] * block_bytes + j * part, count * part);
-        };
-        value_product<Pairs>(values, block_bytes, blocks, num_blocks, s.chances[0], ATTENTION_SPAN, m, dim, out,
-                             keys_ahead);
+        value_product<Pairs>(values, block_bytes, blocks, num_blocks, s.chances[0], ATTENTION_SPAN, m, dim, out, ahead);
         if constexpr (WORDS)
             for (int r = 0; r < m; r++)
                 for (int i = r * dim; i < (r + 1) * dim; i += 16)
@@ -207,42 +196,6 @@ static void merge(const float* out, const float* max_of, const float* sum_of, in
 static void finish(const float* out, float sum_of, int dim, bf16* to) {
     float factor = 1.0f / sum_of;
     for (int i = 0; i < dim; i += 16) store(to + i, load(out + i) * factor);
-}
-
-// A head as int8; returns its scale, absmax / 127 up to the next bf16. One that is no number gets zeros and a NaN.
-static inline bf16 to_bytes(const bf16* x, int dim, std::int8_t* out) {
-    float exact = magnitude(x, dim) / 127.0f;
-    if (exact != exact) {
-        for (int i = 0; i < dim; i++) out[i] = 0;
-        return 0x7fc0;
-    }
-    bf16 scale = static_cast<bf16>((as<std::uint32_t>(exact > LEAST_SCALE ? exact : LEAST_SCALE) + 0xffffu) >> 16);
-    float inverse = 1.0f / widen(scale);
-    for (int i = 0; i < dim; i += 16) {
-        vb bytes = __builtin_convertvector(whole(load(x + i) * inverse), vb);
-        __builtin_memcpy(out + i, &bytes, sizeof bytes);
-    }
-    return scale;
-}
-
-// What write_kv packs: elements of `Element`, keys in pairs of dimensions, values in pairs of tokens.
-template <class Element>
-static inline void write_pairs(const Element* k, const Element* v, char* k_block, char* v_block, int offset, int dim) {
-    constexpr int PAIR = 2 * sizeof(Element);
-    char* keys = k_block + offset / 16 * (dim * 8 * PAIR) + offset % 16 * PAIR;
-    for (int i = 0; i < dim; i += 2) __builtin_memcpy(keys + i * 8 * PAIR, k + i, PAIR);
-    char* values = v_block + offset / 2 * 16 * PAIR + offset % 2 * sizeof(Element);
-    for (int j = 0; j < dim; j += 16)  // 16 dimensions of 16 pairs
-        for (int i = 0; i < 16; i++) __builtin_memcpy(values + j * 16 * PAIR + i * PAIR, v + j + i, sizeof(Element));
-}
-
-static void write_kv(KVFormat format, const bf16* k, const bf16* v, char* k_block, char* v_block, int offset, int dim) {
-    if (format == KVFormat::BF16) return write_pairs(k, v, k_block, v_block, offset, dim);
-    alignas(64) std::int8_t bytes[2][256];
-    bf16 scales[2] = {to_bytes(k, dim, bytes[0]), to_bytes(v, dim, bytes[1])};
-    write_pairs(bytes[0], bytes[1], k_block, v_block, offset, dim);
-    __builtin_memcpy(k_block + KV_BLOCK * dim + offset * 2, scales, 2);
-    __builtin_memcpy(v_block + KV_BLOCK * dim + offset * 2, scales + 1, 2);
 }
 
 }  // namespace penstock::PENSTOCK_ISA

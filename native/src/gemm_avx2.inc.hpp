@@ -1,4 +1,6 @@
 // Packed matrix products with 256-bit vectors: the same order of sums as with 512 bits, two registers per block.
+#include "ahead.inc.hpp"
+
 namespace penstock::PENSTOCK_ISA {
 
 constexpr int ROWS_AT_ONCE = 48, MAX_COLUMNS = 128;
@@ -138,21 +140,25 @@ static void product_rows(const char* w, const bf16* a, std::size_t stride, int m
 
 // As in product_avx512.inc.hpp.
 template <class Of>
-static void key_product(const char* keys, const bf16* q, std::size_t q_stride, int m, int dim, float* scores,
-                        std::size_t stride) {
-    for (int half = 0; half < 2; half++)
-        product_rows<Of>(keys + half * dim / 2 * Of::PAIR_BYTES, q, q_stride, m, dim / 2, scores + half * COLUMNS,
-                         stride);
+static void key_product(const char* keys, std::size_t block_bytes, const std::int32_t* blocks, int num_blocks,
+                        const bf16* q, std::size_t q_stride, int m, int dim, float* scores, std::size_t stride,
+                        Ahead& ahead) {
+    for (int b = 0; b < num_blocks; b++)
+        for (int half = 0; half < 2; half++) {
+            ahead.ask(dim / 2 * Of::PAIR_BYTES / 64);
+            product_rows<Of>(keys + blocks[b] * block_bytes + half * dim / 2 * Of::PAIR_BYTES, q, q_stride, m, dim / 2,
+                             scores + b * KV_BLOCK + half * COLUMNS, stride);
+        }
 }
 
-template <class Of, class F>
+template <class Of>
 static void value_product(const char* values, std::size_t block_bytes, const std::int32_t* blocks, int num_blocks,
-                          const bf16* chances, std::size_t stride, int m, int dim, float* out, F before) {
+                          const bf16* chances, std::size_t stride, int m, int dim, float* out, Ahead& ahead) {
     for (int j = 0; j < dim / COLUMNS; j++)
         for (int i = 0; i < m; i++) {
             Sum sum = {};
             for (int b = 0; b < num_blocks; b++) {
-                if (i == 0) before(b, j, 1);
+                if (i == 0) ahead.ask(KV_BLOCK / 2 * Of::PAIR_BYTES / 64);
                 const char* from = values + blocks[b] * block_bytes + j * (KV_BLOCK / 2 * Of::PAIR_BYTES);
                 for (int pair = 0; pair < KV_BLOCK / 2; pair++)
                     dot_pair(sum, chances + i * stride + b * KV_BLOCK + 2 * pair, Of::at(from, pair));

@@ -4,6 +4,7 @@
 #include "product_avx512.inc.hpp"
 #include "gemm_amx.inc.hpp"
 #include "attention.inc.hpp"
+#include "kv_write.inc.hpp"
 #include "rows.inc.hpp"
 #include "table.inc.hpp"
 

@@ -3,6 +3,7 @@
 #include "vec.hpp"
 #include "gemm_avx512.inc.hpp"
 #include "attention.inc.hpp"
+#include "kv_write.inc.hpp"
 #include "rows.inc.hpp"
 #include "table.inc.hpp"
 

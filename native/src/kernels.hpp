@@ -94,10 +94,11 @@ struct Kernels {
     // c[m][cols] = rows x columns [col, col + cols) of the weight, float32, without bias. col and cols multiples of 16.
     void (*gemm)(const Weight& weight, const Rows& rows, int m, int col, int cols, float* c, std::size_t c_stride);
 
-    // Keys and values of one token and one KV head, k and v [D] bf16, into its place. INT8: scale = absmax / 127, up to
-    // the next bf16, and nearest steps of it; what holds a NaN or an infinity gets a NaN for its scale.
-    void (*write_kv)(KVFormat format, const bf16* k, const bf16* v, char* k_block, char* v_block, int offset,
-                     int head_dim);
+    // Keys and values of `count` tokens and one KV head, k and v [D] bf16 in rows `stride` apart, into their places of a
+    // block, from `offset` on. INT8: scale = absmax / 127, up to the next bf16, and nearest steps of it; what holds a
+    // NaN or an infinity gets a NaN for its scale.
+    void (*write_kv)(KVFormat format, const bf16* k, const bf16* v, std::size_t stride, int count, char* k_block,
+                     char* v_block, int offset, int head_dim);
 
     void (*attend)(const AttendPiece& piece);
 

@@ -4,6 +4,8 @@
 // One accumulator register per row and block; k ascends. A weight vector is loaded once for up to six rows and never
 // stored: memory-bound for few rows, bound by the multipliers for many. With VDPBF16PS where the machine has it, else
 // with two float32 products per pair (bf16 is the upper half of a float32). Knows no scales.
+#include "ahead.inc.hpp"
+
 #define PENSTOCK_INLINE inline __attribute__((always_inline))
 // Inlined among others, GCC 12 keeps some of the sums in memory.
 #define PENSTOCK_APART __attribute__((noinline))
@@ -203,54 +205,72 @@ static PENSTOCK_INLINE void each_tile(int m, F f) {
     }
 }
 
-// The pairs of a KV block: its keys as two blocks of 16 columns, 16 dimensions of its values as one.
-template <class Pairs, int M>
-static void key_rows(const char* keys, const bf16* q, std::size_t q_stride, int dim, float* scores,
-                     std::size_t stride) {
-    Sums<M, 2, Pairs::WORDS> sums;
+// Scores of KV_BLOCKS blocks of keys, each two blocks of 16 columns.
+template <class Pairs, int M, int KV_BLOCKS>
+static PENSTOCK_APART void key_rows(const char* keys, std::size_t block_bytes, const std::int32_t* blocks,
+                                    const bf16* q, std::size_t q_stride, int dim, float* scores, std::size_t stride,
+                                    Ahead& ahead) {
+    Pairs from[KV_BLOCKS];
+    PENSTOCK_UNROLL for (int b = 0; b < KV_BLOCKS; b++)
+        from[b] = {keys + blocks[b] * block_bytes, static_cast<std::size_t>(dim) / 2 * Pairs::PAIR_BYTES};
+    Sums<M, 2 * KV_BLOCKS, Pairs::WORDS> sums;
     sums.zero();
-    Pairs from{keys, static_cast<std::size_t>(dim) / 2 * Pairs::PAIR_BYTES};
-    for (int p = 0; p < dim / 2; p++) from.add_to(sums, q + 2 * p, q_stride, p);
+    for (int p = 0; p < dim / 2; p++) {
+        ahead.ask(2 * KV_BLOCKS * Pairs::PAIR_BYTES / 64);
+        sums.add(q + 2 * p, q_stride, [&](int j) { return from[j / 2].pair(j % 2, p); });
+    }
     sums.put(scores, stride);
 }
 
-// scores[m][32] = queries [m][dim] times the keys of one KV block. WordPairs: both are int16, the scores int32.
+// scores[m][num_blocks * 32] = queries [m][dim] times the keys of these blocks. WordPairs: both are int16, the scores
+// int32.
 template <class Pairs>
-static void key_product(const char* keys, const bf16* q, std::size_t q_stride, int m, int dim, float* scores,
-                        std::size_t stride) {
+static void key_product(const char* keys, std::size_t block_bytes, const std::int32_t* blocks, int num_blocks,
+                        const bf16* q, std::size_t q_stride, int m, int dim, float* scores, std::size_t stride,
+                        Ahead& ahead) {
     each_tile(m, [&](auto rows, int row) {
-        key_rows<Pairs, rows.value>(keys, q + row * q_stride, q_stride, dim, scores + row * stride, stride);
+        const bf16* from = q + row * q_stride;
+        float* to = scores + row * stride;
+        int b = 0;  // two at once: more sums that do not wait for each other
+        for (; b + 2 <= num_blocks; b += 2, to += 2 * KV_BLOCK)
+            key_rows<Pairs, rows.value, 2>(keys, block_bytes, blocks + b, from, q_stride, dim, to, stride, ahead);
+        if (b < num_blocks)
+            key_rows<Pairs, rows.value, 1>(keys, block_bytes, blocks + b, from, q_stride, dim, to, stride, ahead);
     });
 }
 
-template <class Pairs, int M, int BLOCKS, class F>
-static void value_columns(const char* values, std::size_t block_bytes, const std::int32_t* blocks, int num_blocks,
-                          const bf16* chances, std::size_t stride, float* out, int dim, F before) {
+// BLOCKS times 16 dimensions of values.
+template <class Pairs, int M, int BLOCKS>
+static PENSTOCK_APART void value_columns(const char* values, std::size_t block_bytes, const std::int32_t* blocks,
+                                         int num_blocks, const bf16* chances, std::size_t stride, float* out, int dim,
+                                         Ahead& ahead) {
     Sums<M, BLOCKS, Pairs::WORDS> sums;
     sums.zero();
     for (int b = 0; b < num_blocks; b++) {
         Pairs from{values + blocks[b] * block_bytes, KV_BLOCK / 2 * Pairs::PAIR_BYTES};
         const bf16* a = chances + b * KV_BLOCK;
-        before(b);
-        for (int p = 0; p < KV_BLOCK / 2; p++) from.add_to(sums, a + 2 * p, stride, p);
+        for (int p = 0; p < KV_BLOCK / 2; p++) {
+            ahead.ask(BLOCKS * Pairs::PAIR_BYTES / 64);
+            sums.add(a + 2 * p, stride, [&](int j) { return from.pair(j, p); });
+        }
     }
     sums.put(out, dim);
 }
 
-// out[m][dim] = chances [m][num_blocks * 32] times the values of these blocks, tokens in ascending order. For the first
-// tile of rows, before(b, j, count) is called ahead of dimensions [16 j, 16 (j + count)) of block b.
-template <class Pairs, class F>
+// out[m][dim] = chances [m][num_blocks * 32] times the values of these blocks, tokens in ascending order.
+template <class Pairs>
 static void value_product(const char* values, std::size_t block_bytes, const std::int32_t* blocks, int num_blocks,
-                          const bf16* chances, std::size_t stride, int m, int dim, float* out, F before) {
+                          const bf16* chances, std::size_t stride, int m, int dim, float* out, Ahead& ahead) {
     each_tile(m, [&](auto rows, int row) {
         const bf16* from = chances + row * stride;
         float* to = out + static_cast<std::size_t>(row) * dim;
         auto columns = [&](auto count, int j) {
             value_columns<Pairs, rows.value, count.value>(values + j * (KV_BLOCK / 2 * Pairs::PAIR_BYTES), block_bytes,
-                                                          blocks, num_blocks, from, stride, to + j * COLUMNS, dim,
-                                                          [&](int b) { if (row == 0) before(b, j, count.value); });
+                                                          blocks, num_blocks, from, stride, to + j * COLUMNS, dim, ahead);
         };
         int j = 0;
+        if constexpr (rows.value <= TILE_ROWS / 2)
+            for (; j + 8 <= dim / COLUMNS; j += 8) columns(Count<8>{}, j);
         for (; j + 4 <= dim / COLUMNS; j += 4) columns(Count<4>{}, j);
         for (; j < dim / COLUMNS; j++) columns(Count<1>{}, j);
     });

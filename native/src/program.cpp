@@ -280,20 +280,23 @@ void Program::finish(const Op& op, const Task& task, const float* out, const flo
         }
 }
 
-void Program::token_heads(const Batch& batch, const Op& op, int row, int token, int head) {
+void Program::run_heads(const Batch& batch, const Op& op, const Run& run, int head) {
     const Pool& pool = op.pool;
+    const Buffer& qkv = buffers_[op.from];
     int group = op.num_heads / pool.num_kv_heads, dim = pool.head_dim;
-    std::size_t position = batch.positions[token], half = op.rotary / 2;
-    const float *cos = op.cos + position * half, *sin = op.sin + position * half;
-    bf16* qkv = buffers_[op.from].half(token);
-    for (int g = 0; g < group; g++)
-        kernels_.rope(qkv + (head * group + g) * dim, op.q_norm, op.eps, cos, sin, dim, op.rotary);
-    bf16* k = qkv + (op.num_heads + head) * dim;
-    kernels_.rope(k, op.k_norm, op.eps, cos, sin, dim, op.rotary);
-    std::int32_t block = batch.tables[pool.group][row * batch.table_width[pool.group] + position / KV_BLOCK];
+    std::size_t half = op.rotary / 2;
+    for (int t = 0; t < run.num_tokens; t++) {
+        const float *cos = op.cos + (run.position + t) * half, *sin = op.sin + (run.position + t) * half;
+        bf16* heads = qkv.half(run.token + t);
+        for (int g = 0; g < group; g++)
+            kernels_.rope(heads + (head * group + g) * dim, op.q_norm, op.eps, cos, sin, dim, op.rotary);
+        kernels_.rope(heads + (op.num_heads + head) * dim, op.k_norm, op.eps, cos, sin, dim, op.rotary);
+    }
+    const bf16* k = qkv.half(run.token) + (op.num_heads + head) * dim;
+    std::int32_t block = batch.tables[pool.group][run.row * batch.table_width[pool.group] + run.position / KV_BLOCK];
     char* place = pool.data + block * pool.block_bytes + head * (pool.block_bytes / 2 / pool.num_kv_heads);
-    kernels_.write_kv(pool.format, k, k + pool.num_kv_heads * dim, place, place + pool.block_bytes / 2,
-                      position % KV_BLOCK, dim);
+    kernels_.write_kv(pool.format, k, k + pool.num_kv_heads * dim, qkv.stride, run.num_tokens, place,
+                      place + pool.block_bytes / 2, run.position % KV_BLOCK, dim);
 }
 
 int Program::units(const Op& op) const {
@@ -305,7 +308,7 @@ int Program::units(const Op& op) const {
             return (op.weight.n_pad + columns - 1) / columns;
         }
         case What::HEADS:
-            return op.num_rows * op.pool.num_kv_heads;
+            return static_cast<int>(runs_.size()) * op.pool.num_kv_heads;
         case What::ATTEND:
             return static_cast<int>(attention_.at({op.pool.group, op.narrows}).tasks.size());
         default:
@@ -360,8 +363,7 @@ void Program::perform(const Op& op, const Batch& batch, int member, Deal& deal) 
             });
         case What::HEADS:
             return each([&](int unit) {
-                int token = unit / op.pool.num_kv_heads;
-                token_heads(batch, op, row_of_[token], token, unit % op.pool.num_kv_heads);
+                run_heads(batch, op, runs_[unit / op.pool.num_kv_heads], unit % op.pool.num_kv_heads);
             });
         case What::ATTEND:
             attend_tasks(batch, op, member, deal);
@@ -379,9 +381,13 @@ void Program::perform(const Op& op, const Batch& batch, int member, Deal& deal) 
 
 void Program::run(const Batch& batch, StepWords& words) {
     if (batch.num_tokens > max_tokens_) throw std::invalid_argument("more tokens than the program has room for");
-    row_of_.resize(batch.num_tokens);
+    runs_.clear();
     for (int r = 0; r < batch.num_rows; r++)
-        for (auto t = batch.query_start[r]; t < batch.query_start[r + 1]; t++) row_of_[t] = r;
+        for (int t = static_cast<int>(batch.query_start[r]), end = static_cast<int>(batch.query_start[r + 1]), num; t < end; t += num) {
+            int position = static_cast<int>(batch.positions[t]);
+            num = std::min(KV_BLOCK - position % KV_BLOCK, end - t);
+            runs_.push_back({r, t, position, num});
+        }
     for (auto& [key, plan] : attention_) plan.tasks.clear();
     if (deals_.size() != ops_.size()) end_recording();
     if (batch.outputs) check_outputs(batch);

@@ -127,6 +127,9 @@ private:
     struct Task : Queries {  // one KV head; one span of the context, or all of them (-1)
         int head, span;
     };
+    struct Run {  // tokens of one row that lie in one KV block
+        int row, token, position, num_tokens;
+    };
     struct Attention {  // of a step and a KV group, the same for all its layers
         std::vector<Task> tasks;
         int num_spans = 1;
@@ -147,7 +150,7 @@ private:
     void perform(const Op& op, const Batch& batch, int member, Deal& deal);
     template <class Then>
     void product(const Weight& weight, const Rows& rows, int num_rows, int member, Deal& deal, Then then);
-    void token_heads(const Batch& batch, const Op& op, int row, int token, int head);
+    void run_heads(const Batch& batch, const Op& op, const Run& run, int head);
     void end_recording();
     void check_outputs(const Batch& batch) const;
     void find_queries(const Batch& batch, bool of_outputs);
@@ -181,7 +184,7 @@ private:
     std::vector<Queries> queries_;            // what plan_attention plans
     int last_attend_ = -1;                    // where rows narrow to those of outputs
     std::vector<int> carried_;                // buffers written before it and read after it
-    std::vector<int> row_of_;                 // of each token of the step
+    std::vector<Run> runs_;                   // of the step
     double choosing_seconds_ = 0;
 };
 

@@ -53,25 +53,23 @@ static inline bf16 narrow(float x) {
     return x == x ? static_cast<bf16>((u + 0x7fffu + ((u >> 16) & 1u)) >> 16) : bf16{0x7fc0};
 }
 
-static inline vf choose(vi mask, vf yes, vf no) { return as<vf>((mask & as<vi>(yes)) | (~mask & as<vi>(no))); }
-static inline vf max(vf a, vf b) { return choose(a > b, a, b); }
+static inline vf choose(vi mask, vf yes, vf no) { return mask ? yes : no; }
+static inline vf max(vf a, vf b) { return a > b ? a : b; }  // b where one is no number
 static inline vf absolute(vf x) { return as<vf>(as<vi>(x) & 0x7fffffff); }
 
-// Always the same tree.
-static inline float sum(vf x) {
-    float part[16];
-    __builtin_memcpy(part, &x, sizeof part);
-    for (int half = 8; half; half /= 2)
-        for (int i = 0; i < half; i++) part[i] += part[i + half];
-    return part[0];
+// Both halves joined, then theirs, down to one: always the same tree.
+template <class V, class Join>
+static inline float fold(V x, Join join) {
+    if constexpr (sizeof x == 2 * sizeof(float)) {
+        return join(x[0], x[1]);
+    } else {
+        typedef float Half __attribute__((vector_size(sizeof(V) / 2)));
+        struct Halves { Half low, high; } of = as<Halves>(x);
+        return fold(join(of.low, of.high), join);
+    }
 }
-static inline float largest(vf x) {
-    float part[16];
-    __builtin_memcpy(part, &x, sizeof part);
-    for (int half = 8; half; half /= 2)
-        for (int i = 0; i < half; i++) part[i] = part[i] > part[i + half] ? part[i] : part[i + half];
-    return part[0];
-}
+static inline float sum(vf x) { return fold(x, [](auto a, auto b) { return a + b; }); }
+static inline float largest(vf x) { return fold(x, [](auto a, auto b) { return a > b ? a : b; }); }
 
 // a * b + c, rounded once.
 static inline vf fused(vf a, vf b, vf c) {
@@ -92,21 +90,31 @@ static inline bool any(vi mask) {
 
 // 2^x with a relative error below 2e-7 for x in [-126, 127], exact for whole numbers; 0 below, as for -inf.
 static inline vf exp2(vf x) {
+#ifdef __AVX512F__
+    vf whole = as<vf>(_mm512_roundscale_ps(as<__m512>(x), _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+    vf r = x - whole;
+#else
     vi tiny = x < -126.0f;
     vf bounded = choose(tiny, all(-126.0f), x);
     bounded = choose(bounded > 127.0f, all(127.0f), bounded);
     vf magic = all(12582912.0f);  // 1.5 * 2^23: adding it rounds to whole numbers
     vf whole = (bounded + magic) - magic;
     vf r = bounded - whole;
+#endif
     // 2^r in [-1/2, 1/2] by 1 + r times the polynomial of degree 4 with the least largest relative error.
     vf p = fused(all(0.00132647017f), r, all(0.00967150461f));
     p = fused(p, r, all(0.0555073358f));
     p = fused(p, r, all(0.240222424f));
     p = fused(p, r, all(0.693147004f));
     p = fused(p, r, all(1.0f));
+#ifdef __AVX512F__
+    __mmask16 counts = _mm512_cmp_ps_mask(as<__m512>(x), _mm512_set1_ps(-126.0f), _CMP_NLT_UQ);  // a NaN does
+    return as<vf>(_mm512_maskz_scalef_ps(counts, as<__m512>(p), as<__m512>(whole)));
+#else
     vi exponent = __builtin_convertvector(whole, vi);
     vf scaled = as<vf>(as<vi>(p) + (exponent << 23));
     return choose(tiny, all(0.0f), scaled);
+#endif
 }
 
 constexpr float LOG2_E = 1.44269504088896f;
