@@ -165,7 +165,7 @@ def edits_of(admitted: Admitted, vocab_size: int) -> Edits:
 class _Gathered:
     """What the requests of some slots ask for. The positions of `params` are those of the last step."""
 
-    slots: bytes  # of their array: one comparison
+    slots: tuple[int, bytes]  # their number and their array's memory: one comparison
     wishes: NDArray[np.uint8]
     any_wish: int
     params: RowParams
@@ -229,7 +229,7 @@ class Sampler:
         penalties and bad words then see what `accept` was told, for all of them. A row that cannot be sampled fails
         alone. The logprobs are of the scores before edits.
         """
-        if self._gathered is None or self._gathered.slots != slots.tobytes():
+        if self._gathered is None or self._gathered.slots != (len(slots), slots.tobytes()):
             self._gathered = self._gather(slots)
         wishes, any_wish, params = self._gathered.wishes, self._gathered.any_wish, self._gathered.params
         if positions is not params.positions:  # in steady decoding their values move on in place
@@ -257,7 +257,8 @@ class Sampler:
             self._seeds[slots],
             NO_IDS,
         )
-        return _Gathered(slots.tobytes(), wishes, int(np.bitwise_or.reduce(wishes)) if len(wishes) else 0, params)
+        any_wish = int(np.bitwise_or.reduce(wishes)) if len(wishes) else 0
+        return _Gathered((len(slots), slots.tobytes()), wishes, any_wish, params)
 
     def _row_edits(self, wishes: NDArray[np.uint8], slots: Ints, positions: Ints) -> RowEdits:
         """The edits of a batch's rows as flat lists."""
