@@ -57,7 +57,7 @@ class RequestTable:
         self._num_blocks = [[0] * max_num_seqs for _ in range(num_groups)]
         self._nothing_new: tuple[tuple[int, ...], ...] = ((),) * num_groups
         self._free = list(range(max_num_seqs - 1, -1, -1))
-        # The last step, if the next may go on with it: until anybody comes or goes. Its arrays know where its rows are,
+        # The last step, if the next may go on with it: until its rows change. Its arrays know where its rows are,
         # `num_computed` and `tokens` are behind.
         self._steady: StepInputs | None = None
 
@@ -70,7 +70,6 @@ class RequestTable:
 
     def admit(self, request_id: str, token_ids: tuple[int, ...], start: int) -> int:
         """Take a request in, with `start` tokens computed already; its slot."""
-        self._settle()
         slot = self._free.pop()
         self.slots[request_id] = slot
         self.tokens[slot, : len(token_ids)] = token_ids
