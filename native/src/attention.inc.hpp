@@ -30,23 +30,8 @@ static inline void load_scales(const char* heads, std::size_t block_bytes, const
     }
 }
 
-// The largest magnitude of a head; NaN for one that holds a NaN or an infinity.
-static inline float magnitude(const bf16* x, int dim) {
-    std::int32_t top = 0;  // of the bits, which order as magnitudes do: numbers, then infinity, then NaNs
-    for (int i = 0; i < dim; i++) {
-        std::int32_t bits = x[i] & 0x7fff;
-        top = bits > top ? bits : top;
-    }
-    return top < 0x7f80 ? widen(static_cast<bf16>(top)) : __builtin_nanf("");
-}
-
-// To nearest, ties to even, for magnitudes below 2^22.
-static inline vi whole(vf x) {
-    vf magic = all(12582912.0f);
-    return __builtin_convertvector((x + magic) - magic, vi);
-}
 static inline void store_words(bf16* to, vf x) {
-    vh words = __builtin_convertvector(as<vu>(whole(x)), vh);
+    vh words = __builtin_convertvector(as<vu>(nearest(x)), vh);
     __builtin_memcpy(to, &words, sizeof words);
 }
 
@@ -100,19 +85,18 @@ static inline float soften(AttendScratch& s, int r, int num, float scale, float 
 // The same over int8: chances[r] are int16, of the probability times its value's scale, and `unit` is what 1 stands
 // for. Below 1 / 65534 of the span's largest they are zero. A value without a number for its scale makes the unit NaN.
 static inline float soften_words(AttendScratch& s, int r, int num, float top, float* unit) {
-    vf total = all(0);
-    vi most = {};  // of the bits, as in `magnitude`
+    vf total = all(0), most = all(0);
+    vi broken = {};
     for (int i = 0; i < num; i += 16) {
         vf p = exp2(load(s.scores[r] + i) - top);
         total += p;
         vf scaled = choose(p > 0.0f, p * load(s.value_scales + i), all(0));  // what is not seen may be no number
         store(s.scores[r] + i, scaled);
-        vi bits = as<vi>(scaled), larger = bits > most;
-        most = (larger & bits) | (~larger & most);
+        broken |= scaled != scaled;
+        most = max(scaled, most);
     }
-    std::int32_t bits = 0;
-    for (int i = 0; i < 16; i++) bits = most[i] > bits ? most[i] : bits;
-    float largest_chance = as<float>(bits), inverse = largest_chance > 0 ? WORD_MAX / largest_chance : 0;
+    float largest_chance = any(broken) ? __builtin_nanf("") : largest(most);
+    float inverse = largest_chance > 0 ? WORD_MAX / largest_chance : 0;
     for (int i = 0; i < num; i += 16) store_words(s.chances[r] + i, load(s.scores[r] + i) * inverse);
     *unit = largest_chance / WORD_MAX;
     return sum(total);

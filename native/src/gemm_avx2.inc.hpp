@@ -78,8 +78,9 @@ struct Int4Pairs {
 static inline void dot_pair(Sum& sum, const bf16* a, const Pairs& w) {
     std::int32_t pair;
     __builtin_memcpy(&pair, a, sizeof pair);
-    __m256 even = _mm256_castsi256_ps(_mm256_set1_epi32(pair << 16));
-    __m256 odd = _mm256_castsi256_ps(_mm256_set1_epi32(pair & static_cast<std::int32_t>(0xffff0000u)));
+    __m256i both = _mm256_set1_epi32(pair);  // from memory: shifting before would take a way through other registers
+    __m256 even = _mm256_castsi256_ps(_mm256_slli_epi32(both, 16));
+    __m256 odd = _mm256_castsi256_ps(_mm256_and_si256(both, _mm256_set1_epi32(static_cast<int>(0xffff0000u))));
     sum.low = _mm256_fmadd_ps(odd, w.odd[0], _mm256_fmadd_ps(even, w.even[0], sum.low));
     sum.high = _mm256_fmadd_ps(odd, w.odd[1], _mm256_fmadd_ps(even, w.even[1], sum.high));
 }
@@ -119,15 +120,22 @@ static inline void product(const char* w, const bf16* a, std::size_t stride, int
     for (int i = 0; i < M; i++) put(c + i * c_stride, sum[i]);
 }
 
-// f(Count<rows>, first row) over all of m rows.
 template <int N> struct Count { static constexpr int value = N; };
+
+constexpr int TILE_ROWS = 4;  // eight sums, two times two weights, two activations and a mask: 15 of 16 registers
+
+// f(Count<rows>, first row) over all of m rows, in tiles of nearly the same size.
 template <class F>
 static inline void each_tile(int m, F f) {
-    int row = 0;
-    for (; row + 4 <= m; row += 4) f(Count<4>{}, row);
-    if (m - row == 3) f(Count<3>{}, row);
-    if (m - row == 2) f(Count<2>{}, row);
-    if (m - row == 1) f(Count<1>{}, row);
+    for (int row = 0, tiles = (m + TILE_ROWS - 1) / TILE_ROWS, rows; tiles; tiles--, row += rows) {
+        rows = (m - row + tiles - 1) / tiles;
+        switch (rows) {
+            case 4: f(Count<4>{}, row); break;
+            case 3: f(Count<3>{}, row); break;
+            case 2: f(Count<2>{}, row); break;
+            default: f(Count<1>{}, row);
+        }
+    }
 }
 
 template <class W>
@@ -154,17 +162,23 @@ static void key_product(const char* keys, std::size_t block_bytes, const std::in
 template <class Of>
 static void value_product(const char* values, std::size_t block_bytes, const std::int32_t* blocks, int num_blocks,
                           const bf16* chances, std::size_t stride, int m, int dim, float* out, Ahead& ahead) {
-    for (int j = 0; j < dim / COLUMNS; j++)
-        for (int i = 0; i < m; i++) {
-            Sum sum = {};
+    each_tile(m, [&](auto rows, int row) {
+        for (int j = 0; j < dim / COLUMNS; j++) {
+            Sum sum[rows.value] = {};
             for (int b = 0; b < num_blocks; b++) {
-                if (i == 0) ahead.ask(KV_BLOCK / 2 * Of::PAIR_BYTES / 64);
+                ahead.ask(KV_BLOCK / 2 * Of::PAIR_BYTES / 64);
                 const char* from = values + blocks[b] * block_bytes + j * (KV_BLOCK / 2 * Of::PAIR_BYTES);
-                for (int pair = 0; pair < KV_BLOCK / 2; pair++)
-                    dot_pair(sum, chances + i * stride + b * KV_BLOCK + 2 * pair, Of::at(from, pair));
+                const bf16* a = chances + row * stride + b * KV_BLOCK;
+                for (int p = 0; p < KV_BLOCK / 2; p++) {
+                    auto pair = Of::at(from, p);
+#pragma GCC unroll 4
+                    for (int i = 0; i < rows.value; i++) dot_pair(sum[i], a + i * stride + 2 * p, pair);
+                }
             }
-            put(out + i * dim + j * COLUMNS, sum);
+#pragma GCC unroll 4
+            for (int i = 0; i < rows.value; i++) put(out + (row + i) * dim + j * COLUMNS, sum[i]);
         }
+    });
 }
 
 // One block of 4-bit weights: each group's sums, scaled, are added in float32.

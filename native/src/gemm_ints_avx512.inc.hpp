@@ -80,6 +80,11 @@ struct IntBlocks {  // a packed matrix from some block on
     const char* data;
     IntBlocks(const Weight& w, int b, std::size_t bytes)
         : weight(w), block(b), block_bytes(bytes), data(static_cast<const char*>(w.data) + b * bytes) {}
+    // What is FAR behind `at`, in the first of BLOCKS: behind these blocks lie the next ones.
+    template <int BLOCKS> PENSTOCK_INLINE void fetch_far(const char* at) const {
+        std::size_t after = at + FAR < data + block_bytes ? 0 : (BLOCKS - 1) * block_bytes;
+        fetch_blocks<BLOCKS>(at + FAR + after, block_bytes);
+    }
 };
 
 constexpr int NEVER = 0x7fffffff;  // lines
@@ -104,7 +109,7 @@ static PENSTOCK_APART void product_w8a8(const IntBlocks& b, const Rows& rows, in
     sums.zero();
     const char* w = b.data;
     for (int k = 0; k < b.weight.k_pad; k += 4, w += 64) {
-        if constexpr (FIRST) fetch_blocks<BLOCKS>(w + FAR, b.block_bytes);
+        if constexpr (FIRST) b.template fetch_far<BLOCKS>(w);
         turns.fetch(w, b.block_bytes);
         sums.add(a + k, rows.stride, w, b.block_bytes);
     }
@@ -134,7 +139,7 @@ static PENSTOCK_APART void product_w4a8(const IntBlocks& b, const Rows& rows, in
         IntSums<M, BLOCKS> sums;
         sums.zero();
         for (int k = 0; k < left && k < GROUP; k += 8, w += 64) {  // the low nibbles of 64 bytes, then the high ones
-            if constexpr (FIRST) fetch_blocks<BLOCKS>(w + FAR, b.block_bytes);
+            if constexpr (FIRST) b.template fetch_far<BLOCKS>(w);
             turns.fetch(w, b.block_bytes);
             sums.add_nibbles(a + k, rows.stride, [&](int j) {
                 return _mm512_and_si512(_mm512_load_si512(w + j * b.block_bytes), mask);

@@ -13,7 +13,7 @@ static inline bf16 to_bytes(const bf16* x, int dim, std::int8_t* out) {
     bf16 scale = static_cast<bf16>((as<std::uint32_t>(exact > LEAST_SCALE ? exact : LEAST_SCALE) + 0xffffu) >> 16);
     float inverse = 1.0f / widen(scale);
     for (int i = 0; i < dim; i += 16) {
-        vb bytes = __builtin_convertvector(whole(load(x + i) * inverse), vb);
+        vb bytes = __builtin_convertvector(nearest(load(x + i) * inverse), vb);
         __builtin_memcpy(out + i, &bytes, sizeof bytes);
     }
     return scale;

@@ -36,40 +36,26 @@ static void rope(bf16* x, const float* weight, float eps, const float* cos, cons
 }
 
 static float quantize(const bf16* x, int n, std::int8_t* out, std::int32_t* sums) {
-    vf most = all(0);
-    vi broken = all_int(0);
-    int whole = n / 16 * 16;
-    for (int i = 0; i < whole; i += 16) {
-        vf v = load(x + i);
-        most = max(absolute(v), most);
-        broken |= v != v;
-    }
-    float top = largest(most);
-    bool is_number = !any(broken);
-    for (int i = whole; i < n; i++) {
-        float v = __builtin_fabsf(widen(x[i]));
-        top = v > top ? v : top;
-        is_number = is_number && v == v;
-    }
-    if (!is_number || top == INF) {  // no integer says so, but the scale does
+    float top = magnitude(x, n);
+    if (top != top) {  // no integer says so, but the scale does
         for (int i = 0; i < n; i++) out[i] = 0;
         for (int g = 0; sums && g * GROUP < n; g++) sums[g] = 0;
-        return __builtin_nanf("");
+        return top;
     }
     float scale = top > 1e-12f ? top / 127.0f : 1e-12f / 127.0f, inverse = 1.0f / scale;
-    for (int i = 0; i < whole; i += 16) {
-        vf scaled = load(x + i) * inverse, magic = all(12582912.0f);
-        vi whole_numbers = __builtin_convertvector((scaled + magic) - magic, vi);
-        vb bytes = __builtin_convertvector(whole_numbers, vb);
-        __builtin_memcpy(out + i, &bytes, sizeof bytes);
-    }
-    for (int i = whole; i < n; i++) out[i] = static_cast<std::int8_t>(__builtin_rintf(widen(x[i]) * inverse));
-    if (sums)
-        for (int g = 0; g * GROUP < n; g++) {
-            std::int32_t total = 0;
-            for (int i = g * GROUP; i < n && i < (g + 1) * GROUP; i++) total += out[i];
-            sums[g] = total;
+    for (int g = 0; g * GROUP < n; g++) {
+        int i = g * GROUP, end = n < i + GROUP ? n : i + GROUP;
+        vi total = {};
+        for (; i + 16 <= end; i += 16) {
+            vi numbers = nearest(load(x + i) * inverse);
+            total += numbers;
+            vb bytes = __builtin_convertvector(numbers, vb);
+            __builtin_memcpy(out + i, &bytes, sizeof bytes);
         }
+        std::int32_t rest = 0;
+        for (; i < end; i++) rest += out[i] = static_cast<std::int8_t>(__builtin_rintf(widen(x[i]) * inverse));
+        if (sums) sums[g] = sum(total) + rest;
+    }
     return scale;
 }
 
@@ -104,6 +90,7 @@ static void best(const float* c, int cols, int column, float* largest_so_far, st
     for (int i = 0; i < cols; i += 16) {
         vi here = lanes + (column + i);
         vf x = i + 16 <= cols ? load(c + i) : choose(lanes_below(cols - i), load_part(c + i, cols - i), all(-INF));
+        if (!any(~(x < top))) continue;  // as nearly always
         vi better = (x > top) | (x != x) | ((x == top) & (here < where));
         top = choose(better, x, top);
         where = (better & here) | (~better & where);

@@ -58,18 +58,38 @@ static inline vf max(vf a, vf b) { return a > b ? a : b; }  // b where one is no
 static inline vf absolute(vf x) { return as<vf>(as<vi>(x) & 0x7fffffff); }
 
 // Both halves joined, then theirs, down to one: always the same tree.
-template <class V, class Join>
-static inline float fold(V x, Join join) {
-    if constexpr (sizeof x == 2 * sizeof(float)) {
+template <class Lane, class V, class Join>
+static inline Lane fold(V x, Join join) {
+    if constexpr (sizeof x == 2 * sizeof(Lane)) {
         return join(x[0], x[1]);
     } else {
-        typedef float Half __attribute__((vector_size(sizeof(V) / 2)));
+        typedef Lane Half __attribute__((vector_size(sizeof(V) / 2)));
         struct Halves { Half low, high; } of = as<Halves>(x);
-        return fold(join(of.low, of.high), join);
+        return fold<Lane>(join(of.low, of.high), join);
     }
 }
-static inline float sum(vf x) { return fold(x, [](auto a, auto b) { return a + b; }); }
-static inline float largest(vf x) { return fold(x, [](auto a, auto b) { return a > b ? a : b; }); }
+static inline float sum(vf x) { return fold<float>(x, [](auto a, auto b) { return a + b; }); }
+static inline std::int32_t sum(vi x) { return fold<std::int32_t>(x, [](auto a, auto b) { return a + b; }); }
+static inline float largest(vf x) { return fold<float>(x, [](auto a, auto b) { return a > b ? a : b; }); }
+
+// The largest magnitude of n numbers; NaN where one is a NaN or an infinity.
+static inline float magnitude(const bf16* x, int n) {
+    typedef std::int16_t Bits __attribute__((vector_size(64)));  // which order as magnitudes do: numbers, infinity, NaNs
+    Bits most = {};
+    int i = 0;
+    for (; i + 32 <= n; i += 32) {
+        Bits bits;
+        __builtin_memcpy(&bits, x + i, sizeof bits);
+        bits &= 0x7fff;
+        most = bits > most ? bits : most;
+    }
+    std::int16_t top = fold<std::int16_t>(most, [](auto a, auto b) { return a > b ? a : b; });
+    for (; i < n; i++) {
+        std::int16_t bits = static_cast<std::int16_t>(x[i] & 0x7fff);
+        top = bits > top ? bits : top;
+    }
+    return top < 0x7f80 ? widen(static_cast<bf16>(top)) : __builtin_nanf("");
+}
 
 // a * b + c, rounded once.
 static inline vf fused(vf a, vf b, vf c) {
@@ -83,9 +103,23 @@ static inline vf fused(vf a, vf b, vf c) {
 }
 
 static inline bool any(vi mask) {
-    std::int32_t found = 0;
-    for (int i = 0; i < 16; i++) found |= mask[i];
-    return found != 0;
+#ifdef __AVX512F__
+    return _mm512_test_epi32_mask(as<__m512i>(mask), as<__m512i>(mask)) != 0;
+#else
+    struct Halves { __m256i low, high; } of = as<Halves>(mask);
+    __m256i either = _mm256_or_si256(of.low, of.high);
+    return !_mm256_testz_si256(either, either);
+#endif
+}
+
+// To the nearest whole number, ties to even, for magnitudes below 2^22.
+static inline vi nearest(vf x) {
+#ifdef __AVX512F__
+    return as<vi>(_mm512_cvtps_epi32(as<__m512>(x)));
+#else
+    vf magic = all(12582912.0f);
+    return __builtin_convertvector((x + magic) - magic, vi);
+#endif
 }
 
 // 2^x with a relative error below 2e-7 for x in [-126, 127], exact for whole numbers; 0 below, as for -inf.
