@@ -39,7 +39,7 @@ from penstock.engine.wire import local_pair
 
 CONTEXT = 128
 WARM_STEPS = 4
-NATIVE = ("layers", "head and choice")  # parts that are one native call each
+NATIVE = ("layers", "head and choice")  # the parts of the native call
 
 
 class Timed:
@@ -66,7 +66,8 @@ class Loop:
         tokenizer = load_tokenizer(model_directory(resolved.config.model.tokenizer))
         self.front = FrontEnd(front_wire.send, tokenizer, resolved.model.vocab_size)
         self.front.handle(self.built.ready, time.monotonic())
-        self.seconds: dict[str, float] = defaultdict(float)  # of the current step, by part, inner parts included
+        self.seconds: dict[str, float] = defaultdict(float)  # of the current step, by part, without inner parts
+        self._inside: list[float] = []  # of the parts that are running: seconds of their inner parts
         rng = np.random.default_rng(0)
         params = SamplingParams(max_tokens=2 * num_steps + 32, temperature=0.0, ignore_eos=True)
         for n in range(batch):
@@ -98,10 +99,7 @@ class Loop:
         runner = self.built.runner
         model: Any = runner.model
         program = model._program
-        names = {"run": "layers", "choose": "head and choice"}
-        model._program = Timed(
-            program, {name: self._timed(part, getattr(program, name)) for name, part in names.items()}
-        )
+        model._program = Timed(program, {"step": self._timed("layers", program.step)})
         for owner, method, part in (
             (self.built.engine, "launch", "scheduler: plan"),
             (self.built.engine, "complete", "scheduler: commit, output"),
@@ -115,9 +113,13 @@ class Loop:
     def _timed(self, part: str, function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function, assigned=())
         def timed(*args: Any) -> Any:
+            self._inside.append(0.0)
             start = time.perf_counter()
             value = function(*args)
-            self.seconds[part] += time.perf_counter() - start
+            seconds = time.perf_counter() - start
+            self.seconds[part] += seconds - self._inside.pop()
+            if self._inside:
+                self._inside[-1] += seconds
             return value
 
         return timed
@@ -144,8 +146,11 @@ def profile(settings: dict[str, Any], batch: int, num_steps: int) -> dict[str, A
         model.clear_seconds()
         start = time.perf_counter()
         assert loop.turn() == batch
-        steps.append({**_own(loop.seconds), "whole": time.perf_counter() - start})
-        for name, seconds in operation_seconds(model).items():
+        found = operation_seconds(model)
+        loop.seconds["head and choice"] = found.pop("head and choice")  # the native call tells its share
+        loop.seconds["layers"] -= loop.seconds["head and choice"]
+        steps.append({**loop.seconds, "whole": time.perf_counter() - start})
+        for name, seconds in found.items():
             operations[name].append(seconds)
     loop.built.executor.close()
     parts = {name: 1e3 * statistics.median(step[name] for step in steps) for name in steps[0] if name != "whole"}
@@ -170,14 +175,6 @@ def operation_seconds(model: Any) -> dict[str, float]:
     for name, seconds in model.seconds():
         found[name] += seconds
     return found
-
-
-def _own(seconds: dict[str, float]) -> dict[str, float]:
-    """Each part without the parts inside it."""
-    own = dict(seconds)
-    own["sampler"] -= seconds["head and choice"]
-    own["runner"] -= seconds["index arrays"] + seconds["layers"] + seconds["sampler"]
-    return own
 
 
 def show(case: dict[str, Any]) -> None:

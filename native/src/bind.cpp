@@ -21,8 +21,7 @@
 #include "arena.hpp"
 #include "ceilings.hpp"
 #include "cpu.hpp"
-#include "pack.hpp"
-#include "pages.hpp"
+#include "packed_weight.hpp"
 #include "program.hpp"
 
 namespace nb = nanobind;
@@ -31,178 +30,11 @@ using namespace penstock;
 
 namespace {
 
-template <class T> using Matrix = nb::ndarray<const T, nb::ndim<2>, nb::device::cpu>;
-template <class T> using Array = nb::ndarray<const T, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
-template <class T> using Table = nb::ndarray<T, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-
-std::size_t up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
-
 const Kernels& kernels_named(const std::string& name) {
     for (const Kernels* kernels : usable_kernels())
         if (name == kernels->name) return *kernels;
     throw std::invalid_argument("this machine or build has no kernels called " + name);
 }
-
-// Packed bytes and what belongs to them. Filled in pieces of whole blocks, then only read.
-class PackedWeight {
-public:
-    PackedWeight(int format, int n, int k, std::shared_ptr<Arena> arena)
-        : bytes_(packed_bytes(static_cast<Format>(format), n, k)) {
-        weight_.format = static_cast<Format>(format);
-        bool groups = weight_.format == Format::INT4 || weight_.format == Format::W4A8;
-        weight_.n = n, weight_.k = k;
-        weight_.n_pad = static_cast<int>(up(n, COLUMNS)), weight_.k_pad = static_cast<int>(up(k, groups ? GROUP : K_ALIGN));
-        if (char* at = arena ? arena->take(bytes_) : nullptr) data_ = std::shared_ptr<char>(std::move(arena), at);
-        else data_ = pages(bytes_);  // no arena, or it is full
-        weight_.data = data_.get();
-        if (weight_.format != Format::BF16) {
-            scale_.assign(groups ? static_cast<std::size_t>(weight_.n_pad) * (weight_.k_pad / GROUP) : weight_.n_pad, 0.0f);
-            weight_.scale = scale_.data();
-        }
-        if (weight_.format == Format::W8A8) {
-            sums_.assign(weight_.n_pad, 0);
-            weight_.sums = sums_.data();
-        }
-    }
-    PackedWeight(const PackedWeight&) = delete;
-
-    const Weight& weight() const { return weight_; }
-    std::size_t num_bytes() const { return bytes_ + scale_.size() * 4 + sums_.size() * 4; }
-
-    void set_bias(Array<float> bias) {
-        if (static_cast<int>(bias.shape(0)) != weight_.n) throw std::invalid_argument("bias and weight differ in size");
-        bias_.assign(weight_.n_pad, 0.0f);
-        std::copy_n(bias.data(), weight_.n, bias_.data());
-        weight_.bias = bias_.data();
-    }
-
-    // bf16 rows, quantized on the way, into blocks of 16 output columns from column `begin` on: every block, or only
-    // each `every`-th. Without a team on the calling thread; several threads may fill different blocks at once.
-    void fill(Team* team, int begin, Matrix<std::uint16_t> rows, int every) {
-        int num = static_cast<int>(rows.shape(0)), blocks = static_cast<int>(up(num, COLUMNS)) / COLUMNS;
-        if (every < 1 || (every > 1 && num % COLUMNS)) throw std::invalid_argument("the rows do not fit the weight");
-        if (every > 1) check(begin, static_cast<std::size_t>(blocks - 1) * every * COLUMNS + COLUMNS, rows.shape(1));
-        else check(begin, rows.shape(0), rows.shape(1));
-        if (rows.stride(1) != 1) throw std::invalid_argument("rows must be contiguous");
-        const bf16* from = rows.data();
-        std::size_t stride = rows.stride(0);
-        auto fill = [&](int first, int last) {
-            for (int block = first; block < last; block++) {
-                int at = block * COLUMNS;
-                fill_block(begin + at * every, std::min(COLUMNS, num - at), from + at * stride, stride);
-            }
-        };
-        nb::gil_scoped_release unlocked;
-        if (!team) return fill(0, blocks);
-        team->run([&](int member) { fill(blocks * member / team->size(), blocks * (member + 1) / team->size()); });
-    }
-
-    // Columns that are quantized already: int8 rows with float32 scales [rows][groups], groups of 128 or one. Block i of
-    // 16 rows becomes columns begin + 16 * step * i and following.
-    void fill_quantized(Team& team, int begin, int step, Matrix<std::int8_t> rows, Matrix<float> scales) {
-        check_quantized(begin, step, rows.shape(0), rows.shape(1), scales);
-        if (rows.stride(1) != 1) throw std::invalid_argument("rows must be contiguous");
-        const std::int8_t* from = rows.data();
-        std::size_t stride = rows.stride(0);
-        fill_blocks(team, begin, step, static_cast<int>(rows.shape(0)), scales, [&](int row, int count, int to) {
-            pack_integers(to, count, from + row * stride, stride);
-        });
-    }
-
-    // The same from 4-bit integers as compressed-tensors packs them: whole words of 8, as bytes.
-    void fill_nibbles(Team& team, int begin, int step, Table<const std::uint8_t> rows, Matrix<float> scales) {
-        check_quantized(begin, step, rows.shape(0), static_cast<std::size_t>(weight_.k), scales);
-        std::size_t stride = rows.shape(1), k = static_cast<std::size_t>(weight_.k);
-        if (!is_grouped() || stride != up(k, 8) / 2) throw std::invalid_argument("the words do not fit the weight");
-        const std::uint8_t* from = rows.data();
-        fill_blocks(team, begin, step, static_cast<int>(rows.shape(0)), scales, [&](int row, int count, int to) {
-            std::vector<std::int8_t> integers(count * k);
-            for (int j = 0; j < count; j++) unpack_nibbles(from + (row + j) * stride, weight_.k, integers.data() + j * k);
-            pack_integers(to, count, integers.data(), k);
-        });
-    }
-
-    // Rows as they are computed with, float32 [n][k].
-    void unpack(Table<float> out) const {
-        if (static_cast<int>(out.shape(0)) != weight_.n || static_cast<int>(out.shape(1)) != weight_.k)
-            throw std::invalid_argument("the result has another shape than the weight");
-        for (int row = 0; row < weight_.n; row++) unpack_row(weight_, row, out.data() + static_cast<std::size_t>(row) * weight_.k);
-    }
-
-private:
-    bool is_grouped() const { return weight_.format == Format::INT4 || weight_.format == Format::W4A8; }
-
-    void check(int begin, std::size_t num, std::size_t k) const {
-        bool fits = begin >= 0 && begin % COLUMNS == 0 && begin + static_cast<long>(num) <= weight_.n;
-        bool whole = num % COLUMNS == 0 || begin + static_cast<long>(num) == weight_.n;
-        if (!fits || !whole || static_cast<int>(k) != weight_.k) throw std::invalid_argument("the rows do not fit the weight");
-    }
-
-    void check_quantized(int begin, int step, std::size_t num, std::size_t k, const Matrix<float>& scales) const {
-        if (weight_.format == Format::BF16) throw std::invalid_argument("a bf16 weight takes bf16 rows");
-        bool whole = num % COLUMNS == 0 || (step == 1 && begin + static_cast<long>(num) == weight_.n);
-        long last = begin + COLUMNS * step * (static_cast<long>(up(num, COLUMNS)) / COLUMNS - 1);
-        bool fits = begin >= 0 && begin % COLUMNS == 0 && step > 0 && num > 0 && last < weight_.n;
-        if (!fits || !whole || static_cast<int>(k) != weight_.k) throw std::invalid_argument("the rows do not fit the weight");
-        std::size_t groups = is_grouped() ? up(weight_.k, GROUP) / GROUP : 1;
-        if (scales.shape(0) != num || scales.shape(1) != groups) throw std::invalid_argument("the scales do not match the weight");
-    }
-
-    // pack(row, count, column) for every block of the rows, by the team, and its scales.
-    template <class Pack>
-    void fill_blocks(Team& team, int begin, int step, int num, const Matrix<float>& scales, const Pack& pack) {
-        int blocks = static_cast<int>(up(num, COLUMNS)) / COLUMNS, groups = static_cast<int>(scales.shape(1));
-        const float* scale = scales.data();
-        std::int64_t row_stride = scales.stride(0), group_stride = scales.stride(1);
-        nb::gil_scoped_release unlocked;
-        team.run([&](int member) {
-            int first = blocks * member / team.size(), last = blocks * (member + 1) / team.size();
-            for (int block = first; block < last; block++) {
-                int row = block * COLUMNS, count = std::min(COLUMNS, num - row), to = begin + block * step * COLUMNS;
-                pack(row, count, to);
-                for (int j = 0; j < count; j++)
-                    for (int g = 0; g < groups; g++) set_scale(to + j, g, scale[(row + j) * row_stride + g * group_stride]);
-            }
-        });
-    }
-
-    void set_scale(int column, int group, float value) {
-        if (!is_grouped()) scale_[column] = value;
-        else scale_[(static_cast<std::size_t>(column / COLUMNS) * (weight_.k_pad / GROUP) + group) * COLUMNS + column % COLUMNS] = value;
-    }
-
-    void fill_block(int column, int count, const bf16* from, std::size_t stride) {
-        int k = weight_.k;
-        if (weight_.format == Format::BF16) {
-            pack_bf16(from, stride, nullptr, count, k, 0, COLUMNS, block_of(column));
-            return;
-        }
-        int groups = is_grouped() ? (k + GROUP - 1) / GROUP : 1;
-        std::vector<std::int8_t> integers(static_cast<std::size_t>(count) * k);
-        std::vector<float> scales(static_cast<std::size_t>(count) * groups);
-        if (is_grouped()) quantize_int4(from, stride, count, k, integers.data(), scales.data());
-        else quantize_int8(from, stride, count, k, integers.data(), scales.data());
-        pack_integers(column, count, integers.data(), k);
-        for (int j = 0; j < count; j++)
-            for (int g = 0; g < groups; g++) set_scale(column + j, g, scales[static_cast<std::size_t>(j) * groups + g]);
-    }
-
-    void pack_integers(int begin, int count, const std::int8_t* rows, std::size_t stride) {
-        if (is_grouped()) pack_int4(weight_.format, rows, stride, nullptr, count, weight_.k, 0, COLUMNS, block_of(begin));
-        else pack_int8(weight_.format, rows, stride, nullptr, count, weight_.k, 0, COLUMNS, block_of(begin),
-                       sums_.empty() ? nullptr : sums_.data() + begin);
-    }
-
-    void* block_of(int column) {
-        return data_.get() + column / COLUMNS * packed_bytes(weight_.format, COLUMNS, weight_.k);
-    }
-
-    std::size_t bytes_;
-    std::shared_ptr<char> data_;
-    Weight weight_{};
-    std::vector<float> scale_, bias_;
-    std::vector<std::int32_t> sums_;
-};
 
 // A float32 vector that a program may read in whole sixteens.
 std::vector<float> padded(Array<float> values) {
@@ -266,37 +98,49 @@ private:
     List<RowEdits> rows_;
 };
 
-// What N rows ask for when their tokens are chosen.
+// What N rows ask for when their tokens are chosen: as the arrays say at that time.
 struct Asked {
     Asked(Array<float> temperature, Array<std::int64_t> top_k, Array<double> top_p, Array<double> min_p,
           Array<std::uint64_t> seeds, Array<std::int64_t> positions, const Edits* edits)
-        : edits(edits) {
-        std::size_t num_rows = temperature.shape(0);
-        for (std::size_t length : {top_k.shape(0), top_p.shape(0), min_p.shape(0), seeds.shape(0), positions.shape(0),
+        : num_rows(temperature.shape(0)), edits(edits), temperature_(std::move(temperature)), top_k_(std::move(top_k)),
+          top_p_(std::move(top_p)), min_p_(std::move(min_p)), seeds_(std::move(seeds)), positions_(std::move(positions)) {
+        for (std::size_t length : {top_k_.shape(0), top_p_.shape(0), min_p_.shape(0), seeds_.shape(0), positions_.shape(0),
                                    edits ? edits->rows().size() : num_rows})
             if (length != num_rows) throw std::invalid_argument("the arrays of what rows ask for differ in length");
-        for (std::size_t r = 0; r < num_rows; r++)
-            wishes.push_back({temperature.data()[r], top_k.data()[r], top_p.data()[r], min_p.data()[r], seeds.data()[r],
-                              positions.data()[r]});
     }
-    std::vector<Wish> wishes;
+    std::vector<Wish> wishes() const {
+        std::vector<Wish> found;
+        for (std::size_t r = 0; r < num_rows; r++)
+            found.push_back({temperature_.data()[r], top_k_.data()[r], top_p_.data()[r], min_p_.data()[r], seeds_.data()[r],
+                             positions_.data()[r]});
+        return found;
+    }
+    std::size_t num_rows;
     const Edits* edits;
+
+private:
+    Array<float> temperature_;
+    Array<std::int64_t> top_k_;
+    Array<double> top_p_, min_p_;
+    Array<std::uint64_t> seeds_;
+    Array<std::int64_t> positions_;
 };
 
 // Tokens from scores [N][vocab_size] that somebody else computed.
 void choose_from(const std::string& kernels, Table<const float> scores, const Asked& asked,
-                 nb::ndarray<std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> tokens) {
+                 Tokens tokens) {
     std::size_t num_rows = scores.shape(0), size = scores.shape(1);
-    if (asked.wishes.size() != num_rows || tokens.shape(0) != num_rows || size == 0)
+    if (asked.num_rows != num_rows || tokens.shape(0) != num_rows || size == 0)
         throw std::invalid_argument("the arrays to choose from do not match");
     const Kernels& table = kernels_named(kernels);
+    std::vector<Wish> wishes = asked.wishes();
     nb::gil_scoped_release unlocked;
     RowChooser chooser;
     std::vector<float> row(up(size, NOISE_GROUP));
     for (std::size_t r = 0; r < num_rows; r++) {
         std::copy_n(scores.data() + r * size, size, row.data());
         if (asked.edits) edit_scores(asked.edits->rows()[r], row.data(), static_cast<int>(size));
-        tokens.data()[r] = chooser.choose(table, row.data(), static_cast<int>(size), asked.wishes[r]);
+        tokens.data()[r] = chooser.choose(table, row.data(), static_cast<int>(size), wishes[r]);
     }
 }
 
@@ -332,10 +176,46 @@ public:
     const Pool& pool_of(int number) const { return pools_.at(number); }
 
     // done and loads are addresses of words (words.hpp), none: 0 and empty. Indices of loads that were bad.
-    std::vector<int> run(Array<std::int64_t> token_ids, Array<std::int64_t> positions, Array<std::int64_t> query_start,
-                         Array<std::int64_t> start, const std::vector<Table<const std::int32_t>>& tables,
-                         const std::optional<Array<std::int64_t>>& outputs, std::uintptr_t done,
-                         const std::vector<std::uintptr_t>& loads, double patience_s) {
+    std::vector<int> run(const Array<std::int64_t>& token_ids, const Array<std::int64_t>& positions, const Array<std::int64_t>& query_start,
+                         const Array<std::int64_t>& start, const Tables& tables, const std::optional<Array<std::int64_t>>& outputs,
+                         std::uintptr_t done, const std::vector<std::uintptr_t>& loads, double patience_s) {
+        Batch batch = batch_of(token_ids, positions, query_start, start, tables, outputs);
+        StepWords words(word_at(done), words_of(loads), patience_s);
+        nb::gil_scoped_release unlocked;
+        program_.run(batch, words);
+        return words.bad();
+    }
+
+    void choose(const PackedWeight& w, Table<const std::uint16_t> hidden, const Asked& asked, const Array<std::int64_t>& raw_rows,
+                const Table<float>& raw, const Tokens& tokens) {
+        if (static_cast<int>(hidden.shape(1)) != w.weight().k) throw std::invalid_argument("hidden and weight do not match");
+        Choosing how = choosing(w, hidden.shape(0), asked, raw_rows, raw, tokens);
+        nb::gil_scoped_release unlocked;
+        program_.choose(w.weight(), hidden.data(), static_cast<int>(hidden.shape(0)), how, tokens.data());
+    }
+
+    // run, then choose from what it leaves in the buffer `states`.
+    std::vector<int> step(const Array<std::int64_t>& token_ids, const Array<std::int64_t>& positions, const Array<std::int64_t>& query_start,
+                          const Array<std::int64_t>& start, const Tables& tables, const std::optional<Array<std::int64_t>>& outputs,
+                          std::uintptr_t done, const std::vector<std::uintptr_t>& loads, double patience_s, int states,
+                          const PackedWeight& w, const Asked& asked, const Array<std::int64_t>& raw_rows, const Table<float>& raw,
+                          const Tokens& tokens) {
+        Batch batch = batch_of(token_ids, positions, query_start, start, tables, outputs);
+        StepWords words(word_at(done), words_of(loads), patience_s);
+        int num_rows = batch.outputs ? batch.num_outputs : batch.num_tokens;
+        if (program_.width(states) != w.weight().k) throw std::invalid_argument("states and weight do not match");
+        Choosing how = choosing(w, num_rows, asked, raw_rows, raw, tokens);
+        nb::gil_scoped_release unlocked;
+        program_.run(batch, words);
+        states_.resize(static_cast<std::size_t>(num_rows) * w.weight().k);
+        program_.read(states, num_rows, states_.data());
+        program_.choose(w.weight(), states_.data(), num_rows, how, tokens.data());
+        return words.bad();
+    }
+
+private:
+    static Batch batch_of(const Array<std::int64_t>& token_ids, const Array<std::int64_t>& positions, const Array<std::int64_t>& query_start,
+                          const Array<std::int64_t>& start, const Tables& tables, const std::optional<Array<std::int64_t>>& outputs) {
         Batch batch{static_cast<int>(token_ids.shape(0)), static_cast<int>(start.shape(0)), token_ids.data(),
                     positions.data(), query_start.data(), start.data(), {}, {}, nullptr, 0};
         if (positions.shape(0) != token_ids.shape(0) || query_start.shape(0) != start.shape(0) + 1)
@@ -346,36 +226,35 @@ public:
             batch.table_width.push_back(table.shape(1));
         }
         if (outputs) batch.outputs = outputs->data(), batch.num_outputs = static_cast<int>(outputs->shape(0));
+        return batch;
+    }
+
+    static std::vector<std::int64_t*> words_of(const std::vector<std::uintptr_t>& loads) {
         std::vector<std::int64_t*> words;
         for (std::uintptr_t address : loads) {
             if (address == 0) throw std::invalid_argument("a load has no word");
             words.push_back(word_at(address));
         }
-        StepWords shared(word_at(done), std::move(words), patience_s);
-        nb::gil_scoped_release unlocked;
-        program_.run(batch, shared);
-        return shared.bad();
+        return words;
     }
 
-    void choose(const PackedWeight& w, Table<const std::uint16_t> hidden, const Asked& asked, Array<std::int64_t> raw_rows,
-                Table<float> raw, nb::ndarray<std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::cpu> tokens) {
-        std::size_t num_rows = hidden.shape(0), n = w.weight().n;
-        bool fits = static_cast<int>(hidden.shape(1)) == w.weight().k && asked.wishes.size() == num_rows &&
-                    tokens.shape(0) == num_rows && raw.shape(0) == raw_rows.shape(0) && raw.shape(1) == n;
+    static Choosing choosing(const PackedWeight& w, std::size_t num_rows, const Asked& asked, const Array<std::int64_t>& raw_rows,
+                             const Table<float>& raw, const Tokens& tokens) {
+        std::size_t n = w.weight().n;
+        bool fits = asked.num_rows == num_rows && tokens.shape(0) == num_rows && raw.shape(0) == raw_rows.shape(0) && raw.shape(1) == n;
         if (!fits) throw std::invalid_argument("the arrays to choose from do not match");
-        Choosing how{asked.wishes, asked.edits ? asked.edits->rows() : std::vector<RowEdits>{}, {}};
+        Choosing how{asked.wishes(), asked.edits ? asked.edits->rows() : std::vector<RowEdits>{}, {}};
         if (raw_rows.shape(0)) how.raw.assign(num_rows, nullptr);
         for (std::size_t i = 0; i < raw_rows.shape(0); i++) how.raw.at(raw_rows.data()[i]) = raw.data() + i * n;
-        nb::gil_scoped_release unlocked;
-        program_.choose(w.weight(), hidden.data(), static_cast<int>(num_rows), how, tokens.data());
+        return how;
     }
 
-private:
     const Kernels& kernels_;
     Program program_;
     std::vector<std::unique_ptr<std::vector<float>>> kept_;
     std::vector<Pool> pools_;
     std::vector<std::size_t> num_blocks_;
+    std::vector<bf16> states_;  // of a step's outputs
 };
 
 }  // namespace
@@ -476,6 +355,9 @@ NB_MODULE(_native, m) {
             }, "qkv"_a, "num_heads"_a, "pool"_a, "scale"_a, "to"_a)
         .def("run", &BoundProgram::run, "token_ids"_a, "positions"_a, "query_start"_a, "start"_a, "tables"_a,
              "outputs"_a.none() = nb::none(), "done"_a = 0, "loads"_a = std::vector<std::uintptr_t>(), "patience_s"_a = 0.0)
+        .def("step", &BoundProgram::step, "token_ids"_a, "positions"_a, "query_start"_a, "start"_a, "tables"_a, "outputs"_a.none(),
+             "done"_a, "loads"_a, "patience_s"_a, "states"_a, "weight"_a, "asked"_a, "raw_rows"_a.noconvert(), "raw"_a.noconvert(),
+             "tokens"_a.noconvert())
         .def("read", [](BoundProgram& p, int buffer, Table<std::uint16_t> out) {
                 p.program().read(buffer, static_cast<int>(out.shape(0)), out.data());
             }, "buffer"_a, "out"_a.noconvert())

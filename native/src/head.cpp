@@ -44,6 +44,7 @@ void Program::head(const Weight& weight, const bf16* hidden, int num_rows, float
 }
 
 void Program::choose(const Weight& weight, const bf16* hidden, int num_rows, const Choosing& how, std::int64_t* tokens) {
+    double start = now();
     Rows rows = head_rows(weight, hidden, num_rows);
     choosers_.resize(team_.size());
     stored_.assign(num_rows, -1);
@@ -63,6 +64,7 @@ void Program::choose(const Weight& weight, const bf16* hidden, int num_rows, con
         choose_some(weight, rows, how, begin, end, tokens);
         begin = end;
     }
+    choosing_seconds_ += now() - start;
 }
 
 // Rows [begin, end): one pass over the weights, then row by row.

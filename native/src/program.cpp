@@ -28,10 +28,6 @@ std::unique_ptr<char, void (*)(void*)> zeros(std::size_t bytes) {
     return {static_cast<char*>(data), std::free};
 }
 
-double now() {
-    return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
-}
-
 float widen(bf16 x) {
     std::uint32_t u = static_cast<std::uint32_t>(x) << 16;
     float f;
@@ -439,11 +435,13 @@ std::vector<std::pair<std::string, double>> Program::seconds() const {
     static const char* const NAMES[] = {"embed", "norm", "linear", "linear_add", "linear_silu_mul", "heads", "attend", "quantize"};
     std::vector<std::pair<std::string, double>> found;
     for (const Op& op : ops_) found.emplace_back(NAMES[static_cast<int>(op.what)], op.seconds);
+    found.emplace_back("head and choice", choosing_seconds_);
     return found;
 }
 
 void Program::clear_seconds() {
     for (Op& op : ops_) op.seconds = 0;
+    choosing_seconds_ = 0;
 }
 
 }  // namespace penstock

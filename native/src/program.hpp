@@ -5,6 +5,7 @@
 // caller, who keeps them alive.
 #pragma once
 #include <algorithm>
+#include <chrono>
 #include <map>
 #include <memory>
 #include <string>
@@ -57,6 +58,7 @@ public:
     Program(const Kernels& kernels, Team& team, int max_tokens);
 
     int buffer(Kind kind, int width);
+    int width(int buffer) const { return buffers_.at(buffer).width; }
 
     // ---- recording; ids of buffers ----
     void embed(const void* table, Kind kind, int width, int to);      // table [tokens][width]
@@ -83,7 +85,7 @@ public:
     // ... or the chosen tokens [num_rows] alone. Greedy rows keep no scores; of the others SCORE_ROWS are held at once.
     void choose(const Weight& weight, const bf16* hidden, int num_rows, const Choosing& how, std::int64_t* tokens);
 
-    // (operation, seconds since the last clear_seconds), waiting for the slowest member included.
+    // (operation, seconds since the last clear_seconds), waiting for the slowest member included. The last is `choose`.
     std::vector<std::pair<std::string, double>> seconds() const;
     void clear_seconds();
 
@@ -183,7 +185,10 @@ private:
     int last_attend_ = -1;                    // where rows narrow to those of outputs
     std::vector<int> carried_;                // buffers written before it and read after it
     std::vector<Run> runs_;                   // of the step
+    double choosing_seconds_ = 0;
 };
+
+inline double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }  // s
 
 inline std::size_t up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
 

@@ -117,6 +117,24 @@ class Program:
         loads: list[int] = ...,
         patience_s: float = 0.0,
     ) -> list[int]: ...
+    def step(
+        self,
+        token_ids: Longs,
+        positions: Longs,
+        query_start: Longs,
+        start: Longs,
+        tables: list[npt.NDArray[np.int32]],
+        outputs: Longs | None,
+        done: int,
+        loads: list[int],
+        patience_s: float,
+        states: int,
+        weight: PackedWeight,
+        asked: Asked,
+        raw_rows: Longs,
+        raw: Floats,
+        tokens: Longs,
+    ) -> list[int]: ...
     def read(self, buffer: int, out: Words) -> None: ...
     def head(self, weight: PackedWeight, hidden: Words, out: Floats) -> None: ...
     def choose(

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from penstock.core.plan import Row, StepPlan
-from penstock.runner.inputs import RequestTable
+from penstock.runner.inputs import RequestTable, StepInputs
 
 BLOCK, MAX_SEQS, MAX_LEN = 4, 5, 60
 
@@ -15,29 +15,41 @@ BLOCK, MAX_SEQS, MAX_LEN = 4, 5, 60
 @settings(max_examples=150, deadline=None)
 @given(data=st.data(), num_groups=st.integers(1, 3))
 def test_prepare_gathers_what_the_plans_said(data: st.DataObject, num_groups: int) -> None:
-    """Tokens, positions, row borders, block tables and outputs of every step are those of lists that only grow."""
+    """Tokens, positions, row borders, block tables and outputs of every step are those of lists that only grow.
+
+    Whoever decodes on in the same company gets the same arrays again, until somebody comes, goes, waits or has a chunk.
+    """
     table = RequestTable(MAX_SEQS, MAX_LEN, num_groups, BLOCK)
     tokens: dict[str, list[int]] = {}
     computed: dict[str, int] = {}
     blocks: dict[str, list[list[int]]] = {}
     num_named = next_block = 0
-    for step in range(data.draw(st.integers(1, 8))):
-        for request_id in data.draw(st.lists(st.sampled_from(sorted(tokens) or [""]), unique=True, max_size=2)):
+    before: tuple[StepInputs, list[str]] | None = None  # the last step, if it gave one token to each of its rows
+    for step in range(data.draw(st.integers(1, 14))):
+        goes_on = data.draw(st.integers(0, 3)) > 0  # nobody comes or goes, and every row has one token: mostly
+        leaving = st.lists(st.sampled_from(sorted(tokens) or [""]), unique=True, max_size=2)
+        for request_id in [] if goes_on else data.draw(leaving):
             if request_id in tokens:
                 table.release(request_id)
+                before = None
                 del tokens[request_id], computed[request_id], blocks[request_id]
-        while len(tokens) < MAX_SEQS and data.draw(st.booleans()):
+        while len(tokens) < MAX_SEQS and (not tokens or not goes_on) and data.draw(st.booleans()):
+            before = None
+            num_named += data.draw(st.booleans()) or f"r{num_named}" in tokens  # else who has left comes again
             request_id, length = f"r{num_named}", data.draw(st.integers(1, 20))
-            num_named += 1
             start = data.draw(st.integers(0, (length - 1) // BLOCK)) * BLOCK
             tokens[request_id] = data.draw(st.lists(st.integers(0, 99), min_size=length, max_size=length))
             computed[request_id], blocks[request_id] = start, [[] for _ in range(num_groups)]
             table.admit(request_id, tuple(tokens[request_id]), start)
         rows = []
-        for request_id in data.draw(st.permutations(sorted(tokens))):
+        for request_id in (
+            sorted(tokens, reverse=data.draw(st.integers(0, 3)) == 0)
+            if goes_on
+            else data.draw(st.permutations(sorted(tokens)))
+        ):
             gap = len(tokens[request_id]) - computed[request_id]
-            num = data.draw(st.integers(0, gap))
-            if num == 0:
+            num = min(1, gap) if goes_on else data.draw(st.integers(0, gap))
+            if num == 0 or len(tokens[request_id]) == MAX_LEN:
                 continue
             new = []
             for group in blocks[request_id]:
@@ -52,6 +64,11 @@ def test_prepare_gathers_what_the_plans_said(data: st.DataObject, num_groups: in
 
         inputs = table.prepare(StepPlan(step, rows))
 
+        ids = [row.request_id for row in rows]
+        decodes = all(row.num_tokens == 1 and row.samples for row in rows)
+        same = before is not None and ids == before[1] and all(row.num_tokens == 1 for row in rows)
+        assert (before is not None and inputs is before[0]) == same
+        before = (inputs, ids) if decodes else None
         expected_ids, expected_positions, borders = [], [], [0]
         for row in rows:
             span = range(row.start, row.start + row.num_tokens)
@@ -75,10 +92,10 @@ def test_prepare_gathers_what_the_plans_said(data: st.DataObject, num_groups: in
                 needed = -(-(row.start + row.num_tokens) // BLOCK)
                 assert gathered[r, :needed].tolist() == blocks[row.request_id][group][:needed]
                 assert table.blocks_of(group, int(inputs.slots[r])).tolist() == blocks[row.request_id][group]
-        # What the runner does after a step: the computed count grows, and a row that samples has one token more.
-        table.num_computed[inputs.slots] += inputs.nums
+        # What a step does: the computed count grows, and a row that samples has one token more.
+        sampling = [i for i, row in enumerate(rows) if row.samples]
+        table.advance(inputs, sampling, step + np.arange(len(sampling)))
         for row in rows:
             computed[row.request_id] += row.num_tokens
-            if row.samples:
-                tokens[row.request_id].append(step)
-                table.tokens[table.slots[row.request_id], len(tokens[row.request_id]) - 1] = step
+        for n, i in enumerate(sampling):
+            tokens[rows[i].request_id].append(step + n)

@@ -295,6 +295,27 @@ def test_a_released_slot_leaves_nothing_to_the_next():
     assert output.logprobs == {}
 
 
+def test_steps_of_the_same_rows():
+    """Positions move on in place or come in a new array; another request in a slot, or other slots, are noticed."""
+    batch = [admitted(SamplingParams(top_k=40), seed=i) for i in range(3)]
+    sampler, rng = sampler_of(*batch), np.random.default_rng(8)
+    slots, positions = np.arange(3), np.full(3, 3)
+    for step in range(8):
+        scores = torch.from_numpy(rng.normal(0, 1, (3, VOCAB)).astype(np.float32))
+        if step == 3:
+            positions = positions.copy()
+        if step == 5:
+            batch[1] = admitted(SamplingParams(temperature=0), prompt=[1] * int(positions[1]))
+            sampler.release(1)
+            sampler.admit(1, batch[1])
+        if step == 6:
+            slots = slots[::-1].copy()
+        found = sampler.sample(scores_of(scores), slots, positions).token_ids.tolist()
+        fresh = sampler_of(*batch).sample(scores_of(scores), slots.copy(), positions.copy()).token_ids.tolist()
+        assert found == fresh
+        positions += 1
+
+
 def test_slots_in_any_order_and_an_empty_step():
     """Rows follow `slots`, not the order of admission; no rows are no work."""
     batch = [admitted(SamplingParams(top_k=40), seed=i) for i in range(5)]

@@ -30,7 +30,7 @@ from penstock.nn.words import StepWords
 from penstock.runner.inputs import RequestTable
 from penstock.runner.kv_store import KVStore
 from penstock.runner.runner import Runner
-from penstock.runner.sampler import Sampler
+from penstock.runner.sampler import SampleOutput, Sampler
 from penstock.transfer.counter import StepCounter
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -110,6 +110,17 @@ class Rank:
         return self.runner.run(
             StepPlan(step, [row], (Admitted(row.request_id, PROMPT, LENGTH, PARAMS, 0),), awaits=awaits)
         )
+
+    def before_the_end(self, then: Callable[[], None]) -> None:
+        """`then` happens in each step when its layers are computed and its tokens chosen."""
+        sample = self.runner.sampler.sample
+
+        def and_then(*args: Any) -> SampleOutput:
+            out = sample(*args)
+            then()
+            return out
+
+        self.runner.sampler.sample = and_then  # type: ignore[method-assign]
 
     @staticmethod
     def blocks(request: int = 0) -> np.ndarray:
@@ -238,15 +249,7 @@ def test_a_load_that_fails_is_reported_and_holds_nobody_up(kind: str, layer: int
     loads.word[3][0] = loads.word[5][0] = LAYERS
     loads.word[4][0] = layer
     if layer == LAYERS:
-        model = rank.runner.model
-
-        def then_fail(batch: Any) -> torch.Tensor:
-            hidden = model(batch)
-            loads.word[4][0] = -1
-            return hidden
-
-        then_fail.scores = model.scores  # type: ignore[attr-defined]
-        rank.runner.model = then_fail  # type: ignore[assignment]
+        rank.before_the_end(lambda: loads.word[4].fill(-1))
     with beside(lambda: rank.prompt(0, GIVEN * SIZE, awaits=(3, 4, 5))) as step:
         if layer < LAYERS:
             wait_for(lambda: rank.counter is not None and rank.counter.is_done(0, layer))
@@ -275,15 +278,7 @@ def test_a_load_that_comes_too_late_is_bad(kind: str) -> None:
     """It is complete when the step ends, but the first layer had to be read without it."""
     loads = Loads([1])
     rank = Rank(kind, "bfloat16", loads, patience_s=0.05)
-    model = rank.runner.model
-
-    def complete(batch: Any) -> torch.Tensor:
-        hidden = model(batch)
-        loads.word[1][0] = LAYERS
-        return hidden
-
-    complete.scores = model.scores  # type: ignore[attr-defined]
-    rank.runner.model = complete  # type: ignore[assignment]
+    rank.before_the_end(lambda: loads.word[1].fill(LAYERS))
     assert rank.prompt(0, GIVEN * SIZE, awaits=(1,)).bad_loads == (1,)
     assert rank.prompt(1, GIVEN * SIZE, awaits=(1,), request=1).bad_loads == ()
 

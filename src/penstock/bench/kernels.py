@@ -21,7 +21,8 @@ from penstock.config.hardware import probe
 from penstock.config.load import model_directory
 from penstock.config.model import KVGroup, KVLayout, ModelConfig, load_model_config
 from penstock.config.values import ConfigError
-from penstock.nn.kernels.native import BF16, FORMATS, KV_FORMATS, Unsupported, load_native, usable_kernels
+from penstock.nn.kernels.native import FORMATS, load_native, usable_kernels
+from penstock.nn.kernels.native_recording import BF16, KV_FORMATS, Unsupported
 from penstock.runner.kv_store import KVStore
 
 STREAMED_BYTES = 320 << 20  # of weights in turns, of keys and values: more than caches hold

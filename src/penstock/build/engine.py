@@ -36,12 +36,12 @@ from penstock.nn.kernels.native import (
     NativeAttention,
     NativeModel,
     PackedWeights,
-    Unsupported,
     check_layout,
     load_native,
     packed_layout,
     usable_kernels,
 )
+from penstock.nn.kernels.native_recording import Unsupported
 from penstock.nn.models import create_model, model_routes
 from penstock.nn.models.llama import LlamaModel
 from penstock.nn.weights.create import init_dummy

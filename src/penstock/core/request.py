@@ -202,8 +202,8 @@ class Request:
         """Add sampled tokens up to the first that ends the request; marks it finished. Gives those that were added."""
         if self.first_token_s is None:
             self.first_token_s = now
-        ids = self.token_ids
-        for n, token in enumerate(tokens):
+        ids, num_before = self.token_ids, len(self.token_ids)
+        for token in tokens:
             ids.append(token)
             if token in self.stop_ids and len(ids) - self.prompt_len > self.params.min_tokens:
                 self.finish_reason = FINISH_STOP
@@ -212,5 +212,5 @@ class Request:
                 self.finish_reason = FINISH_LENGTH
             else:
                 continue
-            return tokens[: n + 1]
+            return tokens[: len(ids) - num_before]
         return tokens

@@ -212,19 +212,19 @@ class Scheduler:
             if reserved is None:
                 return 0
             new_blocks = reserved
-        self._add_row(request, num_tokens, num_draft, new_blocks, submitted)
+        self._add_row(request, start, num_tokens, num_draft, new_blocks, submitted)
         return num_tokens + num_draft
 
     def _add_row(
         self,
         request: Request,
+        start: int,
         num_tokens: int,
         num_draft: int,
         new_blocks: BlockIds,
         submitted: Submitted,
     ) -> None:
-        start, total = request.num_computed + request.num_planned, num_tokens + num_draft
-        end = start + num_tokens
+        plan, size, end, total = submitted.plan, self.block_size, start + num_tokens, num_tokens + num_draft
         samples = end == len(request.token_ids) + request.num_unsampled
         num_logits = 1 + num_draft if samples else 0
         if start < request.prompt_len - 1 and request.params.prompt_logprobs is not None:
@@ -233,12 +233,12 @@ class Scheduler:
         if not request.is_on_rank:
             request.is_on_rank = True
             new_blocks = tuple(map(tuple, request.block_tables))
-            submitted.plan.admitted += (Admitted.of(request),)
+            plan.admitted += (Admitted.of(request),)
         row = Row(request.id, start, total, num_draft, num_logits, samples, new_blocks)
-        submitted.plan.rows.append(row)
+        plan.rows.append(row)
         if request.arriving >= 0:
             submitted.loads[len(submitted.rows)] = request.arriving
-            submitted.plan.awaits += (request.arriving,)
+            plan.awaits += (request.arriving,)
         submitted.rows.append((request, request.epoch))
         if start < request.prompt_len or num_tokens > 1:
             submitted.chunks.append((request, row))
@@ -247,7 +247,7 @@ class Scheduler:
         request.num_in_flight += 1
         if samples:
             request.num_unsampled += 1 + num_draft
-        if end // self.block_size > start // self.block_size:
+        if end // size > start // size:
             submitted.filling += self.kv.begin_filling(request, start, end)
         if request.ticket is not None:
             self.traffic.send(request, end, self.step)
@@ -347,7 +347,7 @@ class Scheduler:
         self.peak.add(request, sharing)
         self._start(request, hit, now)
         self.kv.allocate(request, [need] * len(self.pools), now)
-        self._add_row(request, num_tokens, 0, self.kv.nothing, submitted)
+        self._add_row(request, start, num_tokens, 0, self.kv.nothing, submitted)
         return None
 
     def _try_receive(
@@ -370,7 +370,7 @@ class Scheduler:
         self.trace("receiving", request, now)
         if end > offer.num_tokens:
             request.num_computed = offer.num_tokens
-            self._add_row(request, end - offer.num_tokens, 0, self.kv.nothing, submitted)
+            self._add_row(request, offer.num_tokens, end - offer.num_tokens, 0, self.kv.nothing, submitted)
         return None
 
     def _start(self, request: Request, hit: Hit, now: float) -> None:
@@ -396,20 +396,20 @@ class Scheduler:
         for gate in result.arrived:
             self.arrive(gate)
         out: list[Progress] = []
-        size = self.block_size
+        size, failed, bad_loads, num_given = self.block_size, result.failed, result.bad_loads, 0
         for i, (row, (request, epoch), tokens) in enumerate(zip(plan.rows, submitted.rows, result.tokens, strict=True)):
             request.num_in_flight -= 1
             reason = request.finish_reason
             if reason is not None:
                 continue
-            if result.bad_loads and submitted.loads.get(i) in result.bad_loads:
+            if bad_loads and submitted.loads.get(i) in bad_loads:
                 self._take_back(request, row, submitted.loads[i])
                 continue
             if request.arriving >= 0 and submitted.loads.get(i) == request.arriving:
                 self._received(request, self.traffic.land(request), now)  # the step has waited for all of it
-            if result.failed and row.request_id in result.failed:
+            if failed and row.request_id in failed:
                 self._finish(request, FINISH_ERROR, now)
-                out.append(Progress(request, [], error=result.failed[row.request_id]))
+                out.append(Progress(request, [], error=failed[row.request_id]))
                 continue
             if row.samples:
                 request.num_unsampled -= 1 + row.num_draft
@@ -423,7 +423,7 @@ class Scheduler:
                 request.num_logprobs_done += len(prompt_logprobs)
             if tokens:
                 tokens = request.append(tokens, now)
-                self.counters.generation_tokens += len(tokens) if request.ticket is None else 0
+                num_given += len(tokens) if request.ticket is None else 0
                 logprobs = result.logprobs.get(i) if result.logprobs else None
                 out.append(Progress(request, tokens, logprobs and logprobs[: len(tokens)], prompt_logprobs))
             elif prompt_logprobs:
@@ -435,6 +435,7 @@ class Scheduler:
             reason = request.finish_reason
             if reason is not None:
                 self._finish(request, reason, now)
+        self.counters.generation_tokens += num_given
         if self.kv.windows or any(pool.num_limbo for pool in self.pools):
             self._num_returns += 1
         self.kv.end_filling(submitted.filling)

@@ -18,6 +18,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import Protocol
 
+import msgspec
+
 from penstock.core.plan import Logprobs
 from penstock.core.request import FINISH_ABORT, FINISH_ERROR, FINISH_STOP, SamplingParams, child_seed
 from penstock.engine.messages import (
@@ -85,8 +87,7 @@ class Observer(Protocol):
         ...
 
 
-@dataclass(slots=True)
-class Output:
+class Output(msgspec.Struct):
     """What is new for one sample of a request. `text` and `token_ids` are increments and never taken back.
 
     `finish_reason` ("stop", "length", "abort", "error") comes once per sample; `is_last` with the last sample of the

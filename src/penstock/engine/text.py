@@ -67,6 +67,10 @@ class ByteDetokenizer:
 
     def feed(self, token_ids: Sequence[int]) -> str:
         pieces = self._pieces
+        if len(token_ids) == 1 and not self._pending and not self._strips:  # nearly always
+            piece = pieces[token_ids[0]]
+            if piece is not None:
+                return piece
         texts = []
         for token_id in token_ids:
             piece = pieces[token_id]

@@ -18,7 +18,7 @@ from torch import Tensor
 from penstock.core.plan import Logprobs, Row, StepPlan, StepResult
 from penstock.nn.doors import AttentionBackend, Batch, Scores, Spans
 from penstock.nn.words import StepWords
-from penstock.runner.inputs import RequestTable, StepInputs
+from penstock.runner.inputs import NO_IDS, RequestTable, StepInputs
 from penstock.runner.kv_store import KVStore
 from penstock.runner.sampler import Sampler
 from penstock.transfer.counter import StepCounter
@@ -37,6 +37,10 @@ class Model(Protocol):
 
     def scores(self, hidden: Tensor) -> Scores:
         """The same, to choose from."""
+        ...
+
+    def scores_after(self, batch: Batch) -> Scores:
+        """Scores of what follows each output of a batch. The layers may run only when somebody chooses from them."""
         ...
 
 
@@ -80,6 +84,8 @@ class Runner:
         # Entering this mode takes as long as all index arrays of a step: only torch's own modules need it.
         self._without_autograd = torch.inference_mode if isinstance(model, torch.nn.Module) else nullcontext
         self._wants_prompt_logprobs: dict[str, tuple[int, int]] = {}  # request id -> (how many, prompt_len)
+        self._inputs: StepInputs | None = None  # of the last step
+        self._tensors: tuple[Tensor, Tensor, Tensor | None]  # its token ids, positions and outputs, in the same memory
 
     def run(self, plan: StepPlan) -> StepResult:
         """Apply `released` and `admitted`, compute the rows, sample where they end. Exactness: E1 in plain torch."""
@@ -90,23 +96,30 @@ class Runner:
         begin = time.perf_counter()
         self._apply(plan)
         inputs = self.table.prepare(plan)
-        spans = Spans(inputs.query_start, inputs.starts, inputs.tables)
         words = self._words(plan)
-        attention = self.attention.prepare(spans, words)
-        outputs = None if inputs.outputs is None else torch.from_numpy(inputs.outputs)
-        batch = Batch(torch.from_numpy(inputs.token_ids), torch.from_numpy(inputs.positions), attention, outputs)
-        hidden = self.model(batch)
+        batch = self._batch(inputs, words)
+        result = StepResult(plan.step, [])
+        silent = [i for i, row in enumerate(plan.rows) if not row.samples]
+        if silent or self._wants_prompt_logprobs:
+            self._sample_some(plan, inputs, self.model(batch), silent, result)
+        else:  # nobody looks at the states themselves
+            self._sample(plan, inputs, self.model.scores_after(batch), range(len(plan.rows)), result)
         if self.counter is not None:
             self.counter.end()
-        result = StepResult(plan.step, [])
-        if self._wants_prompt_logprobs:
-            self._prompt_logprobs(plan, inputs, hidden, result)
-        self._sample(plan, inputs, hidden, result)
-        self.table.num_computed[inputs.slots] += inputs.nums
         if words is not None:
             result.bad_loads = tuple(plan.awaits[i] for i in words.bad())
         result.seconds = time.perf_counter() - begin
         return result
+
+    def _batch(self, inputs: StepInputs, words: StepWords | None) -> Batch:
+        """What the model reads, in the memory of `inputs`."""
+        if inputs is not self._inputs:  # else this step goes on where the last one ended
+            self._inputs = inputs
+            outputs = None if inputs.outputs is None else torch.from_numpy(inputs.outputs)
+            self._tensors = torch.from_numpy(inputs.token_ids), torch.from_numpy(inputs.positions), outputs
+        attention = self.attention.prepare(Spans(inputs.query_start, inputs.starts, inputs.tables), words)
+        token_ids, positions, outputs = self._tensors
+        return Batch(token_ids, positions, attention, outputs)
 
     def _words(self, plan: StepPlan) -> StepWords | None:
         """What this step tells and awaits; None: nothing. The counter stands at the step's base afterwards."""
@@ -140,46 +153,52 @@ class Runner:
         """`rows` that do not sample are looked at too: a NaN must not be published with the prompt's first blocks."""
         last = torch.from_numpy(inputs.output_start[1:][rows] - 1)
         for n in hidden[last].isnan().any(-1).nonzero().flatten().tolist():
-            self._fail(plan.rows[rows[n]], "the model's states for the prompt are not numbers (NaN)", result)
+            start = int(inputs.starts[rows[n]])
+            self._fail(plan.rows[rows[n]], start, "the model's states for the prompt are not numbers (NaN)", result)
 
-    def _sample(self, plan: StepPlan, inputs: StepInputs, hidden: Tensor, result: StepResult) -> None:
-        """Choose the next token of every row that reaches the end of its known tokens."""
-        silent = [i for i, row in enumerate(plan.rows) if not row.samples]
-        every = not silent
-        sampling = range(len(plan.rows)) if every else [i for i, row in enumerate(plan.rows) if row.samples]
+    def _sample_some(
+        self, plan: StepPlan, inputs: StepInputs, hidden: Tensor, silent: list[int], result: StepResult
+    ) -> None:
+        """What is asked of a prompt's states, then the next tokens of all rows but the `silent` ones."""
+        if self._wants_prompt_logprobs:
+            self._prompt_logprobs(plan, inputs, hidden, result)
         if silent:
             self._fail_broken_chunks(plan, silent, inputs, hidden, result)
-            if len(silent) == len(plan.rows):
-                result.tokens = [[] for _ in plan.rows]
-                return
-        last = inputs.output_start[1:] - 1
-        ends = inputs.starts + inputs.nums
-        slots = inputs.slots
-        if not every:
-            last, ends, slots = last[sampling], ends[sampling], slots[sampling]
-        if len(last) < hidden.shape[0]:
-            hidden = hidden[torch.from_numpy(last)]
-        out = self.sampler.sample(self.model.scores(hidden), slots, ends)
-        self.table.tokens[slots, ends] = out.token_ids
-        self.sampler.accept(slots, out.token_ids)
-        tokens = out.token_ids.tolist()
-        if every:
-            result.tokens = [[token] for token in tokens]
-            result.logprobs = {i: [found] for i, found in out.logprobs.items()}
+        sampling = [i for i, row in enumerate(plan.rows) if row.samples]
+        if sampling:
+            scores = self.model.scores(hidden[torch.from_numpy(inputs.output_start[1:][sampling] - 1)])
+            self._sample(plan, inputs, scores, sampling, result)
         else:
             result.tokens = [[] for _ in plan.rows]
-            for i, token in zip(sampling, tokens, strict=True):
-                result.tokens[i] = [token]
-            result.logprobs = {sampling[i]: [found] for i, found in out.logprobs.items()}
-        for i, error in out.failed.items():
-            self._fail(plan.rows[sampling[i]], error, result)
-            result.tokens[sampling[i]] = []
+            self.table.advance(inputs, sampling, NO_IDS)
 
-    def _fail(self, row: Row, error: str, result: StepResult) -> None:
+    def _sample(
+        self, plan: StepPlan, inputs: StepInputs, scores: Scores, sampling: Sequence[int], result: StepResult
+    ) -> None:
+        """Choose the next token of the rows `sampling`, all that reach the end of their known tokens."""
+        every = len(sampling) == len(plan.rows)
+        slots, ends = (inputs.slots, inputs.ends) if every else (inputs.slots[sampling], inputs.ends[sampling])
+        out = self.sampler.sample(scores, slots, ends)
+        for i, error in out.failed.items():
+            self._fail(plan.rows[sampling[i]], int(inputs.starts[sampling[i]]), error, result)
+        self.sampler.accept(slots, out.token_ids)
+        self.table.advance(inputs, sampling, out.token_ids)
+        if every:
+            result.tokens = [[token] for token in out.tokens]
+        else:
+            result.tokens = [[] for _ in plan.rows]
+            for i, token in zip(sampling, out.tokens, strict=True):
+                result.tokens[i] = [token]
+        for i in out.failed:
+            result.tokens[sampling[i]] = []
+        if out.logprobs:
+            result.logprobs = {sampling[i]: [found] for i, found in out.logprobs.items()}
+
+    def _fail(self, row: Row, start: int, error: str, result: StepResult) -> None:
         """The row's scores are not numbers: its request fails; what it wrote is cleaned for the blocks' next owners."""
         result.failed[row.request_id] = error
         slot = self.table.slots[row.request_id]
-        first = int(self.table.num_computed[slot]) // self.table.block_size  # earlier blocks may be shared
+        first = start // self.table.block_size  # earlier blocks may be shared
         for g in range(len(self.table.tables)):
             self.store.clean(g, self.table.blocks_of(g, slot)[first:].tolist())
 
@@ -200,5 +219,5 @@ class Runner:
                 piece = hidden[begin + at : begin + min(at + LOGITS_PIECE, count)]
                 found += self.sampler.prompt_logprobs(self.model.logits(piece), following[at : at + len(piece)], num)
             if any(math.isnan(entry.logprobs[0]) for entry in found):
-                self._fail(row, "the model's scores for the prompt are not numbers (NaN)", result)
+                self._fail(row, start, "the model's scores for the prompt are not numbers (NaN)", result)
             result.prompt_logprobs[i] = [*found]

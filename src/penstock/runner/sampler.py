@@ -10,7 +10,7 @@ the token of a request does not depend on who shares its batches (E0 on equal sc
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -34,9 +34,10 @@ NO_VALUES = np.empty(0, np.float32)
 
 @dataclass(slots=True)
 class SampleOutput:
-    """Tokens of N rows. token_ids int64 [N], 0 where the row failed; the dicts are keyed by row and usually empty."""
+    """Tokens of N rows, 0 where the row failed; the dicts are keyed by row and usually empty."""
 
     token_ids: Ints
+    tokens: list[int]  # the same
     logprobs: dict[int, Logprobs] = field(default_factory=dict)
     failed: dict[int, str] = field(default_factory=dict)  # the error of that row's request alone
 
@@ -164,7 +165,7 @@ def edits_of(admitted: Admitted, vocab_size: int) -> Edits:
 class _Gathered:
     """What the requests of some slots ask for. The positions of `params` are those of the last step."""
 
-    slots: Ints
+    slots: tuple[int, bytes]  # their number and their array's memory: one comparison
     wishes: NDArray[np.uint8]
     any_wish: int
     params: RowParams
@@ -228,17 +229,20 @@ class Sampler:
         penalties and bad words then see what `accept` was told, for all of them. A row that cannot be sampled fails
         alone. The logprobs are of the scores before edits.
         """
-        if self._gathered is None or not np.array_equal(self._gathered.slots, slots):
+        if self._gathered is None or self._gathered.slots != (len(slots), slots.tobytes()):
             self._gathered = self._gather(slots)
         wishes, any_wish, params = self._gathered.wishes, self._gathered.any_wish, self._gathered.params
-        params.positions = np.asarray(positions, np.int64)
+        if positions is not params.positions:  # in steady decoding their values move on in place
+            params = self._gathered.params = replace(params, positions=np.asarray(positions, np.int64))
         reporting = np.flatnonzero(wishes & REPORTS) if any_wish & REPORTS else NO_IDS
         edits = self._row_edits(wishes, slots, positions) if any_wish & (CONSTRAINS | PENALISES) else None
         token_ids, raw = scores.choose(params, edits, reporting)
-        output = SampleOutput(token_ids)
-        if len(token_ids) and token_ids.min() < 0:
-            output.failed = {row: ERRORS[int(token_ids[row])] for row in np.flatnonzero(token_ids < 0).tolist()}
+        output = SampleOutput(token_ids, token_ids.tolist())
+        failed = [row for row, token in enumerate(output.tokens) if token < 0]
+        if failed:
+            output.failed = {row: ERRORS[output.tokens[row]] for row in failed}
             token_ids[token_ids < 0] = 0
+            output.tokens = token_ids.tolist()
         if any_wish & REPORTS:
             self._report(raw, reporting, slots, output)
         return output
@@ -253,7 +257,8 @@ class Sampler:
             self._seeds[slots],
             NO_IDS,
         )
-        return _Gathered(np.array(slots), wishes, int(np.bitwise_or.reduce(wishes)) if len(wishes) else 0, params)
+        any_wish = int(np.bitwise_or.reduce(wishes)) if len(wishes) else 0
+        return _Gathered((len(slots), slots.tobytes()), wishes, any_wish, params)
 
     def _row_edits(self, wishes: NDArray[np.uint8], slots: Ints, positions: Ints) -> RowEdits:
         """The edits of a batch's rows as flat lists."""

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from penstock.config.model import KVGroup, KVLayout
 from penstock.nn.doors import Spans
 from penstock.nn.kernels.attention import PagedAttention, attention_reference, dequantize_heads, quantize_heads
-from penstock.nn.kernels.native import BF16, F32, KV_FORMATS, load_native, packed_layout, usable_kernels
+from penstock.nn.kernels.native import load_native, packed_layout, usable_kernels
+from penstock.nn.kernels.native_recording import BF16, F32, KV_FORMATS
 from penstock.runner.kv_store import KVStore
 
 KERNELS = usable_kernels()

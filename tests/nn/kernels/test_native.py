@@ -18,11 +18,11 @@ from penstock.nn.kernels.native import (
     FORMATS,
     NativeModel,
     PackedWeights,
-    Unsupported,
     check_layout,
     load_native,
     usable_kernels,
 )
+from penstock.nn.kernels.native_recording import Unsupported
 from penstock.nn.models import create_model
 
 KERNELS = usable_kernels()

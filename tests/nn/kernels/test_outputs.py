@@ -13,7 +13,8 @@ from tests.nn.native_model import MISTRAL, QWEN2, QWEN3, Native, native, prompts
 
 from penstock.config.model import ModelConfig, parse_model_config
 from penstock.nn.doors import Buffer, Recorder
-from penstock.nn.kernels.native import BF16, load_native, usable_kernels
+from penstock.nn.kernels.native import load_native, usable_kernels
+from penstock.nn.kernels.native_recording import BF16
 from penstock.nn.models.llama import DecoderLayer, LlamaModel
 
 KERNELS = usable_kernels()

@@ -20,9 +20,9 @@ Floats = NDArray[np.float32]
 NO_IDS = np.empty(0, np.int64)
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class RowParams:
-    """What each of N rows asks for; arrays of length N. Values off: top_k 0, top_p 1, min_p 0."""
+    """What each of N rows asks for; arrays of length N, contiguous. Values off: top_k 0, top_p 1, min_p 0."""
 
     temperature: NDArray[np.float32]
     top_k: Ids

@@ -1,4 +1,4 @@
-"""The native CPU kernels: whether they are there, a model recorded as a native program, and that program as a model.
+"""The native CPU kernels: whether they are there, weights packed for them, and a recorded program as a model.
 
 The modules of `nn.layers` and `nn.models` stay the specification: their `record` says once, in the order of `forward`,
 which operations a step is made of; afterwards a step is one native call for all layers. Knows no model family and no
@@ -10,12 +10,12 @@ plain torch it is E1.
 
 from __future__ import annotations
 
-import functools
 import logging
-import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cache, partial
+from operator import is_
 from types import ModuleType
 from typing import Any, Protocol
 
@@ -26,6 +26,17 @@ from torch import Tensor
 from penstock.config.model import KVLayout
 from penstock.nn.doors import Batch, Buffer, Recorder, Scores, Spans
 from penstock.nn.kernels.edits import Ids, RowEdits, RowParams
+from penstock.nn.kernels.native_recording import (
+    COLUMNS,
+    KV_FORMATS,
+    Planner,
+    ProgramRecorder,
+    Unsupported,
+    Use,
+    floats,
+    interleaved,
+    words,
+)
 from penstock.nn.weights.quantized import QuantizedRows
 from penstock.nn.words import StepWords
 
@@ -38,14 +49,7 @@ except ImportError as missing:
     why_missing = str(missing)
 
 FORMATS = {"bf16": 0, "int8": 1, "w8a8": 2, "int4": 3, "w4a8": 4}  # as native/src/kernels.hpp numbers them
-KV_FORMATS = {"bfloat16": 0, "int8": 1}
 KV_PACKING = "paired"  # as KVGroup names the order of both
-F32, BF16 = 0, 1
-COLUMNS = 16  # output columns of a packed block
-
-
-class Unsupported(Exception):
-    """The model has something that native kernels cannot compute and plain torch can. Says what."""
 
 
 class Recordable(Protocol):
@@ -65,7 +69,7 @@ def load_native() -> ModuleType:
     return extension
 
 
-@functools.cache
+@cache
 def usable_kernels() -> tuple[str, ...]:
     """Names of the instruction sets that native kernels can use here, best first. Empty without the extension.
 
@@ -87,10 +91,10 @@ def _agree(native: ModuleType, name: str, plainest: str) -> bool:
     team = native.Team(1, [])
     for weight_format in FORMATS.values():
         weight = native.PackedWeight(weight_format, *values.shape)
-        weight.fill(team, 0, _words(values))
+        weight.fill(team, 0, words(values))
         results = torch.zeros(2, len(rows), len(values))
         for kernels, result in zip((name, plainest), results, strict=True):
-            native.Program(kernels, team, len(rows)).head(weight, _words(rows), result.numpy())
+            native.Program(kernels, team, len(rows)).head(weight, words(rows), result.numpy())
         if not torch.allclose(results[0], results[1], rtol=1e-3, atol=1e-2):
             return False
     draws = np.arange(len(rows))
@@ -120,8 +124,8 @@ class PackedWeights:
         dtypes = {str(parameter.dtype).removeprefix("torch.") for _, parameter in model.named_parameters()}
         if dtypes != {"bfloat16"}:
             raise Unsupported(f"native kernels compute in bfloat16, these weights are {', '.join(sorted(dtypes))}")
-        self._uses = {id(model.head.weight): _Use(model.head.weight, model.head.bias, formats[1], False)}
-        model.record(_Planner(self._uses, formats[0]))
+        self._uses = {id(model.head.weight): Use(model.head.weight, model.head.bias, formats[1], False)}
+        model.record(Planner(self._uses, formats[0]))
         self._packed: dict[int, Any] = {}
         cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
         self.team = self._native.Team(num_threads, cpus if len(cpus) == num_threads else [])
@@ -152,10 +156,10 @@ class PackedWeights:
             return
         if id(parameter) not in self._packed:
             packed = self._empty(use.format, parameter)
-            rows = _interleaved(parameter) if use.interleaved else parameter.detach()
-            packed.fill(self.team, 0, _words(rows))
+            rows = interleaved(parameter) if use.interleaved else parameter.detach()
+            packed.fill(self.team, 0, words(rows))
             self._packed[id(parameter)] = packed
-            self._native.release(_words(parameter))  # at once: a loader may hold views of this memory until its end
+            self._native.release(words(parameter))  # at once: a loader may hold views of this memory until its end
         parameter.data = torch.empty(0, dtype=parameter.dtype)
 
     def put_quantized(self, parameter: Tensor, start: int, rows: QuantizedRows) -> bool:
@@ -194,7 +198,7 @@ class PackedWeights:
             self.take(parameter)
         packed = self._packed[id(parameter)]
         if use.bias is not None:
-            packed.set_bias(_floats(_interleaved(use.bias) if use.interleaved else use.bias))
+            packed.set_bias(floats(interleaved(use.bias) if use.interleaved else use.bias))
         return packed
 
     @property
@@ -222,39 +226,80 @@ class NativeModel:
         check_layout(layout)
         self._weights = weights
         self._program = native.Program(kernels, weights.team, max_tokens)
-        recorder = _Recorder(weights, self._program, layout, pools)
-        self._head = weights.find(model.head.weight)
+        recorder = ProgramRecorder(weights, self._program, layout, pools)
+        head = weights.find(model.head.weight)
+        assert head is not None
+        self._head = head
         self._hidden = model.record(recorder)
         weights.finish()
         self._kept = recorder.kept  # memory that the program reads
+        nothing = torch.empty(0, head.n)
+        self._no_scores = nothing, nothing.numpy()
+        self._tensors: tuple[Tensor | None, ...] = (None, None, None)  # of the last batch ...
+        self._arrays: list[Any] = []  # ... and their memory
+        self._params: RowParams | None = None  # for whom something was asked last, and what
+        self._asked: Any = None
 
     def __call__(self, batch: Batch) -> Tensor:
         """Hidden states bf16 [N, hidden] of the batch's outputs after the last norm.
 
         Rows of other tokens end with the keys and values of the last layer.
         """
+        arrays = self._memory(batch)
+        self._perform(self._program.run, batch, arrays)
+        hidden = torch.empty(_num_outputs(arrays), self._hidden.width, dtype=torch.bfloat16)
+        self._program.read(self._hidden.number, words(hidden))
+        return hidden
+
+    def scores_after(self, batch: Batch) -> Scores:
+        """Layers, head and choice are one native call: between two of them Python would run on empty caches."""
+        arrays = self._memory(batch)
+        choose = partial(self._perform, self._program.step, batch, arrays, self._hidden.number, self._head)
+        return _HeadScores(self, _num_outputs(arrays), choose)
+
+    def _memory(self, batch: Batch) -> list[Any]:
+        """Token ids, positions and outputs as arrays. Steady decoding brings the same tensors again and again."""
+        tensors = batch.token_ids, batch.positions, batch.outputs
+        if not all(map(is_, tensors, self._tensors)):
+            self._tensors = tensors
+            self._arrays = [None if tensor is None else tensor.numpy() for tensor in tensors]
+        return self._arrays
+
+    def _perform(self, call: Callable[..., list[int]], batch: Batch, arrays: list[Any], *more: Any) -> None:
+        """`call` of the program on a batch, with what else it takes."""
         step = batch.attention
         assert isinstance(step, NativeStep)
-        tokens, outputs = batch.token_ids.numpy(), None if batch.outputs is None else batch.outputs.numpy()
-        arrays = tokens, batch.positions.numpy(), step.query_start, step.start, step.tables, outputs
-        if (words := step.words) is None:
-            self._program.run(*arrays)
-        else:
-            words.went_on_without(self._program.run(*arrays, words.done, words.loads, words.patience_s))
-        num_rows = len(tokens if outputs is None else outputs)
-        hidden = torch.empty(num_rows, self._hidden.width, dtype=torch.bfloat16)
-        self._program.read(self._hidden.number, _words(hidden))
-        return hidden
+        token_ids, positions, outputs = arrays
+        told = step.words
+        shared = (0, (), 0.0) if told is None else (told.done, told.loads, told.patience_s)
+        bad = call(token_ids, positions, step.query_start, step.start, step.tables, outputs, *shared, *more)
+        if told is not None:
+            told.went_on_without(bad)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """hidden bf16 [N, hidden] to float32 [N, vocab_size]."""
-        assert self._head is not None
         scores = torch.empty(hidden.shape[0], self._head.n)
-        self._program.head(self._head, _words(hidden.contiguous()), scores.numpy())
+        self._program.head(self._head, words(hidden.contiguous()), scores.numpy())
         return scores
 
     def scores(self, hidden: Tensor) -> Scores:
-        return _HeadScores(self._program, self._head, hidden.contiguous())
+        choose = partial(self._program.choose, self._head, words(hidden.contiguous()))
+        return _HeadScores(self, hidden.shape[0], choose)
+
+    def raw_scores(self, num_rows: int) -> tuple[Tensor, np.ndarray]:
+        """Room for the scores of so many rows, float32 [num_rows, vocab_size], and its memory."""
+        if num_rows == 0:
+            return self._no_scores
+        raw = torch.empty(num_rows, self._head.n)
+        return raw, raw.numpy()
+
+    def asked(self, params: RowParams, edits: RowEdits | None) -> Any:
+        """As `native_asked`. Without edits it is made once for `params`: it sees the memory of their arrays."""
+        if edits is not None:
+            return native_asked(params, edits, self._head.n)
+        if params is not self._params:
+            self._params, self._asked = params, native_asked(params, None, self._head.n)
+        return self._asked
 
     def seconds(self) -> list[tuple[str, float]]:
         """Where steps spent their time, by operation in order, since the last `clear_seconds`."""
@@ -278,17 +323,24 @@ class NativeScores:
 
 
 class _HeadScores:
-    """The head and the choice in one native call: nobody holds all scores but for the rows that are reported."""
+    """N rows' head and choice in one native call: nobody holds all scores but for the rows that are reported.
 
-    def __init__(self, program: Any, head: Any, hidden: Tensor) -> None:
-        self._program, self._head, self._hidden = program, head, hidden
+    `choose` makes that call: with what is asked, the rows to report, where their scores and where the tokens go.
+    """
+
+    def __init__(self, model: NativeModel, num_rows: int, choose: Callable[[Any, Ids, np.ndarray, Ids], None]) -> None:
+        self._model, self._num_rows, self._choose = model, num_rows, choose
 
     def choose(self, params: RowParams, edits: RowEdits | None, reported: Ids) -> tuple[Ids, Tensor]:
-        tokens = np.empty(len(self._hidden), np.int64)
-        raw = torch.empty(len(reported), self._head.n)
-        asked = native_asked(params, edits, self._head.n)
-        self._program.choose(self._head, _words(self._hidden), asked, reported, raw.numpy(), tokens)
+        tokens = np.empty(self._num_rows, np.int64)
+        raw, memory = self._model.raw_scores(len(reported))
+        self._choose(self._model.asked(params, edits), reported, memory, tokens)
         return tokens, raw
+
+
+def _num_outputs(arrays: list[Any]) -> int:
+    token_ids, _, outputs = arrays
+    return len(token_ids if outputs is None else outputs)
 
 
 def native_asked(params: RowParams, edits: RowEdits | None, vocab_size: int) -> Any:
@@ -320,8 +372,7 @@ class NativeAttention:
     """The AttentionBackend of native programs: hands the spans on."""
 
     def prepare(self, spans: Spans, words: StepWords | None = None) -> NativeStep:
-        tables = [np.ascontiguousarray(table, np.int32) for table in spans.block_tables]
-        return NativeStep(spans.query_start.astype(np.int64), spans.start.astype(np.int64), tables, words)
+        return NativeStep(spans.query_start, spans.start, list(spans.block_tables), words)
 
 
 def check_layout(layout: KVLayout) -> None:
@@ -340,140 +391,3 @@ def packed_layout(layout: KVLayout) -> KVLayout:
     """The layout with the order of elements that native kernels write and read. Raises Unsupported as check_layout."""
     check_layout(layout)
     return KVLayout(tuple(replace(group, packing=KV_PACKING) for group in layout.groups))
-
-
-@dataclass(frozen=True, slots=True)
-class _Use:
-    """How a parameter is packed. `interleaved`: halves of gate and up, in turns of one block each."""
-
-    parameter: Tensor
-    bias: Tensor | None
-    format: str
-    interleaved: bool
-
-
-class _Planner:
-    """A Recorder that notes how each projection is used, and refuses shapes that native kernels cannot compute."""
-
-    def __init__(self, uses: dict[int, _Use], weight_format: str) -> None:
-        self._uses = uses
-        self._format = weight_format
-
-    def embed(self, weight: Tensor) -> Buffer:
-        return Buffer(0, weight.shape[1])
-
-    def rms_norm(self, x: Buffer, weight: Tensor, eps: float) -> Buffer:
-        return x
-
-    def linear(self, a: Buffer, weight: Tensor, bias: Tensor | None) -> Buffer:
-        self._uses[id(weight)] = _Use(weight, bias, self._format, False)
-        return Buffer(0, weight.shape[0])
-
-    def linear_add(self, x: Buffer, a: Buffer, weight: Tensor, bias: Tensor | None) -> None:
-        assert tuple(weight.shape) == (x.width, a.width)
-        self._uses[id(weight)] = _Use(weight, bias, self._format, False)
-
-    def linear_silu_mul(self, a: Buffer, weight: Tensor, bias: Tensor | None) -> Buffer:
-        width = weight.shape[0] // 2
-        if width % COLUMNS:
-            raise Unsupported(f"native kernels need a feed-forward width of a multiple of {COLUMNS}, not {width}")
-        self._uses[id(weight)] = _Use(weight, bias, self._format, True)
-        return Buffer(0, width)
-
-    def attend(
-        self,
-        layer: int,
-        qkv: Buffer,
-        num_heads: int,
-        norms: tuple[Tensor, Tensor, float] | None,
-        rotary: tuple[Tensor, Tensor],
-    ) -> Buffer:
-        return Buffer(0, num_heads * 2 * rotary[0].shape[1])
-
-
-class _Recorder:
-    """The Recorder of native programs. Buffers of one kind are shared by all layers."""
-
-    def __init__(self, weights: PackedWeights, program: Any, layout: KVLayout, pools: Sequence[Tensor]) -> None:
-        self._weights = weights
-        self._program = program
-        self._buffers: dict[tuple[str, int], Buffer] = {}
-        self.kept: list[Any] = []
-        self._pools: dict[int, tuple[int, int]] = {}  # layer -> (pool of the program, head size)
-        for group in layout.groups:
-            for layer in group.layers:
-                flat = pools[layer].view(torch.uint8).view(pools[layer].shape[0], -1).numpy()
-                shape = group.num_kv_heads, group.head_dim, group.index, group.window or 0
-                number = program.pool(flat, *shape, KV_FORMATS[group.dtype], layer)
-                self._pools[layer] = (number, group.head_dim)
-                self.kept.append(flat)
-
-    def embed(self, weight: Tensor) -> Buffer:
-        packed = self._weights.find(weight)
-        width = weight.shape[1] if packed is None else packed.k
-        x = Buffer(self._program.buffer(F32, width), width)
-        if packed is None:
-            self.kept.append(weight)
-            self._program.embed_bf16(_words(weight), x.number)
-        else:  # the head's matrix: its rows are looked up in the packed form
-            self._program.embed_packed(packed, x.number)
-        return x
-
-    def rms_norm(self, x: Buffer, weight: Tensor, eps: float) -> Buffer:
-        to = self._buffer("norm", x.width)
-        self._program.rms_norm(x.number, _floats(weight), eps, to.number)
-        return to
-
-    def linear(self, a: Buffer, weight: Tensor, bias: Tensor | None) -> Buffer:
-        packed = self._weights.find(weight)
-        assert packed is not None
-        to = self._buffer("linear", packed.n)
-        self._program.linear(packed, a.number, to.number)
-        return to
-
-    def linear_add(self, x: Buffer, a: Buffer, weight: Tensor, bias: Tensor | None) -> None:
-        self._program.linear_add(self._weights.find(weight), a.number, x.number)
-
-    def linear_silu_mul(self, a: Buffer, weight: Tensor, bias: Tensor | None) -> Buffer:
-        packed = self._weights.find(weight)
-        assert packed is not None
-        to = self._buffer("gated", packed.n // 2)
-        self._program.linear_silu_mul(packed, a.number, to.number)
-        return to
-
-    def attend(
-        self,
-        layer: int,
-        qkv: Buffer,
-        num_heads: int,
-        norms: tuple[Tensor, Tensor, float] | None,
-        rotary: tuple[Tensor, Tensor],
-    ) -> Buffer:
-        pool, dim = self._pools[layer]
-        q_norm, k_norm, eps = (None, None, 0.0) if norms is None else (_floats(norms[0]), _floats(norms[1]), norms[2])
-        cos, sin = (table.numpy() for table in rotary)
-        self.kept += rotary
-        self._program.heads(qkv.number, num_heads, pool, q_norm, k_norm, eps, cos, sin)
-        to = self._buffer("attention", num_heads * dim)
-        self._program.attend(qkv.number, num_heads, pool, math.log2(math.e) / math.sqrt(dim), to.number)
-        return to
-
-    def _buffer(self, kind: str, width: int) -> Buffer:
-        if (kind, width) not in self._buffers:
-            self._buffers[kind, width] = Buffer(self._program.buffer(BF16, width), width)
-        return self._buffers[kind, width]
-
-
-def _interleaved(fused: Tensor) -> Tensor:
-    """Rows of gate and up, in turns of one packed block each."""
-    blocks = fused.detach().view(2, -1, COLUMNS, *fused.shape[1:])
-    return blocks.transpose(0, 1).reshape(fused.shape)
-
-
-def _words(tensor: Tensor) -> np.ndarray:
-    """A bf16 tensor's memory as uint16."""
-    return tensor.detach().view(torch.uint16).numpy()
-
-
-def _floats(tensor: Tensor) -> np.ndarray:
-    return tensor.detach().float().contiguous().numpy()

@@ -76,6 +76,9 @@ class LlamaModel(nn.Module):
     def scores(self, hidden: Tensor) -> Scores:
         return DenseScores(self.logits(hidden))
 
+    def scores_after(self, batch: Batch) -> Scores:
+        return self.scores(self(batch))
+
 
 def routes(config: ModelConfig) -> list[Route]:
     """Where each tensor of a Hugging Face checkpoint goes in `LlamaModel`; fused parameters take row ranges."""
