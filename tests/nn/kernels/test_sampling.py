@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable
 
@@ -67,8 +68,8 @@ def kept_by_floors(scores: Tensor, params: RowParams) -> np.ndarray:
 
 def top_p_is_decided_by_rounding(scores: Tensor, params: RowParams) -> np.ndarray:
     """Rows where a float32 mass (relative error 1e-6) may put the top_p cut elsewhere than a float64 one."""
-    low, high = (params_of(len(scores), **{f: getattr(params, f) for f in RowParams.__slots__}) for _ in range(2))
-    low.top_p, high.top_p = params.top_p * (1 - 1e-6), np.minimum(params.top_p * (1 + 1e-6), 1.0)
+    low = dataclasses.replace(params, top_p=params.top_p * (1 - 1e-6))
+    high = dataclasses.replace(params, top_p=np.minimum(params.top_p * (1 + 1e-6), 1.0))
     differ = (kept_reference(scores, low) != kept_reference(scores, high)).any(1).numpy()
     return differ & (params.top_p < 1)
 
