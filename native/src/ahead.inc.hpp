@@ -2,15 +2,15 @@
 namespace penstock::PENSTOCK_ISA {
 
 // Walks over their lines at the pace of the work: a block is a page or less, no hardware reads ahead into the next one,
-// and a burst of requests would stop the work until memory has answered.
+// and a burst of requests would stop the work until memory has answered. Every line is asked for twice, a head apart: a
+// processor whose queue is full drops what is only a hint (Zen 4: a tenth to a sixth more bandwidth than once).
 class Ahead {
 public:
     Ahead() = default;  // nothing
 
     // `pace`: lines asked for per line that is used.
-    Ahead(const AttendPiece& piece, std::size_t head_bytes, int pace)
-        : blocks_(piece.ahead_blocks), num_blocks_(piece.num_ahead), left_(2 * piece.num_ahead), pace_(pace),
-          heads_(piece.ahead), block_bytes_(piece.block_bytes), value_bytes_(piece.value_bytes), head_bytes_(head_bytes) {
+    Ahead(const char* const* heads, int num_heads, std::size_t head_bytes, int pace)
+        : next_(heads), left_(num_heads), pace_(pace), head_bytes_(head_bytes) {
         step();
     }
 
@@ -18,27 +18,28 @@ public:
     inline __attribute__((always_inline)) void ask(int lines) {
         if (at_ == end_) return;
         lines *= pace_;
-        for (int i = 0; i < lines; i++) __builtin_prefetch(at_ + 64 * i, 0, 2);
+        for (int i = 0; i < lines; i++) {
+            __builtin_prefetch(at_ + 64 * i, 0, 2);
+            __builtin_prefetch(at_ + to_last_ + 64 * i, 0, 2);
+        }
         at_ += 64 * lines;
         if (at_ >= end_) step();
     }
 
 private:
-    // To the next head: the keys of all blocks, then their values.
     __attribute__((noinline)) void step() {
+        const char* last = end_;
         at_ = end_ = nullptr;
-        if (left_ == 0) return;
-        int block = 2 * num_blocks_ - left_--;
-        bool is_key = block < num_blocks_;
-        at_ = heads_ + blocks_[is_key ? block : block - num_blocks_] * block_bytes_ + (is_key ? 0 : value_bytes_);
-        end_ = at_ + head_bytes_;
+        if (left_-- <= 0) return;
+        at_ = *next_++, end_ = at_ + head_bytes_;
+        to_last_ = last ? last - end_ : 0;
     }
 
     const char *at_ = nullptr, *end_ = nullptr;
-    const std::int32_t* blocks_ = nullptr;
-    int num_blocks_ = 0, left_ = 0, pace_ = 0;  // left_: heads
-    const char* heads_ = nullptr;
-    std::size_t block_bytes_ = 0, value_bytes_ = 0, head_bytes_ = 0;
+    std::ptrdiff_t to_last_ = 0;  // from the head being asked for to the one before it
+    const char* const* next_ = nullptr;
+    int left_ = 0, pace_ = 0;
+    std::size_t head_bytes_ = 0;
 };
 
 }  // namespace penstock::PENSTOCK_ISA

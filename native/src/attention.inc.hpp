@@ -129,7 +129,8 @@ static inline void attend_as(const AttendPiece& piece, AttendScratch& s) {
         }
         const std::int32_t* blocks = piece.blocks + begin / KV_BLOCK;
         constexpr std::size_t Q_STRIDE = sizeof s.queries[0] / sizeof(bf16);
-        Ahead ahead = r0 ? Ahead() : Ahead(piece, head_bytes, (piece.num_ahead + num_blocks - 1) / num_blocks);
+        int pace = (piece.num_ahead + 2 * num_blocks - 1) / (2 * num_blocks);
+        Ahead ahead = r0 ? Ahead() : Ahead(piece.ahead, piece.num_ahead, head_bytes, pace);
         key_product<Pairs>(keys, block_bytes, blocks, num_blocks, s.queries[0], Q_STRIDE, m, dim, s.scores[0],
                            ATTENTION_SPAN, ahead);
         if constexpr (WORDS) {
@@ -140,6 +141,7 @@ static inline void attend_as(const AttendPiece& piece, AttendScratch& s) {
         for (int r = 0; r < m; r++) {
             int position = piece.position + (r0 + r) / piece.group;
             int from = piece.window ? position - piece.window + 1 : 0;
+            ahead.ask(num / 16);  // a softmax lasts about as long as reading so many lines
             float top = mask<WORDS>(s, r, from, position, begin, num, piece.scale) * (WORDS ? 1 : piece.scale);
             piece.max[r0 + r] = top, piece.sum[r0 + r] = 0;
             if (top == -INF) {

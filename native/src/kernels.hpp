@@ -79,9 +79,8 @@ struct AttendPiece {
     std::size_t value_bytes;     // from K to V of a head
     KVFormat format;
     float scale;                 // 1 / sqrt(head_dim), times log2(e)
-    const char* ahead;           // what comes after this piece, the next span or another request's: its pool at (K,
-    const std::int32_t* ahead_blocks;  // KV head) and blocks, whose keys are fetched while these values are computed with
-    int num_ahead;
+    const char* const* ahead;    // keys or values of this head dimension that are read some time after these, a head of
+    int num_ahead;               // a block each: asked for while these are computed with
     float* out;                  // [num_tokens * group][D]
     float* max;
     float* sum;

@@ -16,7 +16,6 @@
 namespace penstock {
 
 namespace {
-constexpr int QUERY_ROWS = 48;          // query rows of an attention task: keys and values come from L2 once for six
 constexpr std::size_t ALIGN = 2 << 20;  // of buffers: huge pages
 
 std::unique_ptr<char, void (*)(void*)> zeros(std::size_t bytes) {
@@ -37,7 +36,7 @@ float widen(bf16 x) {
 }  // namespace
 
 Program::Program(const Kernels& kernels, Team& team, int max_tokens)
-    : kernels_(kernels), team_(team), max_tokens_(max_tokens), scratch_(team.size()) {
+    : kernels_(kernels), team_(team), max_tokens_(max_tokens), scratch_(team.size()), courses_(team.size()) {
     if (team.size() > Deal::MAX_MEMBERS) throw std::invalid_argument("more threads than a program can use");
 }
 
@@ -134,150 +133,6 @@ Rows Program::input(const Op& op) const {
     }
     const Ints& ints = ints_[op.ints];
     return {ints.data.get(), ints.stride, ints.scale.data(), ints.sums.data(), ints.sums_stride};
-}
-
-void Program::plan_attention(const Batch& batch, const Op& op) {
-    Attention& plan = plan_of(op);
-    int group = op.num_heads / op.pool.num_kv_heads;
-    int tile = std::max(1, QUERY_ROWS / group);
-    find_queries(batch, op.narrows);
-    plan.tasks.clear();
-    int max_spans = 1;
-    // Head by head: the next task often reads the same keys and values, of its own prompt or of a prefix that requests
-    // share, and those of one head stay in the cache.
-    for (int h = 0; h < op.pool.num_kv_heads; h++)
-        for (const Queries& q : queries_) {
-            max_spans = std::max(max_spans, (q.position + q.num_tokens + ATTENTION_SPAN - 1) / ATTENTION_SPAN);
-            // The last tokens see most: they go first, so that what is left at the end is short.
-            for (int t = (q.num_tokens - 1) / tile * tile; t >= 0; t -= tile)
-                plan.tasks.push_back({{q.row, q.token + t, q.position + t, std::min(tile, q.num_tokens - t), q.to + t}, h, -1});
-        }
-    plan.num_spans = 1;
-    if (max_spans > 1 && static_cast<int>(plan.tasks.size()) < 4 * team_.size()) {
-        // Too few tasks for the team: each span of the context is one, and they are merged afterwards.
-        std::vector<Task> whole;
-        whole.swap(plan.tasks);
-        plan.num_spans = max_spans;
-        for (const Task& task : whole)
-            for (int span = 0; span * ATTENTION_SPAN < task.position + task.num_tokens; span++) {
-                plan.tasks.push_back(task);
-                plan.tasks.back().span = span;
-            }
-    }
-}
-
-AttendPiece Program::piece_of(const Batch& batch, const Op& op, const Task& task) const {
-    const Pool& pool = op.pool;
-    const Buffer& qkv = buffers_[op.from];
-    int group = op.num_heads / pool.num_kv_heads, dim = pool.head_dim;
-    std::size_t head_bytes = pool.block_bytes / 2 / pool.num_kv_heads;
-    AttendPiece piece{};
-    piece.q = qkv.half(task.token) + static_cast<std::size_t>(task.head) * group * dim;
-    piece.q_stride = qkv.stride;
-    piece.num_tokens = task.num_tokens, piece.group = group, piece.head_dim = dim;
-    piece.position = task.position, piece.window = pool.window;
-    piece.blocks = batch.tables[pool.group] + task.row * batch.table_width[pool.group];
-    piece.pool = pool.data + task.head * head_bytes;
-    piece.block_bytes = pool.block_bytes, piece.value_bytes = pool.block_bytes / 2;
-    piece.format = pool.format, piece.scale = op.scale;
-    return piece;
-}
-
-// The keys of `task` from position `begin` on, to the end of the span, are what comes after `piece`.
-void Program::look_ahead(AttendPiece& piece, const Batch& batch, const Op& op, const Task& task, int begin) const {
-    const Pool& pool = op.pool;
-    int end = std::min(task.position + task.num_tokens, begin / ATTENTION_SPAN * ATTENTION_SPAN + ATTENTION_SPAN);
-    piece.ahead = pool.data + task.head * (pool.block_bytes / 2 / pool.num_kv_heads);
-    piece.ahead_blocks = batch.tables[pool.group] + task.row * batch.table_width[pool.group] + begin / KV_BLOCK;
-    piece.num_ahead = (end - begin / KV_BLOCK * KV_BLOCK + KV_BLOCK - 1) / KV_BLOCK;
-}
-
-void Program::attend_tasks(const Batch& batch, const Op& op, int member, Deal& deal) {
-    Attention& plan = plan_of(op);
-    int group = op.num_heads / op.pool.num_kv_heads, dim = op.pool.head_dim;
-    int tile = std::max(1, QUERY_ROWS / group), rows = tile * group;
-    std::size_t part = static_cast<std::size_t>(rows) * (dim + 2);
-    float* of_span = reinterpret_cast<float*>(scratch(member, 2 * part * sizeof(float)));
-    float* merged = of_span + part;
-    const float LOWEST = -std::numeric_limits<float>::infinity();
-    int exhausted = 0;
-    for (int unit; (unit = deal.next(member, team_.size(), exhausted)) >= 0;) {
-        const Task& task = plan.tasks[unit];
-        AttendPiece piece = piece_of(batch, op, task);
-        auto next_task = [&] {  // mostly this member's, too
-            if (unit + 1 == static_cast<int>(plan.tasks.size())) {
-                piece.num_ahead = 0;
-                return;
-            }
-            const Task& next = plan.tasks[unit + 1];
-            int seen = piece.window ? std::max(0, next.position - piece.window + 1) : 0;
-            look_ahead(piece, batch, op, next, next.span < 0 ? seen : std::max(seen, next.span * ATTENTION_SPAN));
-        };
-        int used = task.num_tokens * group, end = task.position + task.num_tokens;
-        if (task.span >= 0) {
-            float* at = plan.partial.data() + static_cast<std::size_t>(unit) * part;
-            piece.out = at, piece.max = at + rows * dim, piece.sum = piece.max + rows;
-            piece.span_begin = task.span * ATTENTION_SPAN, piece.span_end = piece.span_begin + ATTENTION_SPAN;
-            next_task();
-            kernels_.attend(piece);
-            continue;
-        }
-        piece.out = of_span, piece.max = of_span + rows * dim, piece.sum = piece.max + rows;
-        int first = (piece.window ? std::max(0, task.position - piece.window + 1) : 0) / ATTENTION_SPAN * ATTENTION_SPAN;
-        if (end <= first + ATTENTION_SPAN) {  // nothing to merge: merging one span changes no bit
-            piece.span_begin = first, piece.span_end = first + ATTENTION_SPAN;
-            next_task();
-            kernels_.attend(piece);
-            finish(op, task, piece.out, piece.sum);
-            continue;
-        }
-        float *max = merged + rows * dim, *sum = max + rows;
-        std::fill(merged, merged + used * dim, 0.0f), std::fill(max, max + used, LOWEST), std::fill(sum, sum + used, 0.0f);
-        for (int begin = first; begin < end; begin += ATTENTION_SPAN) {
-            piece.span_begin = begin, piece.span_end = begin + ATTENTION_SPAN;
-            if (piece.span_end < end) look_ahead(piece, batch, op, task, piece.span_end);
-            else next_task();
-            kernels_.attend(piece);
-            kernels_.merge(piece.out, piece.max, piece.sum, used, dim, merged, max, sum);
-        }
-        finish(op, task, merged, sum);
-    }
-}
-
-void Program::merge_spans(const Op& op, int member) {
-    Attention& plan = plan_of(op);
-    int group = op.num_heads / op.pool.num_kv_heads, dim = op.pool.head_dim;
-    int tile = std::max(1, QUERY_ROWS / group), rows = tile * group;
-    std::size_t part = static_cast<std::size_t>(rows) * (dim + 2);
-    float* merged = reinterpret_cast<float*>(scratch(member, part * sizeof(float)));
-    float *max = merged + rows * dim, *sum = max + rows;
-    int number = 0;
-    for (std::size_t unit = 0; unit < plan.tasks.size();) {
-        const Task& task = plan.tasks[unit];
-        std::size_t end = unit + 1;
-        while (end < plan.tasks.size() && plan.tasks[end].span > 0) end++;
-        if (number++ % team_.size() == member) {
-            int used = task.num_tokens * group;
-            std::fill(merged, merged + used * dim, 0.0f), std::fill(sum, sum + used, 0.0f);
-            std::fill(max, max + used, -std::numeric_limits<float>::infinity());
-            for (; unit < end; unit++) {
-                const float* at = plan.partial.data() + unit * part;
-                kernels_.merge(at, at + rows * dim, at + rows * dim + rows, used, dim, merged, max, sum);
-            }
-            finish(op, task, merged, sum);
-        }
-        unit = end;
-    }
-}
-
-void Program::finish(const Op& op, const Task& task, const float* out, const float* sum) {
-    int group = op.num_heads / op.pool.num_kv_heads, dim = op.pool.head_dim;
-    for (int t = 0; t < task.num_tokens; t++)
-        for (int g = 0; g < group; g++) {
-            int row = t * group + g;
-            bf16* to = buffers_[op.to].half(task.to + t) + (task.head * group + g) * dim;
-            kernels_.finish(out + static_cast<std::size_t>(row) * dim, sum[row], dim, to);
-        }
 }
 
 void Program::run_heads(const Batch& batch, const Op& op, const Run& run, int head) {
@@ -396,15 +251,7 @@ void Program::run(const Batch& batch, StepWords& words) {
         bool behind = batch.outputs && static_cast<int>(i) >= last_attend_;
         op.num_rows = behind ? batch.num_outputs : batch.num_tokens;
         op.narrows = behind && op.what == What::ATTEND;
-        if (op.what == What::ATTEND && plan_of(op).tasks.empty()) {
-            plan_attention(batch, op);
-            Attention& plan = plan_of(op);
-            if (plan.num_spans > 1) {
-                int group = op.num_heads / op.pool.num_kv_heads;
-                std::size_t part = static_cast<std::size_t>(std::max(1, QUERY_ROWS / group) * group) * (op.pool.head_dim + 2);
-                plan.partial.resize(plan.tasks.size() * part);
-            }
-        }
+        if (op.what == What::ATTEND && plan_of(op).tasks.empty()) plan_attention(batch, op);
         deals_[i].reset(units(op));
     }
     team_.run([&](int member) {

@@ -136,6 +136,15 @@ private:
         std::vector<float> partial;  // results of tasks that are one span each
     };
 
+    struct Place {  // a piece of attention: a task and the span of the context that begins there
+        int unit, span_begin;
+    };
+    struct Course {  // of a member through its pieces: places of a head's keys, or values, in the order of reading
+        std::vector<const char*> heads;
+        std::size_t used = 0, asked = 0;  // of heads: read, and asked for
+        Place now{-1, 0}, end{-1, 0};     // the piece at `used`, and the first that is not in heads
+    };
+
     static constexpr int SCORE_ROWS = 64;  // weights read once for as many rows cost no more than computing with them
 
     Rows head_rows(const Weight& weight, const bf16* hidden, int num_rows);
@@ -158,7 +167,11 @@ private:
     Attention& plan_of(const Op& op) { return attention_[{op.pool.group, op.narrows}]; }
     void plan_attention(const Batch& batch, const Op& op);
     AttendPiece piece_of(const Batch& batch, const Op& op, const Task& task) const;
-    void look_ahead(AttendPiece& piece, const Batch& batch, const Op& op, const Task& task, int begin) const;
+    static int first_seen(const Op& op, const Task& task);
+    static int num_blocks(const Op& op, const Task& task, int span_begin);
+    Place start_of(const Op& op, int unit);
+    Place after(const Op& op, Place place);
+    void look_ahead(const Batch& batch, const Op& op, Course& course, Place place, AttendPiece& piece);
     void attend_tasks(const Batch& batch, const Op& op, int member, Deal& deal);
     void merge_spans(const Op& op, int member);
     void finish(const Op& op, const Task& task, const float* out, const float* sum);
@@ -180,6 +193,7 @@ private:
     std::vector<std::int32_t> tops_at_;
     std::vector<RowChooser> choosers_;        // per member
     std::vector<std::vector<char>> scratch_;  // per member
+    std::vector<Course> courses_;             // per member
     std::map<std::pair<int, bool>, Attention> attention_;  // by KV group, of all tokens or of outputs
     std::vector<Queries> queries_;            // what plan_attention plans
     int last_attend_ = -1;                    // where rows narrow to those of outputs
