@@ -85,6 +85,9 @@ class NullModel:
     def scores(self, hidden: Tensor) -> DenseScores:
         return DenseScores(self.logits(hidden))
 
+    def scores_after(self, batch: Batch) -> DenseScores:
+        return self.scores(self(batch))
+
 
 class NullAttention:
     """Prepares nothing: the model reads none of it."""

@@ -18,12 +18,13 @@ public:
     inline __attribute__((always_inline)) void ask(int lines) {
         if (at_ == end_) return;
         lines *= pace_;
+        if (at_ + 64 * lines > end_) lines = static_cast<int>((end_ - at_) / 64);
         for (int i = 0; i < lines; i++) {
             __builtin_prefetch(at_ + 64 * i, 0, 2);
             __builtin_prefetch(at_ + to_last_ + 64 * i, 0, 2);
         }
         at_ += 64 * lines;
-        if (at_ >= end_) step();
+        if (at_ == end_) step();
     }
 
 private:

@@ -70,11 +70,12 @@ static inline float mask(AttendScratch& s, int r, int first, int last, int begin
     return largest(most);
 }
 
-// Softmax over scores times `scale`: chances[r], rounded to bf16, and the sum of the unrounded ones.
+// Softmax over scores times `scale`: chances[r], rounded to bf16, and the sum of the unrounded ones. top: the largest
+// score, taken off before the scale is put on, so that its own probability is 1 however large it is.
 static inline float soften(AttendScratch& s, int r, int num, float scale, float top) {
     vf total = all(0);
     for (int i = 0; i < num; i += 16) {
-        vf p = exp2(fused(load(s.scores[r] + i), all(scale), all(-top)));
+        vf p = exp2((load(s.scores[r] + i) - top) * scale);
         total += p;
         store(s.chances[r] + i, p);
     }
@@ -106,6 +107,7 @@ static inline void attend_as(const AttendPiece& piece, AttendScratch& s) {
     int rows = piece.num_tokens * piece.group, dim = piece.head_dim;
     std::size_t block_bytes = piece.block_bytes, head_bytes = kv_head_bytes(piece.format, dim);
     const char *keys = piece.pool, *values = piece.pool + piece.value_bytes;
+    bool asked = false;  // for what comes after this piece: by the first rows that see something
     for (int r0 = 0; r0 < rows; r0 += ATTEND_ROWS) {
         int m = rows - r0 < ATTEND_ROWS ? rows - r0 : ATTEND_ROWS;
         int t0 = r0 / piece.group, t1 = (r0 + m - 1) / piece.group;
@@ -130,7 +132,8 @@ static inline void attend_as(const AttendPiece& piece, AttendScratch& s) {
         const std::int32_t* blocks = piece.blocks + begin / KV_BLOCK;
         constexpr std::size_t Q_STRIDE = sizeof s.queries[0] / sizeof(bf16);
         int pace = (piece.num_ahead + 2 * num_blocks - 1) / (2 * num_blocks);
-        Ahead ahead = r0 ? Ahead() : Ahead(piece.ahead, piece.num_ahead, head_bytes, pace);
+        Ahead ahead = asked ? Ahead() : Ahead(piece.ahead, piece.num_ahead, head_bytes, pace);
+        asked = true;
         key_product<Pairs>(keys, block_bytes, blocks, num_blocks, s.queries[0], Q_STRIDE, m, dim, s.scores[0],
                            ATTENTION_SPAN, ahead);
         if constexpr (WORDS) {
@@ -142,9 +145,11 @@ static inline void attend_as(const AttendPiece& piece, AttendScratch& s) {
             int position = piece.position + (r0 + r) / piece.group;
             int from = piece.window ? position - piece.window + 1 : 0;
             ahead.ask(num / 16);  // a softmax lasts about as long as reading so many lines
-            float top = mask<WORDS>(s, r, from, position, begin, num, piece.scale) * (WORDS ? 1 : piece.scale);
-            piece.max[r0 + r] = top, piece.sum[r0 + r] = 0;
+            float top = mask<WORDS>(s, r, from, position, begin, num, piece.scale);
+            piece.max[r0 + r] = WORDS ? top : top * piece.scale, piece.sum[r0 + r] = 0;
             if (top == -INF) {
+                bool sees = (from > begin ? from : begin) < (position + 1 < end ? position + 1 : end);
+                if (sees) piece.max[r0 + r] = INF, piece.sum[r0 + r] = __builtin_nanf("");  // but nothing that is a number
                 for (int i = 0; i < num; i++) s.chances[r][i] = 0;
                 continue;
             }

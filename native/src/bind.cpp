@@ -225,7 +225,11 @@ private:
             batch.tables.push_back(table.data());
             batch.table_width.push_back(table.shape(1));
         }
-        if (outputs) batch.outputs = outputs->data(), batch.num_outputs = static_cast<int>(outputs->shape(0));
+        static const std::int64_t NONE = 0;  // an empty array may have no address, which would mean all
+        if (outputs) {
+            batch.num_outputs = static_cast<int>(outputs->shape(0));
+            batch.outputs = batch.num_outputs ? outputs->data() : &NONE;
+        }
         return batch;
     }
 

@@ -124,7 +124,7 @@ static PENSTOCK_INLINE void tile_product(const Tiles& w, const char* a, std::siz
         char* slots = unpacked + (Tiles::STORED_BYTES == TILE_BYTES ? 0 : t % 4 * 2 * TILE_BYTES);
         if constexpr (!PASSES)
             for (int line = 0; line < Tiles::STORED_BYTES; line += 64)
-                fetch_blocks<BLOCKS>(w.data + (t + FAR_TILES) * Tiles::STORED_BYTES + line, w.block_bytes);
+                fetch_blocks<BLOCKS, _MM_HINT_T0>(w.data + (t + FAR_TILES) * Tiles::STORED_BYTES + line, w.block_bytes);
         const char* w0 = w.tile(0, t, slots);
         if constexpr (PASSES) _tile_stream_loadd(4, a, a_bytes);
         else _tile_loadd(4, a, a_bytes);

@@ -93,7 +93,7 @@ static void stream_blocks(const Blocks<Pairs, GROUPS>& b, const bf16* a, std::si
     }
 }
 
-// Many rows: all of them pass over a chunk of weights that lies in L1, and fetch the next one on the way.
+// Many rows: all of them pass over a chunk of weights that lies in L1, and fetch the next one into L2 on the way.
 template <int BLOCKS, class Pairs, bool GROUPS>
 static void reuse_blocks(const Blocks<Pairs, GROUPS>& b, const bf16* a, std::size_t stride, int m, float* c,
                          std::size_t c_stride) {

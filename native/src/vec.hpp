@@ -133,7 +133,6 @@ static inline vf choose(vi mask, vf yes, vf no) {
 }
 static inline vf max(vf a, vf b) { return choose(a > b, a, b); }  // b where one is no number
 #endif
-static inline vf absolute(vf x) { return as<vf>(as<vi>(x) & 0x7fffffff); }
 
 // Both halves joined, then theirs, down to one: always the same tree.
 template <class Lane, class V, class Join>

@@ -51,6 +51,7 @@ class RequestTable:
         max_blocks = -(-max_model_len // block_size) + 1
         self.block_size = block_size
         self.slots: dict[str, int] = {}
+        # Known are the prompt, and what is still to be computed; tokens sampled before that may never have come here.
         self.tokens = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
         self.num_computed = np.zeros(max_num_seqs, np.int64)
         self.tables = [np.zeros((max_num_seqs, max_blocks), np.int32) for _ in range(num_groups)]

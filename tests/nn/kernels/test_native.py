@@ -130,6 +130,23 @@ def test_a_token_that_is_not_a_number_harms_only_its_own_request() -> None:
     assert torch.equal(hidden[20:], expected)
 
 
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("kv_heads", [1, 4])  # each span is a task; a task walks all spans
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_span_without_a_number_is_no_span_that_nobody_sees(kernels: str, kv_heads: int, kv_dtype: str) -> None:
+    raw = {**QWEN3, "num_hidden_layers": 1, "num_key_value_heads": kv_heads}
+    ours = native(raw, kernels, num_threads=1, length=1400, kv_dtype=kv_dtype)
+    [ids] = prompts(ours.config, 1201)
+    ours.step([(0, 0, ids[:1200])])
+    assert ours.step([(0, 1200, ids[1200:])]).isfinite().all()
+    keys = ours.pools[0].view(torch.uint8).view(ours.pools[0].shape[0], 2, kv_heads, -1)
+    nan = torch.tensor([torch.nan], dtype=torch.bfloat16).view(torch.uint8)
+    for block in range(16):  # the first span: keys, or their scales, which lie behind them
+        place = keys[1 + 3 * block, 0, :, -2 * SIZE if kv_dtype == "int8" else 0 :]
+        place.copy_(nan.repeat(place.shape[1] // 2))
+    assert ours.step([(0, 1200, ids[1200:])]).isnan().all()
+
+
 def packed(weight_format: str, w: torch.Tensor) -> tuple[Any, torch.Tensor]:
     """A packed weight [N, K], and what it stands for."""
     weight = load_native().PackedWeight(FORMATS[weight_format], *w.shape)
