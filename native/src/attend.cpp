@@ -60,10 +60,12 @@ AttendPiece Program::piece_of(const Batch& batch, const Op& op, const Task& task
     return piece;
 }
 
-// The first position that a task's pieces have to do with, and of a piece the number of its KV blocks.
+// The first position that a task sees.
 int Program::first_seen(const Op& op, const Task& task) {
     return op.pool.window ? std::max(0, task.position - op.pool.window + 1) : 0;
 }
+
+// KV blocks of one of its pieces.
 int Program::num_blocks(const Op& op, const Task& task, int span_begin) {
     int begin = std::max(first_seen(op, task), span_begin);
     int end = std::min(task.position + task.num_tokens, span_begin + ATTENTION_SPAN);
@@ -87,7 +89,7 @@ Program::Place Program::after(const Op& op, Place place) {
 // member did not come from the piece before, nothing has been asked for yet: its own values are, then up to twice as
 // much at a time, until the lead is there.
 void Program::look_ahead(const Batch& batch, const Op& op, Course& course, Place place, AttendPiece& piece) {
-    constexpr std::size_t LEAD_BYTES = 128 << 10;  // a few times what memory can bring before it is needed
+    constexpr std::size_t LEAD_BYTES = 128 << 10;  // what a core reads in 6 us, sixty times memory's latency; of L2 little
     const Pool& pool = op.pool;
     const std::vector<Task>& tasks = plan_of(op).tasks;
     std::size_t head_bytes = pool.block_bytes / 2 / pool.num_kv_heads;

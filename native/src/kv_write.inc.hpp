@@ -12,9 +12,7 @@ static inline bf16 to_bytes(const bf16* x, int dim, std::int8_t* out) {
     }
     bf16 scale = static_cast<bf16>((as<std::uint32_t>(exact > LEAST_SCALE ? exact : LEAST_SCALE) + 0xffffu) >> 16);
     float inverse = 1.0f / widen(scale);
-    for (int i = 0; i < dim; i += 16) {
-        put(out + i, low_bytes(nearest(load(x + i) * inverse)));
-    }
+    for (int i = 0; i < dim; i += 16) put(out + i, low_bytes(nearest(load(x + i) * inverse)));
     return scale;
 }
 
@@ -44,9 +42,8 @@ static inline void write_values(const Element* v, std::size_t stride, int count,
         const Element* from = v + t * stride;
         bool second = (offset + t) % 2;
         if (!second && t + 1 < count) {
-            for (int j = 0; j < dim; j += 16) {
+            for (int j = 0; j < dim; j += 16)
                 put(at + j * LINE, sixteen(from + j) | sixteen(from + stride + j) << BITS);
-            }
             t += 2;
             continue;
         }

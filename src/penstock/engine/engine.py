@@ -250,13 +250,7 @@ class Engine:
         out: list[FromEngine] = []
         deltas: list[TokenDelta] = []
         for item in progress:
-            request = item.request
-            if request.finish_reason is None and request.params.prompt_logprobs is None:  # it goes on, as nearly all do
-                deltas.append(
-                    TokenDelta(request.id, item.token_ids, None, None, item.logprobs, None, request.num_cached)
-                )
-            else:
-                self._deliver(item, deltas, out)
+            self._deliver(item, deltas, out)
         if deltas:
             out.append(Tokens(deltas, now))
         return out
@@ -283,7 +277,13 @@ class Engine:
                 prompt_logprobs = owed
         if request.finish_reason is None:
             deltas.append(
-                TokenDelta(request.id, item.token_ids, None, None, item.logprobs, prompt_logprobs, request.num_cached)
+                TokenDelta(
+                    request.id,
+                    item.token_ids,
+                    logprobs=item.logprobs,
+                    prompt_logprobs=prompt_logprobs,
+                    num_cached=request.num_cached,
+                )
             )
             return
         deltas.append(

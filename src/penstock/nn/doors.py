@@ -17,11 +17,11 @@ from penstock.nn.words import StepWords
 
 @dataclass(slots=True)
 class Spans:
-    """Where the rows of one step lie, as int32 numpy arrays. R rows, T tokens in all; rows stand one behind the other.
+    """Where the rows of one step lie, as numpy arrays. R rows, T tokens in all; rows stand one behind the other.
 
-    query_start [R+1]: row r owns tokens [query_start[r], query_start[r+1]) of the batch.
-    start [R]: position of the row's first token in its request; its context is start + num_tokens long.
-    block_tables, per KV group [R, max_blocks]: physical block ids; entry 0 (the null block) where nothing is needed.
+    query_start, int64 [R+1]: row r owns tokens [query_start[r], query_start[r+1]) of the batch.
+    start, int64 [R]: position of the row's first token in its request; its context is start + num_tokens long.
+    block_tables, per KV group int32 [R, max_blocks]: physical block ids; entry 0 (the null block) where nothing is needed.
     """
 
     query_start: np.ndarray
