@@ -21,7 +21,7 @@ class Spans:
 
     query_start, int64 [R+1]: row r owns tokens [query_start[r], query_start[r+1]) of the batch.
     start, int64 [R]: position of the row's first token in its request; its context is start + num_tokens long.
-    block_tables, per KV group int32 [R, max_blocks]: physical block ids; entry 0 (the null block) where nothing is needed.
+    block_tables, per KV group int32 [R, max_blocks]: physical ids; entry 0 (the null block) where nothing is needed.
     """
 
     query_start: np.ndarray
