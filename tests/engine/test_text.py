@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tests.shared import tiny_tokenizers
 from tests.shared.checkpoints import checkpoints, qwen_directory
@@ -115,6 +115,9 @@ def test_byte_level_pieces_are_the_whole(byte_level: Tokenizer, data: st.DataObj
 
 
 @given(st.lists(st.binary(max_size=5), max_size=8), st.binary(max_size=5), st.integers())
+@example([], b"\xed\xa1", 0)  # half a surrogate: nothing can complete it, so it is the prompt's
+@example([b"\x80"], b"a\xed\xbf", 0)
+@example([b"\x80"], b"a\xed\x9f", 0)  # the last two-byte beginning of a character before them
 @settings(max_examples=300, deadline=None)
 def test_byte_level_random_bytes(byte_level: Tokenizer, parts: list[bytes], prompt: bytes, seed: int) -> None:
     """The same over ids of single bytes: every kind of broken UTF-8, and whole characters in between."""

@@ -62,7 +62,9 @@ class ByteDetokenizer:
             tail = self._pieces.bytes_of(token_id) + tail
             if len(tail) >= 4:
                 break
-        self._pending = tail[codecs.utf_8_decode(tail, "replace", False)[1] :]
+        unfinished = tail[codecs.utf_8_decode(tail, "replace", False)[1] :]
+        # Python also waits for the third byte of a surrogate (ED A0 to ED BF), which no byte can make a character.
+        self._pending = b"" if len(unfinished) == 2 and b"\xed\xa0" <= unfinished <= b"\xed\xbf" else unfinished
         self._strips = tokenizer.strips_first_space and not tail  # only the very first space of the whole text goes
 
     def feed(self, token_ids: Sequence[int]) -> str:
