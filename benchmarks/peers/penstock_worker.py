@@ -1,4 +1,7 @@
-"""penstock's side: `LLM(...).generate`, defaults but for the room for KV, which is fixed for every engine."""
+"""penstock's side: `LLM(...).generate`, defaults but for the room for KV, which is fixed for every engine.
+
+A variant that ends in "c8" keeps keys and values in int8, as OpenVINO does by default.
+"""
 
 from __future__ import annotations
 
@@ -19,9 +22,11 @@ class Penstock:
         import penstock
 
         self._params = penstock.SamplingParams
+        weights = settings.variant.removesuffix("c8")
         chosen: dict[str, Any] = {
             "dtype": "bfloat16",
-            "quantization": "none" if settings.variant == "bf16" else settings.variant,
+            "quantization": "none" if weights == "bf16" else weights,
+            "kv_cache_dtype": "auto" if weights == settings.variant else "int8",
             "num_threads": settings.threads,
             "max_model_len": MAX_MODEL_LEN,
             "max_num_seqs": MAX_NUM_SEQS,

@@ -78,6 +78,6 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
         "openvino": ("bf16",),
         "llamacpp": ("bf16",),
     },
-    "8bit": {"penstock": ("int8", "w8a8"), "vllm": ("w8a8",), "openvino": ("int8",), "llamacpp": ("int8",)},
+    "8bit": {"penstock": ("int8", "w8a8", "w8a8c8"), "vllm": ("w8a8",), "openvino": ("int8",), "llamacpp": ("int8",)},
     "4bit": {"penstock": ("int4", "w4a8"), "vllm": ("int4",), "openvino": ("int4",), "llamacpp": ("int4",)},
 }

@@ -67,7 +67,7 @@ def what_is_asked() -> list[ToEngine]:
     return [*asked, CancelRequest("gone"), Drain(time.monotonic() + 60.0)]
 
 
-def check_told(told: list[FromEngine], model: HashModel) -> None:
+def check_told(told: list[FromEngine], model: HashModel, ends_of_gone: tuple[str, ...] = ("abort",)) -> None:
     """Everybody has its tokens alone and one end."""
     tokens: dict[str, list[int]] = {}
     ends: dict[str, str | None] = {}
@@ -81,7 +81,8 @@ def check_told(told: list[FromEngine], model: HashModel) -> None:
         elif isinstance(message, Failed):
             assert message.request_id not in ends
             ends[message.request_id] = str(message.code)
-    assert ends == {**dict.fromkeys(PROMPTS, "length"), "bad": "400", "gone": "abort"}
+    assert ends.pop("gone") in ends_of_gone
+    assert ends == {**dict.fromkeys(PROMPTS, "length"), "bad": "400"}
     for name, prompt in PROMPTS.items():
         run = model.run(tuple(prompt), 5)
         assert tokens[name] == [run.token(len(prompt) + n) for n in range(12)]
@@ -142,7 +143,8 @@ def test_an_engine_behind_zmq(kind: Any) -> None:
     finally:
         front.close()
         executor.close()
-    check_told(told, model)
+    # Twelve tokens may be done before the word to cancel has come.
+    check_told(told, model, ("abort", "length"))
     check_idle(engine.scheduler)
 
 
