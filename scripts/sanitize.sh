@@ -20,7 +20,7 @@ if [ ! -e "$("$compiler" -print-file-name=libasan.so)" ]; then
 fi
 
 if ! {
-    "$python" -m cmake -S native -B "$build" -G Ninja -DSANITIZE=ON -DCMAKE_CXX_COMPILER="$compiler" \
+    "$python" -m cmake -S native -B "$build" -G Ninja -DSANITIZE=ON -DEMULATE_AMX=ON -DCMAKE_CXX_COMPILER="$compiler" \
         -DPython_EXECUTABLE="$python" -Dnanobind_DIR="$("$python" -m nanobind --cmake_dir)" \
         -DCMAKE_MAKE_PROGRAM="$("$python" -c 'import ninja; print(ninja.BIN_DIR)')/ninja"
     "$python" -m cmake --build "$build"

@@ -8,14 +8,13 @@
 namespace penstock {
 
 namespace {
-constexpr int QUERY_ROWS = 48;  // query rows of an attention task: keys and values come from L2 once for six
 constexpr float LOWEST = -std::numeric_limits<float>::infinity();
 }  // namespace
 
 void Program::plan_attention(const Batch& batch, const Op& op) {
     Attention& plan = plan_of(op);
     int group = op.num_heads / op.pool.num_kv_heads;
-    int tile = std::max(1, QUERY_ROWS / group);
+    int tile = std::max(1, kernels_.query_rows / group);
     find_queries(batch, op.narrows);
     plan.tasks.clear();
     int max_spans = 1;
@@ -122,7 +121,7 @@ void Program::look_ahead(const Batch& batch, const Op& op, Course& course, Place
 void Program::attend_tasks(const Batch& batch, const Op& op, int member, Deal& deal) {
     Attention& plan = plan_of(op);
     int group = op.num_heads / op.pool.num_kv_heads, dim = op.pool.head_dim;
-    int tile = std::max(1, QUERY_ROWS / group), rows = tile * group;
+    int tile = std::max(1, kernels_.query_rows / group), rows = tile * group;
     std::size_t part = static_cast<std::size_t>(rows) * (dim + 2);
     float* of_span = reinterpret_cast<float*>(scratch(member, 2 * part * sizeof(float)));
     float* merged = of_span + part;
@@ -163,7 +162,7 @@ void Program::attend_tasks(const Batch& batch, const Op& op, int member, Deal& d
 void Program::merge_spans(const Op& op, int member) {
     Attention& plan = plan_of(op);
     int group = op.num_heads / op.pool.num_kv_heads, dim = op.pool.head_dim;
-    int tile = std::max(1, QUERY_ROWS / group), rows = tile * group;
+    int tile = std::max(1, kernels_.query_rows / group), rows = tile * group;
     std::size_t part = static_cast<std::size_t>(rows) * (dim + 2);
     float* merged = reinterpret_cast<float*>(scratch(member, part * sizeof(float)));
     float *max = merged + rows * dim, *sum = max + rows;

@@ -1,22 +1,40 @@
 // Attention of one piece of the batch over paged keys and values, as two small matrix products per KV block.
 //
-// A block's keys are packed as a weight matrix [tokens, D], its values as one [D, tokens]: the products of
-// gemm_*.inc.hpp serve both. A span's scores are held at once, so its softmax needs no running maximum.
+// A block's keys are packed as a weight matrix [tokens, D], its values as one [D, tokens]: what computes with weights
+// computes with both. A span's scores are held at once, so its softmax needs no running maximum.
 //
 // Over int8 the products are of integers: queries and probabilities become int16, one scale per row (and span), and the
 // sums of a span are exact in int32. Scores then take the scale of their key; probabilities have taken that of their
 // value.
 namespace penstock::PENSTOCK_ISA {
 
-constexpr int ATTEND_ROWS = 6;  // query rows whose sums fit the registers
+constexpr int QUERY_ROWS = 48;  // six at a time
 constexpr float WORD_MAX = 32767.0f;
 static_assert(32767LL * 127 * ATTENTION_SPAN < 1LL << 31, "a span's sums of int16 times int8 fit int32");
 
+// The products of attention in vector registers. Pairs: how keys and values are unpacked; WORDS: they are int8.
+template <class Pairs_, bool WORDS_>
+struct VectorProducts {
+    static constexpr int ROWS = 6;  // query rows whose sums fit the registers
+    static constexpr bool WORDS = WORDS_;
+    static constexpr int SCORES = ATTENTION_SPAN, CHANCES = ATTENTION_SPAN;  // elements from row to row
+
+    static inline void begin(int) {}
+    template <class... Args> static inline void keys(Args&&... args) {
+        key_product<Pairs_>(static_cast<Args&&>(args)...);
+    }
+    template <class... Args> static inline void values(Args&&... args) {
+        value_product<Pairs_>(static_cast<Args&&>(args)...);
+    }
+};
+
+template <class Products>
 struct AttendScratch {
-    alignas(64) float scores[ATTEND_ROWS][ATTENTION_SPAN];
-    alignas(64) bf16 chances[ATTEND_ROWS][ATTENTION_SPAN];
-    alignas(64) bf16 queries[ATTEND_ROWS][256 + 32];
-    float query_scales[ATTEND_ROWS];
+    static constexpr int ROWS = Products::ROWS;
+    alignas(64) float scores[ROWS][Products::SCORES];
+    alignas(64) bf16 chances[ROWS][Products::CHANCES];
+    alignas(64) bf16 queries[ROWS][256 + 32];
+    float query_scales[ROWS];
     alignas(64) float key_scales[ATTENTION_SPAN];
     alignas(64) float value_scales[ATTENTION_SPAN];
 };
@@ -47,8 +65,8 @@ static inline float to_words(const bf16* x, int dim, bf16* out) {
 
 // What row `r` may see of the span, positions first..last: -inf elsewhere. Over int8 the scores become float32, times
 // `scale` and that of their key. Returns the largest score.
-template <bool WORDS>
-static inline float mask(AttendScratch& s, int r, int first, int last, int begin, int num, float scale) {
+template <bool WORDS, class Scratch>
+static inline float mask(Scratch& s, int r, int first, int last, int begin, int num, float scale) {
     float* scores = s.scores[r];
     vf most = all(-INF), factor = all(WORDS ? s.query_scales[r] * scale : 1.0f);
     auto see = [&](int i, auto some) {
@@ -72,7 +90,8 @@ static inline float mask(AttendScratch& s, int r, int first, int last, int begin
 
 // Softmax over scores times `scale`: chances[r], rounded to bf16, and the sum of the unrounded ones. top: the largest
 // score, taken off before the scale is put on, so that its own probability is 1 however large it is.
-static inline float soften(AttendScratch& s, int r, int num, float scale, float top) {
+template <class Scratch>
+static inline float soften(Scratch& s, int r, int num, float scale, float top) {
     vf total = all(0);
     for (int i = 0; i < num; i += 16) {
         vf p = exp2((load(s.scores[r] + i) - top) * scale);
@@ -84,7 +103,8 @@ static inline float soften(AttendScratch& s, int r, int num, float scale, float 
 
 // The same over int8: chances[r] are int16, of the probability times its value's scale, and `unit` is what 1 stands
 // for. Below 1 / 65534 of the span's largest they are zero. A value without a number for its scale makes the unit NaN.
-static inline float soften_words(AttendScratch& s, int r, int num, float top, float* unit) {
+template <class Scratch>
+static inline float soften_words(Scratch& s, int r, int num, float top, float* unit) {
     vf total = all(0), most = all(0);
     vi broken = {};
     for (int i = 0; i < num; i += 16) {
@@ -102,14 +122,16 @@ static inline float soften_words(AttendScratch& s, int r, int num, float top, fl
     return sum(total);
 }
 
-template <class Pairs, bool WORDS>
-static inline void attend_as(const AttendPiece& piece, AttendScratch& s) {
+template <class Products>
+static inline void attend_as(const AttendPiece& piece, AttendScratch<Products>& s) {
+    constexpr bool WORDS = Products::WORDS;
+    constexpr int ROWS = Products::ROWS;
     int rows = piece.num_tokens * piece.group, dim = piece.head_dim;
     std::size_t block_bytes = piece.block_bytes, head_bytes = kv_head_bytes(piece.format, dim);
     const char *keys = piece.pool, *values = piece.pool + piece.value_bytes;
     bool asked = false;  // for what comes after this piece: by the first rows that see something
-    for (int r0 = 0; r0 < rows; r0 += ATTEND_ROWS) {
-        int m = rows - r0 < ATTEND_ROWS ? rows - r0 : ATTEND_ROWS;
+    for (int r0 = 0; r0 < rows; r0 += ROWS) {
+        int m = rows - r0 < ROWS ? rows - r0 : ROWS;
         int t0 = r0 / piece.group, t1 = (r0 + m - 1) / piece.group;
         int last = piece.position + t1;  // the furthest that any of these rows sees
         int first = piece.window ? piece.position + t0 - piece.window + 1 : 0;
@@ -134,13 +156,14 @@ static inline void attend_as(const AttendPiece& piece, AttendScratch& s) {
         int pace = (piece.num_ahead + 2 * num_blocks - 1) / (2 * num_blocks);
         Ahead ahead = asked ? Ahead() : Ahead(piece.ahead, piece.num_ahead, head_bytes, pace);
         asked = true;
-        key_product<Pairs>(keys, block_bytes, blocks, num_blocks, s.queries[0], Q_STRIDE, m, dim, s.scores[0],
-                           ATTENTION_SPAN, ahead);
+        Products::begin(m);
+        Products::keys(keys, block_bytes, blocks, num_blocks, s.queries[0], Q_STRIDE, m, dim, s.scores[0],
+                       Products::SCORES, ahead);
         if constexpr (WORDS) {
             load_scales(keys, block_bytes, blocks, num_blocks, dim, s.key_scales);
             load_scales(values, block_bytes, blocks, num_blocks, dim, s.value_scales);
         }
-        float unit[ATTEND_ROWS] = {};
+        float unit[ROWS] = {};
         for (int r = 0; r < m; r++) {
             int position = piece.position + (r0 + r) / piece.group;
             int from = piece.window ? position - piece.window + 1 : 0;
@@ -155,7 +178,7 @@ static inline void attend_as(const AttendPiece& piece, AttendScratch& s) {
             }
             piece.sum[r0 + r] = WORDS ? soften_words(s, r, num, top, unit + r) : soften(s, r, num, piece.scale, top);
         }
-        value_product<Pairs>(values, block_bytes, blocks, num_blocks, s.chances[0], ATTENTION_SPAN, m, dim, out, ahead);
+        Products::values(values, block_bytes, blocks, num_blocks, s.chances[0], Products::CHANCES, m, dim, out, ahead);
         if constexpr (WORDS)
             for (int r = 0; r < m; r++)
                 for (int i = r * dim; i < (r + 1) * dim; i += 16)
@@ -163,12 +186,17 @@ static inline void attend_as(const AttendPiece& piece, AttendScratch& s) {
     }
 }
 
-static void attend(const AttendPiece& piece) {
-    static thread_local AttendScratch of_thread;
-    AttendScratch* s = &of_thread;
+template <class Products>
+static inline void attend_with(const AttendPiece& piece) {
+    static thread_local AttendScratch<Products> of_thread;
+    AttendScratch<Products>* s = &of_thread;
     asm("" : "+r"(s));  // an address like any other, or loops would ask for the thread's own each time around
-    if (piece.format == KVFormat::INT8) attend_as<WordPairs, true>(piece, *s);
-    else attend_as<Bf16Pairs, false>(piece, *s);
+    attend_as(piece, *s);
+}
+
+static void attend(const AttendPiece& piece) {
+    if (piece.format == KVFormat::INT8) attend_with<VectorProducts<WordPairs, true>>(piece);
+    else attend_with<VectorProducts<Bf16Pairs, false>>(piece);
 }
 
 static void merge(const float* out, const float* max_of, const float* sum_of, int rows, int dim, float* to, float* to_max,

@@ -89,6 +89,7 @@ struct AttendPiece {
 struct Kernels {
     const char* name;
     int rows_at_once, max_columns;  // the piece of a product whose float32 results stay near: what to ask gemm for
+    int query_rows;                 // of a piece of attention: keys and values come from L2 once for all of them
 
     // c[m][cols] = rows x columns [col, col + cols) of the weight, float32, without bias. col and cols multiples of 16.
     void (*gemm)(const Weight& weight, const Rows& rows, int m, int col, int cols, float* c, std::size_t c_stride);
