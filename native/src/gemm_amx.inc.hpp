@@ -57,14 +57,13 @@ struct StoredTiles {  // bf16, W8A8, and what is unpacked already
 };
 
 template <class Pairs>
-struct PairTiles {  // INT8, INT4: a tile is 16 pairs of k
+struct PairTiles : Pairs {  // BF12, INT8, INT4: a tile is 16 pairs of k
     static constexpr int STORED_BYTES = TILE * Pairs::PAIR_BYTES;
-    const char* data;
-    std::size_t block_bytes;
     PENSTOCK_INLINE const char* tile(int block, int t, char* to) const {
-        Pairs from{data + block * block_bytes + t * STORED_BYTES, 0};
+        Pairs from = *this;
+        from.data += t * STORED_BYTES;
 #pragma GCC unroll 16
-        for (int p = 0; p < TILE; p++) _mm512_store_si512(to + p * 64, from.pair(0, p));
+        for (int p = 0; p < TILE; p++) _mm512_store_si512(to + p * 64, from.pair(block, p));
         tiles_written();
         return to;
     }
@@ -155,7 +154,8 @@ static PENSTOCK_INLINE void tile_product(const Tiles& w, const char* a, std::siz
 // All rows over a stretch of K. each(first row, rows, product): `product(begin, c, c_bytes)` computes these rows.
 template <bool INTS, int BLOCKS, class Tiles, class Each>
 static PENSTOCK_INLINE void pass_rows(const Tiles& w, const TileRows& rows, int first_tile, int num, Each each) {
-    Tiles from{w.data + first_tile * Tiles::STORED_BYTES, w.block_bytes};
+    Tiles from = w;
+    from.data += first_tile * Tiles::STORED_BYTES;
     const char* a = rows.data + first_tile * 64;
     if (rows.num <= TILE) {
         each(0, rows.num, [&](Begin begin, void* c, std::size_t c_bytes) {
@@ -228,7 +228,9 @@ static void gemm_tiles(const Weight& weight, const TileRows& rows, int col, int 
     std::size_t scale_stride = static_cast<std::size_t>(weight.k_pad) / GROUP * COLUMNS;
     for (int left = cols / COLUMNS, block = col / COLUMNS, now; left; left -= now, block += now, c += now * COLUMNS) {
         now = left >= 2 ? 2 : 1;
-        Tiles w{static_cast<const char*>(weight.data) + block * block_bytes, block_bytes};
+        Tiles w{};
+        w.data = static_cast<const char*>(weight.data) + block * block_bytes, w.block_bytes = block_bytes;
+        if constexpr (requires { w.exponents; }) w.exponents = weight.exponents + block * 32;
         if constexpr (GROUPS) {
             const float* scale = weight.scale + block * scale_stride;
             if (now == 2) sum_groups<INTS, 2>(w, rows, num_tiles, scale, scale_stride, c, c_stride);
@@ -246,13 +248,14 @@ static void gemm_rows(const Weight& weight, const TileRows& rows, int col, int c
         case Format::INT8: return gemm_tiles<PairTiles<Int8Pairs>, false, false>(weight, rows, col, cols, c, c_stride);
         case Format::W8A8: return gemm_tiles<StoredTiles, true, false>(weight, rows, col, cols, c, c_stride);
         case Format::INT4: return gemm_tiles<PairTiles<Int4Pairs>, false, true>(weight, rows, col, cols, c, c_stride);
+        case Format::BF12: return gemm_tiles<PairTiles<Bf12Pairs>, false, false>(weight, rows, col, cols, c, c_stride);
         case Format::W4A8: return gemm_tiles<NibbleTiles, true, true>(weight, rows, col, cols, c, c_stride);
     }
 }
 
 static void scale_results(const Weight& weight, const Rows& rows, int m, int col, int cols, float* c,
                           std::size_t c_stride) {
-    if (weight.format == Format::BF16 || weight.format == Format::INT4) return;
+    if (weight.format == Format::BF16 || weight.format == Format::BF12 || weight.format == Format::INT4) return;
     for (int i = 0; i < m; i++) {
         vf of_row = all(rows.scale ? rows.scale[i] : 1.0f);
         for (int j = 0; j < cols; j += COLUMNS) {
@@ -279,6 +282,7 @@ static void gemm(const Weight& weight, const Rows& rows, int m, int col, int col
         gemm_rows(weight, last, col, cols, c + tiles.num * c_stride, c_stride);
     }
     _tile_release();
+    if (weight.format == Format::BF12) add_rare(weight, rows, m, col, cols, c, c_stride);
     scale_results(weight, rows, m, col, cols, c, c_stride);
 }
 

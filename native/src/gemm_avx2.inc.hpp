@@ -1,5 +1,6 @@
 // Packed matrix products with 256-bit vectors: the same order of sums as with 512 bits, two registers per block.
 #include "ahead.inc.hpp"
+#include "rare.inc.hpp"
 
 namespace penstock::PENSTOCK_ISA {
 
@@ -41,6 +42,30 @@ struct Int8Pairs {
         return {{eight(from), eight(from + 8)}, {eight(from + 16), eight(from + 24)}};
     }
 };
+
+// Pairs of bf16 from twelve bits: eight numbers, a byte and a nibble each, at a time.
+static inline __m256i eight_bf12(const char* rest, const char* places, int shift, const bf16* exponents) {
+    __m256i bytes = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(rest)));
+    __m256i place = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(places)));
+    place = _mm256_and_si256(_mm256_srl_epi32(place, _mm_cvtsi32_si128(shift)), _mm256_set1_epi32(15));
+    // Exponents rise by one from place to place, but the last, which is none.
+    __m256i lowest = _mm256_set1_epi32(exponents[0]), none = _mm256_cmpeq_epi32(place, _mm256_set1_epi32(15));
+    __m256i exponent = _mm256_andnot_si256(none, _mm256_add_epi32(lowest, _mm256_slli_epi32(place, 7)));
+    return _mm256_or_si256(_mm256_and_si256(bytes, _mm256_set1_epi32(0x807f)), exponent);
+}
+
+// A chunk of a block of BF12 as the pairs of BF16.
+static void unpack_bf12(const char* w, int num_pairs, const bf16* exponents, bf16* to) {
+    for (int p = 0; p < num_pairs; p++, to += 32) {
+        const char *rest = w + p / 4 * 192 + p % 4 * 32, *places = w + p / 4 * 192 + 128 + p / 2 % 2 * 32;
+        for (int i = 0; i < 32; i += 16) {
+            __m256i first = eight_bf12(rest + i, places + i, p % 2 * 4, exponents);
+            __m256i second = eight_bf12(rest + i + 8, places + i + 8, p % 2 * 4, exponents);
+            __m256i both = _mm256_permute4x64_epi64(_mm256_packus_epi32(first, second), 0xd8);
+            _mm256_store_si256(reinterpret_cast<__m256i*>(to + i), both);
+        }
+    }
+}
 
 struct Words {  // k pairs of sixteen columns, int16
     __m256i low, high;
@@ -107,8 +132,10 @@ static inline void put_scaled(float* c, const Sum& sum, const float* scale, bool
 
 template <int M, class W>
 static inline void product(const char* w, const bf16* a, std::size_t stride, int num_pairs, float* c,
-                           std::size_t c_stride) {
+                           std::size_t c_stride, bool first = true) {
     Sum sum[M] = {};
+    if (!first)
+        for (int i = 0; i < M; i++) sum[i] = {_mm256_loadu_ps(c + i * c_stride), _mm256_loadu_ps(c + i * c_stride + 8)};
     for (int p = 0; p < num_pairs; p++) {
         auto pair = W::at(w, p);
 #pragma GCC unroll 4
@@ -138,10 +165,23 @@ static inline void each_tile(int m, F f) {
 
 template <class W>
 static void product_rows(const char* w, const bf16* a, std::size_t stride, int m, int num_pairs, float* c,
-                         std::size_t c_stride) {
+                         std::size_t c_stride, bool first = true) {
     each_tile(m, [&](auto rows, int row) {
-        product<rows.value, W>(w, a + row * stride, stride, num_pairs, c + row * c_stride, c_stride);
+        product<rows.value, W>(w, a + row * stride, stride, num_pairs, c + row * c_stride, c_stride, first);
     });
+}
+
+// One block, unpacked in chunks that stay in L1 while all rows pass over them.
+static void product_bf12(const Weight& weight, std::size_t block, const bf16* a, std::size_t stride, int m, float* c,
+                         std::size_t c_stride) {
+    constexpr int CHUNK_PAIRS = 128;
+    alignas(64) bf16 chunk[CHUNK_PAIRS * 32];
+    const char* w = static_cast<const char*>(weight.data) + block * weight.k_pad * COLUMNS / 2 * 3;
+    for (int p = 0, num; p < weight.k_pad / 2; p += num) {
+        num = weight.k_pad / 2 - p < CHUNK_PAIRS ? weight.k_pad / 2 - p : CHUNK_PAIRS;
+        unpack_bf12(w + p / 4 * 192, num, weight.exponents + block * 32, chunk);
+        product_rows<Bf16Pairs>(reinterpret_cast<const char*>(chunk), a + 2 * p, stride, m, num, c, c_stride, p == 0);
+    }
 }
 
 // As in product_avx512.inc.hpp.
@@ -305,8 +345,10 @@ static void gemm(const Weight& weight, const Rows& rows, int m, int col, int col
             case Format::W8A8: product_w8a8(weight, block, rows, m, c + j, c_stride); break;
             case Format::INT4: product_int4(weight, block, a, rows.stride, m, c + j, c_stride); break;
             case Format::W4A8: product_w4a8(weight, block, rows, m, c + j, c_stride); break;
+            case Format::BF12: product_bf12(weight, block, a, rows.stride, m, c + j, c_stride); break;
         }
     }
+    if (weight.format == Format::BF12) add_rare(weight, rows, m, col, cols, c, c_stride);
 }
 
 }  // namespace penstock::PENSTOCK_ISA

@@ -4,6 +4,7 @@
 // quantization group: four blocks' chunk lies in L1, unpacked to bf16 if it has to be, while all rows pass over it; the
 // sums rest in `c` between chunks, which changes no bit. Formats with int8 activations: gemm_ints_avx512.inc.hpp.
 #include "product_avx512.inc.hpp"
+#include "rare.inc.hpp"
 #include "gemm_ints_avx512.inc.hpp"
 
 namespace penstock::PENSTOCK_ISA {
@@ -68,7 +69,11 @@ struct Blocks {
         if constexpr (GROUPS) return Scaled{p == 0, scale + p / CHUNK_PAIRS * COLUMNS, scale_stride};
         else return Continued{p == 0};
     }
-    Pairs from(int p) const { return {w.data + p * Pairs::PAIR_BYTES, w.block_bytes}; }
+    Pairs from(int p) const {
+        Pairs pairs = w;
+        pairs.data += p * Pairs::PAIR_BYTES;
+        return pairs;
+    }
 };
 
 // Few rows: weights go straight from memory into registers.
@@ -146,6 +151,7 @@ static void gemm_pairs(const Weight& weight, const Rows& rows, int m, int col, i
     for (int left = cols / COLUMNS, block = col / COLUMNS, now; left; left -= now, block += now, c += now * COLUMNS) {
         Blocks<Pairs, GROUPS> b{{static_cast<const char*>(weight.data) + block * block_bytes, block_bytes}, num_pairs,
                                 weight.scale + block * scale_stride, scale_stride};
+        if constexpr (requires { b.w.exponents; }) b.w.exponents = weight.exponents + block * 32;
         now = blocks_at_once(m, left);
         if (now == 4) any_rows<4>(b, a, rows.stride, m, c, c_stride);
         else if (now == 2) any_rows<2>(b, a, rows.stride, m, c, c_stride);
@@ -161,6 +167,12 @@ static void gemm_int8(const Weight& weight, const Rows& rows, int m, int col, in
             store(c + i * c_stride + j, load(c + i * c_stride + j) * load(weight.scale + col + j));
 }
 
+static void gemm_bf12(const Weight& weight, const Rows& rows, int m, int col, int cols, float* c,
+                      std::size_t c_stride) {
+    gemm_pairs<Bf12Pairs>(weight, rows, m, col, cols, c, c_stride);
+    add_rare(weight, rows, m, col, cols, c, c_stride);
+}
+
 static void gemm(const Weight& weight, const Rows& rows, int m, int col, int cols, float* c, std::size_t c_stride) {
     switch (weight.format) {
         case Format::BF16: return gemm_pairs<Bf16Pairs>(weight, rows, m, col, cols, c, c_stride);
@@ -168,6 +180,7 @@ static void gemm(const Weight& weight, const Rows& rows, int m, int col, int col
         case Format::W8A8: return gemm_w8a8(weight, rows, m, col, cols, c, c_stride);
         case Format::INT4: return gemm_pairs<Int4Pairs, true>(weight, rows, m, col, cols, c, c_stride);
         case Format::W4A8: return gemm_w4a8(weight, rows, m, col, cols, c, c_stride);
+        case Format::BF12: return gemm_bf12(weight, rows, m, col, cols, c, c_stride);
     }
 }
 

@@ -5,6 +5,7 @@
 #include "emulated_amx.hpp"
 #endif
 #include "product_avx512.inc.hpp"
+#include "rare.inc.hpp"
 #include "gemm_amx.inc.hpp"
 #include "attention.inc.hpp"
 #include "attend_amx.inc.hpp"

@@ -31,6 +31,20 @@ enum class Format : int {
     INT4 = 3,  // [k_pad/32][8][16][2] bytes: low nibble k-pair p, high nibble k-pair p + 8 of 16; value = nibble - 8;
                // scale[k_pad/128 groups][16] per block: products in bf16
     W4A8 = 4,  // [k_pad/8][16][4] bytes: low nibble k-quad q, high nibble quad q + 1; as INT4, products in integers
+    BF12 = 5,  // every bf16 number, in 12 bits: four k-pairs at a time, [4][16][2] bytes of sign and seven bits of
+               // significand, then [2][16][2] bytes of exponents: low nibble k-pair p, high nibble p + 1, places in the
+               // block's table. What has another exponent is zero there and one of the block's `rare` weights.
+};
+
+struct RareWeight {
+    std::int32_t k;
+    std::int16_t column;  // of the block
+    bf16 value;
+};
+
+struct RareWeights {
+    const RareWeight* data;
+    int num;
 };
 
 struct Weight {
@@ -40,6 +54,8 @@ struct Weight {
     const float* scale;        // INT8, W8A8: [n_pad]; INT4, W4A8: [n_pad/16][k_pad/128][16]; else null
     const std::int32_t* sums;  // W8A8: [n_pad], sum over k of q (vpdpbusd needs unsigned activations); else null
     const float* bias;         // [n_pad] or null
+    const bf16* exponents = nullptr;    // BF12: [n_pad/16][32]: 15 rising ones in place and zero, twice; else null
+    const RareWeights* rare = nullptr;  // BF12: [n_pad/16]; else null
 };
 
 // What the place of one KV head in a block holds, keys or values: packed so that the products of attention read it in
@@ -53,7 +69,7 @@ static inline constexpr std::size_t kv_head_bytes(KVFormat format, int head_dim)
     return static_cast<std::size_t>(KV_BLOCK) * (format == KVFormat::BF16 ? 2 * head_dim : head_dim + 2);
 }
 
-// Rows of activations. BF16, INT8, INT4 weights read bf16, W8A8 and W4A8 read int8 with a scale per row.
+// Rows of activations. BF16, BF12, INT8, INT4 weights read bf16, W8A8 and W4A8 read int8 with a scale per row.
 // Rows are `stride` elements apart; elements between K and k_pad are zero.
 struct Rows {
     const void* data;

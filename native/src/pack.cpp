@@ -9,6 +9,9 @@ namespace penstock {
 namespace {
 std::size_t up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
 
+constexpr std::size_t PAIRS_BYTES = 192;  // of four pairs in BF12
+constexpr int ANY_EXPONENT = 15;          // the place in the table that holds zero
+
 int k_align(Format format) { return format == Format::INT4 || format == Format::W4A8 ? GROUP : K_ALIGN; }
 
 float widen(bf16 x) {
@@ -34,8 +37,15 @@ std::size_t place(Format format, int j, int k) {
         // Bytes; the nibble is chosen by the caller.
         case Format::INT4: return static_cast<std::size_t>(k / 32) * 256 + k % 16 / 2 * 32 + j * 2 + k % 2;
         case Format::W4A8: return static_cast<std::size_t>(k / 8) * 64 + j * 4 + k % 4;
+        // Bytes of sign and significand.
+        case Format::BF12: return static_cast<std::size_t>(k / 8) * PAIRS_BYTES + k / 2 % 4 * 32 + j * 2 + k % 2;
     }
     return 0;
+}
+
+// The byte whose nibble, the low one for an even pair, says the exponent of (column j, k) of a block.
+std::size_t exponent_place(int j, int k) {
+    return static_cast<std::size_t>(k / 8) * PAIRS_BYTES + 128 + k / 4 % 2 * 32 + j * 2 + k % 2;
 }
 
 // A whole block of bf16, 16 rows from `rows` on, up to the last multiple of 8 in K: returns that. Pairs are transposed in
@@ -88,11 +98,48 @@ void pack_elements(Format format, const T* rows, std::size_t stride, const std::
 std::size_t packed_bytes(Format format, int n, int k) {
     std::size_t elements = up(n, COLUMNS) * up(k, k_align(format));
     if (format == Format::BF16) return elements * 2;
+    if (format == Format::BF12) return elements / 2 * 3;
     return k_align(format) == GROUP ? elements / 2 : elements;
 }
 
 void pack_bf16(const bf16* rows, std::size_t stride, const std::int32_t* order, int n, int k, int begin, int end, void* to) {
     pack_elements(Format::BF16, rows, stride, order, n, k, begin, end, static_cast<bf16*>(to));
+}
+
+void pack_bf12(const bf16* rows, std::size_t stride, int count, int k, void* to, bf16* exponents, std::vector<RareWeight>& rare) {
+    std::size_t num = up(k, K_ALIGN) * COLUMNS;
+    std::vector<bf16> pairs(num);
+    pack_bf16(rows, stride, nullptr, count, k, 0, COLUMNS, pairs.data());
+    int most = 0;
+    for (bf16 x : pairs) most = std::max(most, x & 0x7f80);
+    // Fifteen exponents up to the largest: of normally distributed weights all but one in six thousand.
+    int lowest = std::max(1, (most >> 7) - 14);
+    for (int i = 0; i < 32; i++) exponents[i] = static_cast<bf16>(i % 16 == ANY_EXPONENT ? 0 : std::min(lowest + i % 16, 255) << 7);
+    rare.clear();
+    std::uint8_t places[128];  // of four pairs
+    for (std::size_t from = 0; from < num; from += 128) {
+        const bf16* x = pairs.data() + from;
+        std::uint8_t* at = static_cast<std::uint8_t*>(to) + from / 128 * PAIRS_BYTES;
+        int others = 0;
+        for (int i = 0; i < 128; i++) {
+            int exponent = x[i] >> 7 & 255, place = exponent - lowest;
+            int known = place >= 0 ? place : ANY_EXPONENT;
+            places[i] = static_cast<std::uint8_t>(known);
+            others |= (place < 0) & (exponent != 0);
+            at[i] = static_cast<std::uint8_t>((x[i] >> 8 & 0x80) | (x[i] & 0x7f));
+        }
+        for (int i = 0; others && i < 128; i++) {
+            int exponent = x[i] >> 7 & 255;
+            if (exponent == 0 || exponent >= lowest) continue;
+            int k_of = static_cast<int>(from / 32 + i / 32) * 2 + i % 2;
+            rare.push_back({k_of, static_cast<std::int16_t>(i % 32 / 2), x[i]});
+            at[i] = 0;
+        }
+        for (int i = 0; i < 64; i++) {
+            int pair = i / 32 * 64 + i % 32;
+            at[128 + i] = static_cast<std::uint8_t>(places[pair] | places[pair + 32] << 4);
+        }
+    }
 }
 
 void pack_int8(Format format, const std::int8_t* rows, std::size_t stride, const std::int32_t* order, int n, int k,
@@ -176,6 +223,13 @@ void unpack_row(const Weight& w, int n, float* out) {
             case Format::BF16:
                 out[k] = widen(static_cast<const bf16*>(w.data)[block * elements + at]);
                 break;
+            case Format::BF12: {
+                const std::uint8_t* of_block = static_cast<const std::uint8_t*>(w.data) + block * elements / 2 * 3;
+                int places = of_block[exponent_place(column, k)], x = of_block[at];
+                int exponent = w.exponents[block * 32 + (k / 2 % 2 ? places >> 4 : places & 15)];
+                out[k] = widen(static_cast<bf16>((x & 0x80) << 8 | exponent | (x & 0x7f)));
+                break;
+            }
             case Format::INT8:
             case Format::W8A8:
                 out[k] = static_cast<float>(static_cast<const std::int8_t*>(w.data)[block * elements + at]) * w.scale[n];
@@ -190,6 +244,9 @@ void unpack_row(const Weight& w, int n, float* out) {
             }
         }
     }
+    if (w.format == Format::BF12)
+        for (int i = 0; i < w.rare[block].num; i++)
+            if (const RareWeight& rare = w.rare[block].data[i]; rare.column == column) out[rare.k] = widen(rare.value);
 }
 
 }  // namespace penstock

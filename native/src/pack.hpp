@@ -2,6 +2,7 @@
 #pragma once
 #include <cstddef>
 #include <cstdint>
+#include <vector>
 
 #include "kernels.hpp"
 
@@ -13,6 +14,9 @@ std::size_t packed_bytes(Format format, int n, int k);
 // Rows [begin, end) of the packed matrix from `rows`: row j comes from source row `order[j]`, or j when order is null;
 // begin a multiple of 16. Rows are bf16, `stride` elements apart. The rest of the last block and of K becomes zero.
 void pack_bf16(const bf16* rows, std::size_t stride, const std::int32_t* order, int n, int k, int begin, int end, void* to);
+
+// One block of 16 columns as BF12, from its `count` rows: no bit is lost. exponents [32] and rare as `Weight` has them.
+void pack_bf12(const bf16* rows, std::size_t stride, int count, int k, void* to, bf16* exponents, std::vector<RareWeight>& rare);
 
 // The same for 8-bit integers that are quantized already, int8 rows; sums only for W8A8.
 void pack_int8(Format format, const std::int8_t* rows, std::size_t stride, const std::int32_t* order, int n, int k,

@@ -37,7 +37,11 @@ public:
         if (char* at = arena ? arena->take(bytes_) : nullptr) data_ = std::shared_ptr<char>(std::move(arena), at);
         else data_ = pages(bytes_);  // no arena, or it is full
         weight_.data = data_.get();
-        if (weight_.format != Format::BF16) {
+        if (weight_.format == Format::BF12) {
+            std::size_t blocks = weight_.n_pad / COLUMNS;
+            exponents_.assign(blocks * 32, 0), rare_.resize(blocks), rare_of_.assign(blocks, {nullptr, 0});
+            weight_.exponents = exponents_.data(), weight_.rare = rare_of_.data();
+        } else if (weight_.format != Format::BF16) {
             scale_.assign(groups ? static_cast<std::size_t>(weight_.n_pad) * (weight_.k_pad / GROUP) : weight_.n_pad, 0.0f);
             weight_.scale = scale_.data();
         }
@@ -49,7 +53,11 @@ public:
     PackedWeight(const PackedWeight&) = delete;
 
     const Weight& weight() const { return weight_; }
-    std::size_t num_bytes() const { return bytes_ + scale_.size() * 4 + sums_.size() * 4; }
+    std::size_t num_bytes() const {
+        std::size_t rare = 0;
+        for (const RareWeights& of_block : rare_of_) rare += of_block.num;
+        return bytes_ + scale_.size() * 4 + sums_.size() * 4 + exponents_.size() * 2 + rare * sizeof(RareWeight);
+    }
 
     void set_bias(Array<float> bias) {
         if (static_cast<int>(bias.shape(0)) != weight_.n) throw std::invalid_argument("bias and weight differ in size");
@@ -121,7 +129,8 @@ private:
     }
 
     void check_quantized(int begin, int step, std::size_t num, std::size_t k, const Matrix<float>& scales) const {
-        if (weight_.format == Format::BF16) throw std::invalid_argument("a bf16 weight takes bf16 rows");
+        if (weight_.format == Format::BF16 || weight_.format == Format::BF12)
+            throw std::invalid_argument("a bf16 weight takes bf16 rows");
         bool whole = num % COLUMNS == 0 || (step == 1 && begin + static_cast<long>(num) == weight_.n);
         long last = begin + COLUMNS * step * (static_cast<long>(up(num, COLUMNS)) / COLUMNS - 1);
         bool fits = begin >= 0 && begin % COLUMNS == 0 && step > 0 && num > 0 && last < weight_.n;
@@ -159,6 +168,12 @@ private:
             pack_bf16(from, stride, nullptr, count, k, 0, COLUMNS, block_of(column));
             return;
         }
+        if (weight_.format == Format::BF12) {
+            std::size_t block = column / COLUMNS;
+            pack_bf12(from, stride, count, k, block_of(column), exponents_.data() + block * 32, rare_[block]);
+            rare_of_[block] = {rare_[block].data(), static_cast<int>(rare_[block].size())};
+            return;
+        }
         int groups = is_grouped() ? (k + GROUP - 1) / GROUP : 1;
         std::vector<std::int8_t> integers(static_cast<std::size_t>(count) * k);
         std::vector<float> scales(static_cast<std::size_t>(count) * groups);
@@ -184,6 +199,9 @@ private:
     Weight weight_{};
     std::vector<float> scale_, bias_;
     std::vector<std::int32_t> sums_;
+    std::vector<bf16> exponents_;
+    std::vector<std::vector<RareWeight>> rare_;  // by block
+    std::vector<RareWeights> rare_of_;
 };
 
 }  // namespace penstock

@@ -118,6 +118,33 @@ struct Bf16Pairs {
     }
 };
 
+struct Bf12Pairs {
+    const char* data;
+    std::size_t block_bytes;
+    const bf16* exponents = nullptr;  // of the first block
+    static constexpr int PAIR_BYTES = 48;
+
+    PENSTOCK_INLINE const char* four(int block, int p) const { return data + block * block_bytes + p / 4 * 192; }
+    PENSTOCK_INLINE __m512i places(int block, int p) const {  // of a pair and the next one, in bytes of 16 bits
+        return _mm512_cvtepu8_epi16(_mm256_load_si256(reinterpret_cast<const __m256i*>(four(block, p) + 128 + p / 2 % 2 * 32)));
+    }
+    // The exponent's place is five bits wide, so that what is above a low nibble needs no mask. A byte that has its sign
+    // spread to the left keeps sign and significand of it, and takes the exponent from the table.
+    PENSTOCK_INLINE __m512i whole(int block, int p, __m512i places) const {
+        __m512i exponent = _mm512_permutexvar_epi16(places, _mm512_loadu_si512(exponents + block * 32));
+        __m512i rest = _mm512_cvtepi8_epi16(_mm256_load_si256(reinterpret_cast<const __m256i*>(four(block, p) + p % 4 * 32)));
+        return _mm512_ternarylogic_epi32(rest, _mm512_set1_epi16(static_cast<short>(0x807f)), exponent, 0xea);  // a & b | c
+    }
+    PENSTOCK_INLINE __m512i even(int block, int p) const { return whole(block, p, places(block, p)); }
+    PENSTOCK_INLINE __m512i odd(int block, int p) const { return whole(block, p, _mm512_srli_epi16(places(block, p), 4)); }
+    PENSTOCK_INLINE __m512i pair(int block, int p) const { return p & 1 ? odd(block, p) : even(block, p); }
+    template <class S>
+    PENSTOCK_INLINE void add_to(S& sums, const bf16* a, std::size_t stride, int p) const {
+        if (p & 1) sums.add(a, stride, [&](int j) { return odd(j, p); });
+        else sums.add(a, stride, [&](int j) { return even(j, p); });
+    }
+};
+
 struct Int8Pairs {
     const char* data;
     std::size_t block_bytes;

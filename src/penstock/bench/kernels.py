@@ -27,7 +27,7 @@ from penstock.runner.kv_store import KVStore
 
 STREAMED_BYTES = 320 << 20  # of weights in turns, of keys and values: more than caches hold
 READ_BYTES = 1 << 30
-BITS = {"bf16": 16, "int8": 8, "w8a8": 8, "int4": 4.25, "w4a8": 4.25}
+BITS = {"bf16": 16, "int8": 8, "w8a8": 8, "int4": 4.25, "w4a8": 4.25, "bf12": 12}
 BLOCK = 32
 
 
@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
         sections=(),
     )
     parser.add_argument("--model", default="penstock-tiny", metavar="DIR", help="whose shapes [penstock-tiny]")
-    parser.add_argument("--formats", default="bf16,int8,w8a8,int4,w4a8", metavar="LIST", help="weight formats [all]")
+    parser.add_argument("--formats", default="bf16,bf12,int8,w8a8,int4,w4a8", metavar="LIST", help="weight formats [all]")
     parser.add_argument("--rows", default="1,4,32,128,512", metavar="LIST", help="rows of a product [1,4,32,128,512]")
     parser.add_argument("--contexts", default="128,1024,8192", metavar="LIST", help="[128,1024,8192]")
     parser.add_argument("--batches", default="1,32", metavar="LIST", help="decoding rows of attention [1,32]")

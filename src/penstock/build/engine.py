@@ -65,6 +65,7 @@ QUANTIZATION = {
     "w8a8": ("w8a8", "w8a8"),
     "int4": ("int4", "int8"),
     "w4a8": ("w4a8", "w8a8"),
+    "bf12": ("bf12", "bf12"),
 }
 
 

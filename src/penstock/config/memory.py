@@ -26,7 +26,7 @@ TYPICAL_TOKENS = 4096
 # Attention gathers the context of the rows of a step layer by layer, padded by up to a quarter; what a narrower cache
 # holds is then widened to the dtype of the weights.
 GATHER_PADDING = 1.25
-LAYER_BYTES = {"int8": 1.0, "w8a8": 1.0, "int4": 0.5 + 4 / 128, "w4a8": 0.5 + 4 / 128}  # per quantized parameter
+LAYER_BYTES = {"int8": 1.0, "w8a8": 1.0, "int4": 0.5 + 4 / 128, "w4a8": 0.5 + 4 / 128, "bf12": 1.51}  # per packed parameter
 
 
 class MemoryPlanError(ConfigError):
@@ -138,7 +138,7 @@ def max_positions(model: ModelConfig) -> int:
 
 
 def weight_bytes(model: ModelConfig, dtype: str, quantization: str = "none") -> int:
-    """Resident weights. Quantized layers keep a float32 scale per row or per group of 128; the head has 8 bits.
+    """Resident weights. Quantized layers keep a float32 scale per row or per group of 128; their head has 8 bits.
 
     A checkpoint that is quantized already has what it says, unless `quantization` is none: then all of it is `dtype`.
     """
@@ -149,7 +149,8 @@ def weight_bytes(model: ModelConfig, dtype: str, quantization: str = "none") -> 
     table = 0 if model.tied_embeddings else head  # of its own, and not quantized
     layers = model.num_parameters - head - table
     if model.quantization is None:
-        return round(layers * LAYER_BYTES[quantization]) + head + table * item
+        of_head = LAYER_BYTES["bf12"] if quantization == "bf12" else 1
+        return round(layers * LAYER_BYTES[quantization] + head * of_head) + table * item
     stored = _head_item(model.quantization, item) * head + table * item
     for layer in range(model.num_layers):
         for projection in model.projections:

@@ -35,7 +35,7 @@ def setting(default: Any, text: str, **extra: Any) -> Any:
 
 
 DTYPE_SYNONYMS = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
-QUANTIZATIONS = ("auto", "none", "int8", "w8a8", "int4", "w4a8")
+QUANTIZATIONS = ("auto", "none", "int8", "w8a8", "int4", "w4a8", "bf12")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 KV_DTYPES = (*DTYPES, "int8")
 KV_DTYPE_SYNONYMS = {**DTYPE_SYNONYMS, "int8_per_token_head": "int8"}  # vLLM's name
@@ -64,7 +64,7 @@ class ModelOptions:
     quantization: str = setting(
         "auto",
         "auto: what the checkpoint says; else quantize a plain one while loading: weights of 8 or 4 bits, activations "
-        "bf16 (int8, int4) or 8 bits (w8a8, w4a8)",
+        "bf16 (int8, int4) or 8 bits (w8a8, w4a8); bf12: the same bf16 weights in three quarters of the memory, lossless",
         choices=QUANTIZATIONS,
         synonyms={"None": "none", "null": "none", "compressed-tensors": "auto"},
         headline=True,

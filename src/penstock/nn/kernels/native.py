@@ -48,7 +48,7 @@ try:
 except ImportError as missing:
     why_missing = str(missing)
 
-FORMATS = {"bf16": 0, "int8": 1, "w8a8": 2, "int4": 3, "w4a8": 4}  # as native/src/kernels.hpp numbers them
+FORMATS = {"bf16": 0, "int8": 1, "w8a8": 2, "int4": 3, "w4a8": 4, "bf12": 5}  # as native/src/kernels.hpp numbers them
 KV_PACKING = "paired"  # as KVGroup names the order of both
 
 
@@ -109,7 +109,8 @@ class PackedWeights:
 
     `formats`: of the layers' projections and of the head, keys of FORMATS. Raises Unsupported, before any weight is
     consumed, for a model that cannot be recorded. `arena`: of nn.kernels.arena, where they go as long as it lasts.
-    E0 for bf16; the others lose what rounding to their grid loses (E3).
+    bf16 and bf12 hold the same numbers (E0; sums of bf12 may round in another order); the others lose what rounding to
+    their grid loses (E3).
     """
 
     def __init__(
