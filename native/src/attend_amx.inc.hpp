@@ -9,8 +9,12 @@ namespace penstock::PENSTOCK_ISA {
 template <int ROW_TILES>
 struct TileSums {
     PENSTOCK_INLINE void zero() {
-        _tile_zero(0), _tile_zero(1);
-        if constexpr (ROW_TILES == 2) _tile_zero(2), _tile_zero(3);
+        _tile_zero(0);
+        _tile_zero(1);
+        if constexpr (ROW_TILES == 2) {
+            _tile_zero(2);
+            _tile_zero(3);
+        }
     }
     // 32 of K: a row's are 64 bytes of `a`; `first`, `second`: their tiles of columns.
     PENSTOCK_INLINE void add(const bf16* a, std::size_t stride, const char* first, const char* second) {
@@ -26,10 +30,12 @@ struct TileSums {
         }
     }
     PENSTOCK_INLINE void put(float* c, std::size_t stride) const {
-        _tile_stored(0, c, stride * sizeof(float)), _tile_stored(1, c + TILE, stride * sizeof(float));
+        _tile_stored(0, c, stride * sizeof(float));
+        _tile_stored(1, c + TILE, stride * sizeof(float));
         if constexpr (ROW_TILES == 2) {
             c += TILE * stride;
-            _tile_stored(2, c, stride * sizeof(float)), _tile_stored(3, c + TILE, stride * sizeof(float));
+            _tile_stored(2, c, stride * sizeof(float));
+            _tile_stored(3, c + TILE, stride * sizeof(float));
         }
     }
 };

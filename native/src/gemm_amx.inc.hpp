@@ -60,10 +60,7 @@ template <class Pairs>
 struct PairTiles : Pairs {  // BF12, INT8, INT4: a tile is 16 pairs of k
     static constexpr int STORED_BYTES = TILE * Pairs::PAIR_BYTES;
     PENSTOCK_INLINE const char* tile(int block, int t, char* to) const {
-        Pairs from = *this;
-        from.data += t * STORED_BYTES;
-#pragma GCC unroll 16
-        for (int p = 0; p < TILE; p++) _mm512_store_si512(to + p * 64, from.pair(block, p));
+        this->unpack(block, t * TILE, to);
         tiles_written();
         return to;
     }

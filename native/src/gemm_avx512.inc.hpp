@@ -44,13 +44,14 @@ struct Scaled {  // c += sums * scale
     }
 };
 
-// M rows by BLOCKS blocks over a chunk of K; fetch(p) asks for what is needed later.
+// M rows by BLOCKS blocks over a chunk of K; fetch(p) asks for what is needed later, and must be inlined: GCC takes what
+// does nothing but ask for a function without effects, and drops the call.
 template <int M, int BLOCKS, class Pairs, class Chunk, class Fetch>
 static PENSTOCK_APART void product(const Pairs& w, const Chunk& chunk, const bf16* a, std::size_t stride, int num_pairs, float* c,
                     std::size_t c_stride, Fetch fetch) {
     Sums<M, BLOCKS> sums;
     chunk.start(sums, c, c_stride);
-    for (int p = 0; p < num_pairs; p++) {
+    for (int p = 0; p < num_pairs; p += Pairs::AT_ONCE) {
         fetch(p);
         w.add_to(sums, a + 2 * p, stride, p);
     }
@@ -80,17 +81,17 @@ struct Blocks {
 template <int BLOCKS, class Pairs, bool GROUPS>
 static void stream_blocks(const Blocks<Pairs, GROUPS>& b, const bf16* a, std::size_t stride, int m, float* c,
                           std::size_t c_stride) {
-    constexpr int FAR_PAIRS = FAR / Pairs::PAIR_BYTES;
+    constexpr int FAR_PAIRS = FAR / Pairs::PAIR_BYTES, LINES = Pairs::AT_ONCE * Pairs::PAIR_BYTES / 64;
     int step = GROUPS ? CHUNK_PAIRS : b.num_pairs;
     for (int p = 0; p < b.num_pairs; p += step) {
         int num = b.num_pairs - p < step ? b.num_pairs - p : step;
         Pairs from = b.from(p);
         // Behind these blocks lie the next ones.
         std::size_t after = p + num < b.num_pairs ? 0 : (BLOCKS - 1) * b.w.block_bytes;
-        auto fetch = [&](int q) {
+        auto fetch = [&](int q) PENSTOCK_ALWAYS {
             if (q % LINE_PAIRS<Pairs>) return;
-            std::size_t far = FAR + (q + FAR_PAIRS < num ? 0 : after);
-            fetch_blocks<BLOCKS>(from.data + q * Pairs::PAIR_BYTES + far, from.block_bytes);
+            const char* far = from.data + q * Pairs::PAIR_BYTES + FAR + (q + FAR_PAIRS < num ? 0 : after);
+            PENSTOCK_UNROLL for (int i = 0; i < (LINES ? LINES : 1); i++) fetch_blocks<BLOCKS>(far + i * 64, from.block_bytes);
         };
         with_rows<MOST_ROWS<BLOCKS>>(m, [&](auto rows) {
             product<rows.value, BLOCKS>(from, b.chunk(p), a + 2 * p, stride, num, c, c_stride, fetch);
@@ -110,10 +111,7 @@ static void reuse_blocks(const Blocks<Pairs, GROUPS>& b, const bf16* a, std::siz
         Pairs from = b.from(p);
         if constexpr (UNPACK)
             for (int j = 0; j < BLOCKS; j++)
-                for (int q = 0; q < num; q += 16)
-#pragma GCC unroll 16
-                    for (int i = 0; i < 16; i++)
-                        _mm512_store_si512(panel + (j * CHUNK_PAIRS + q + i) * 64, from.pair(j, q + i));
+                for (int q = 0; q < num; q += 16) from.unpack(j, q, panel + (j * CHUNK_PAIRS + q) * 64);
         auto source = [&] {
             if constexpr (UNPACK) return Bf16Pairs{panel, CHUNK_PAIRS * 64};
             else return from;
@@ -122,7 +120,7 @@ static void reuse_blocks(const Blocks<Pairs, GROUPS>& b, const bf16* a, std::siz
         int tile = 0;
         each_tile(m, [&](auto rows, int row) {
             int wait = tile++;  // tiles take turns: every line once
-            auto fetch = [&](int q) {
+            auto fetch = [&](int q) PENSTOCK_ALWAYS {
                 if (q % LINE_PAIRS<Pairs>) return;
                 if (wait--) return;
                 wait = tiles - 1;
