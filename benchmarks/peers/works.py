@@ -72,7 +72,7 @@ STARTUP_TITLE = "A, process start to first token (128 in)"
 # Engines are compared within a group: (group, peer) -> the peer's variants in it.
 GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "bf16": {
-        "penstock": ("bf16",),
+        "penstock": ("bf16", "bf12"),
         "transformers": ("bf16",),
         "vllm": ("bf16",),
         "openvino": ("bf16",),
