@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
         sections=(),
     )
     parser.add_argument("--model", default="penstock-tiny", metavar="DIR", help="whose shapes [penstock-tiny]")
-    parser.add_argument("--formats", default="bf16,bf12,int8,w8a8,int4,w4a8", metavar="LIST", help="weight formats [all]")
+    parser.add_argument("--formats", default=",".join(BITS), metavar="LIST", help="weight formats [all]")
     parser.add_argument("--rows", default="1,4,32,128,512", metavar="LIST", help="rows of a product [1,4,32,128,512]")
     parser.add_argument("--contexts", default="128,1024,8192", metavar="LIST", help="[128,1024,8192]")
     parser.add_argument("--batches", default="1,32", metavar="LIST", help="decoding rows of attention [1,32]")

@@ -26,7 +26,8 @@ TYPICAL_TOKENS = 4096
 # Attention gathers the context of the rows of a step layer by layer, padded by up to a quarter; what a narrower cache
 # holds is then widened to the dtype of the weights.
 GATHER_PADDING = 1.25
-LAYER_BYTES = {"int8": 1.0, "w8a8": 1.0, "int4": 0.5 + 4 / 128, "w4a8": 0.5 + 4 / 128, "bf12": 1.51}  # per packed parameter
+# Per packed parameter.
+LAYER_BYTES = {"int8": 1.0, "w8a8": 1.0, "int4": 0.5 + 4 / 128, "w4a8": 0.5 + 4 / 128, "bf12": 1.51}
 
 
 class MemoryPlanError(ConfigError):

@@ -64,7 +64,8 @@ class ModelOptions:
     quantization: str = setting(
         "auto",
         "auto: what the checkpoint says; else quantize a plain one while loading: weights of 8 or 4 bits, activations "
-        "bf16 (int8, int4) or 8 bits (w8a8, w4a8); bf12: the same bf16 weights in three quarters of the memory, lossless",
+        "bf16 (int8, int4) or 8 bits (w8a8, w4a8); bf12: the same bf16 weights in three quarters of the memory, "
+        "lossless",
         choices=QUANTIZATIONS,
         synonyms={"None": "none", "null": "none", "compressed-tensors": "auto"},
         headline=True,
