@@ -76,7 +76,9 @@ double product_rate(const Kernels& kernels, Team& team, Format format) {
         auto activations = zeros(static_cast<std::size_t>(rows) * (K + 32) * 2);
         std::vector<float> scale(COLS * (K / GROUP) + COLS, 1.0f), row_scale(rows, 1.0f), c(static_cast<std::size_t>(rows) * COLS);
         std::vector<std::int32_t> sums(COLS, 0), row_sums(static_cast<std::size_t>(rows) * (K / GROUP), 0);
-        Weight weight{format, COLS, K, COLS, K, data.get(), scale.data(), sums.data(), nullptr};
+        std::vector<bf16> exponents(COLS / COLUMNS * 32, 0);
+        std::vector<RareWeights> rare(COLS / COLUMNS, {nullptr, 0});
+        Weight weight{format, COLS, K, COLS, K, data.get(), scale.data(), sums.data(), nullptr, exponents.data(), rare.data()};
         bool ints = format == Format::W8A8 || format == Format::W4A8;
         Rows a{activations.get(), static_cast<std::size_t>(ints ? K + 64 : K + 32), ints ? row_scale.data() : nullptr,
                ints ? row_sums.data() : nullptr, K / GROUP};
