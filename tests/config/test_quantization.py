@@ -180,5 +180,7 @@ def test_the_memory_plan_counts_what_is_stored(int4: Path) -> None:
     assert "in int4" in dict(resolved(int4).memory.rows)["weights"]
     plain = resolved(int4, cpu_kernels="torch", dtype="float32")  # becomes plain numbers there
     assert plain.memory.weights_bytes == 4 * model.num_parameters
+    twelve = weight_bytes(replace(model, quantization=None), "bfloat16", "bf12")
+    assert twelve == pytest.approx(1.51 * model.num_parameters)
     untied = replace(model, tied_embeddings=False)
     assert weight_bytes(untied, "bfloat16", "int4") == weight_bytes(model, "bfloat16", "int4") + 2 * head

@@ -28,6 +28,7 @@ TYPICAL_TOKENS = 4096
 GATHER_PADDING = 1.25
 # Per packed parameter.
 LAYER_BYTES = {"int8": 1.0, "w8a8": 1.0, "int4": 0.5 + 4 / 128, "w4a8": 0.5 + 4 / 128, "bf12": 1.51}
+HEAD_BYTES = {**dict.fromkeys(LAYER_BYTES, 1.0), "bf12": LAYER_BYTES["bf12"]}
 
 
 class MemoryPlanError(ConfigError):
@@ -139,7 +140,7 @@ def max_positions(model: ModelConfig) -> int:
 
 
 def weight_bytes(model: ModelConfig, dtype: str, quantization: str = "none") -> int:
-    """Resident weights. Quantized layers keep a float32 scale per row or per group of 128; their head has 8 bits.
+    """Resident weights. Quantized layers keep a float32 scale per row or per group of 128.
 
     A checkpoint that is quantized already has what it says, unless `quantization` is none: then all of it is `dtype`.
     """
@@ -150,8 +151,7 @@ def weight_bytes(model: ModelConfig, dtype: str, quantization: str = "none") -> 
     table = 0 if model.tied_embeddings else head  # of its own, and not quantized
     layers = model.num_parameters - head - table
     if model.quantization is None:
-        of_head = LAYER_BYTES["bf12"] if quantization == "bf12" else 1
-        return round(layers * LAYER_BYTES[quantization] + head * of_head) + table * item
+        return round(layers * LAYER_BYTES[quantization] + head * HEAD_BYTES[quantization]) + table * item
     stored = _head_item(model.quantization, item) * head + table * item
     for layer in range(model.num_layers):
         for projection in model.projections:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -18,7 +20,7 @@ pytestmark = [
 ]
 
 
-def packed(bits: np.ndarray) -> object:
+def packed(bits: np.ndarray) -> Any:
     weight = load_native().PackedWeight(FORMATS["bf12"], *bits.shape)
     weight.fill(load_native().Team(2, []), 0, bits)
     return weight
@@ -43,7 +45,7 @@ def test_every_number_comes_back(n: int, k: int, seed: int, kind: str) -> None:
     elif kind == "c":
         bits = scattered(n, k, seed).view(torch.uint16).numpy()
     out = np.full((n, k), 7.0, np.float32)
-    packed(bits).unpack(out)  # type: ignore[attr-defined]
+    packed(bits).unpack(out)
     assert (out.view(np.uint32) == bits.astype(np.uint32) << 16).all()
 
 
@@ -67,7 +69,7 @@ def test_products_with_weights_of_every_size(kernels: str, m: int, n: int, k: in
 
 
 @pytest.mark.parametrize("kernels", KERNELS)
-def test_a_model_gives_the_hidden_states_of_bf16(kernels: str) -> None:
+def test_a_model_gives_the_logits_of_bf16(kernels: str) -> None:
     """But for rounding: the few rare weights are added last."""
     both = []
     for weight_format in ("bf16", "bf12"):
@@ -81,4 +83,4 @@ def test_a_model_gives_the_hidden_states_of_bf16(kernels: str) -> None:
 def test_it_takes_three_quarters_of_the_memory() -> None:
     weights = torch.randn(256, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
     weight = packed(weights.view(torch.uint16).numpy())
-    assert weight.num_bytes / (2 * weights.numel()) == pytest.approx(0.75, abs=0.01)  # type: ignore[attr-defined]
+    assert weight.num_bytes / (2 * weights.numel()) == pytest.approx(0.75, abs=0.01)
