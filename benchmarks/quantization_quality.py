@@ -4,7 +4,9 @@ Measures `--quantization` on load, and checkpoints: those given with --checkpoin
 `penstock quantize` makes with calibration, whose text begins otherwise and has other seeds than what is predicted here.
 Teacher-forced on text that the model itself wrote (sampled at temperature 0.8 from many beginnings; --text FILE takes
 other text, one passage per line): at every position, do the best tokens agree, how far apart are the distributions
-(mean KL in nats), and how much worse is the text predicted. --kernels torch is for models that native kernels cannot
+(mean KL in nats), and how much worse is the text predicted. A flat model's best token changes with the last bit of
+anything: agreement is told once more without the close positions, those where the reference's two best tokens have
+probabilities within 10 % of one another. --kernels torch is for models that native kernels cannot
 compute, and for the KV cache alone. Prints one JSON line per scheme; --out writes them.
 """
 
@@ -39,6 +41,7 @@ from penstock.training.quantize import Recipe, quantize_checkpoint
 
 BLOCK = 32
 MAX_TOKENS = 512
+CLEAR_NATS = math.log(1.1)
 # (weights, KV cache): each alone, and both in 8 bits.
 SCHEMES = [(name, "bfloat16") for name in QUANTIZATION if name != "none"] + [("none", "int8"), ("w8a8", "int8")]
 BEGINNINGS = (
@@ -107,19 +110,24 @@ def made_checkpoints(model: str, folder: Path) -> list[tuple[str, str, Path]]:
 
 
 def compare(reference: Forced, other: Forced, texts: list[list[int]]) -> dict[str, float]:
-    agree = num = 0
+    agree = num = num_clear = agree_clear = 0
     kl = loss = loss_reference = 0.0
     for ids in texts:
         exact, found = reference.scores(ids).log_softmax(-1)[:-1], other.scores(ids).log_softmax(-1)[:-1]
         following = torch.tensor(ids[1:])[:, None]
-        agree += int((exact.argmax(-1) == found.argmax(-1)).sum())
+        same = exact.argmax(-1) == found.argmax(-1)
+        best = exact.topk(2).values
+        clear = best[:, 0] - best[:, 1] > CLEAR_NATS
+        agree, agree_clear = agree + int(same.sum()), agree_clear + int(same[clear].sum())
         kl += float((exact.exp() * (exact - found)).sum())
         loss_reference -= float(exact.gather(1, following).sum())
         loss -= float(found.gather(1, following).sum())
-        num += len(ids) - 1
+        num, num_clear = num + len(ids) - 1, num_clear + int(clear.sum())
     growth = math.exp((loss - loss_reference) / num) - 1
     return {
         "top1_agreement_percent": round(100 * agree / num, 2),
+        "close_positions_percent": round(100 - 100 * num_clear / num, 2),
+        "top1_agreement_elsewhere_percent": round(100 * agree_clear / num_clear, 2),
         "mean_kl_nats": round(kl / num, 5),
         "perplexity": round(math.exp(loss / num), 3),
         "perplexity_growth_percent": round(100 * growth, 2),

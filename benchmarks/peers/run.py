@@ -29,7 +29,7 @@ import numpy as np
 from checkpoints import checkpoint
 from engines import EngineFailed, EngineProcess, Line, Spec, prepare
 from install import RECIPES, install
-from works import FIRST_ORDINARY_ID, GROUPS, STARTUP, STARTUP_TITLE, WORKS, Work
+from works import FIRST_ORDINARY_ID, GROUPS, STARTUP, STARTUP_TITLE, WORKS, WORKS_OF, Work
 
 from penstock.bench.flags import machine, write_json
 
@@ -342,7 +342,8 @@ def main() -> int:
     names = [*WORKS, STARTUP]
     parser.add_argument("--workdir", type=Path, required=True, help="environments, checkpoints, logs: about 15 GB")
     parser.add_argument("--peers", nargs="*", default=list(RECIPES), choices=list(RECIPES), metavar="PEER")
-    parser.add_argument("--works", nargs="+", default=names, choices=names, metavar="WORK", help=" ".join(names))
+    works_help = f"{' '.join(names)} [of each group those it is chosen for]"
+    parser.add_argument("--works", nargs="+", choices=names, metavar="WORK", help=works_help)
     parser.add_argument("--groups", nargs="+", default=list(GROUPS), choices=list(GROUPS), metavar="GROUP")
     parser.add_argument(
         "--kernels", nargs="+", default=["auto"], help="penstock's --cpu-kernels, each an engine [auto]"
@@ -359,13 +360,14 @@ def main() -> int:
     harness = Harness(args)
     try:
         args.peers = harness.installed()
-        works = [WORKS[name] for name in WORKS if name in args.works]
-        for model_name in sorted({work.model for work in works}):
-            model = checkpoint(model_name, harness.workdir)
+        for model_name in sorted({work.model for work in WORKS.values()}):
             for group in args.groups:
-                harness.run_group(model, group, [work for work in works if work.model == model_name])
-        if STARTUP in args.works:
-            for group in args.groups:
+                asked = args.works or WORKS_OF[group]
+                works = [work for name, work in WORKS.items() if name in asked and work.model == model_name]
+                if works:
+                    harness.run_group(checkpoint(model_name, harness.workdir), group, works)
+        for group in args.groups:
+            if STARTUP in (args.works or WORKS_OF[group]):
                 harness.run_startup(checkpoint("A", harness.workdir), group)
         for kind in ("read", "bfloat16", "float32"):
             harness.peak[kind].append(harness._ceiling(kind))

@@ -81,3 +81,10 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
     "8bit": {"penstock": ("int8", "w8a8", "w8a8c8"), "vllm": ("w8a8",), "openvino": ("int8",), "llamacpp": ("int8",)},
     "4bit": {"penstock": ("int4", "w4a8"), "vllm": ("int4",), "openvino": ("int4",), "llamacpp": ("int4",)},
 }
+
+# What is asked of each group unless --works says otherwise: what its weights are chosen for.
+WORKS_OF = {
+    "bf16": (*WORKS, STARTUP),
+    "8bit": ("stream", "batch", "prefill", "ttft"),
+    "4bit": ("stream",),
+}
