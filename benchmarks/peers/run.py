@@ -181,20 +181,20 @@ class Harness:
             engines.pop(name).close()
             seconds.pop(name, None)
 
-        warm: dict[str, float] = {}
+        warm: dict[str, tuple[float, float]] = {}
         for name in list(engines):
             try:
-                warm[name] = sum(turn(name, WARM_UP))
+                warm[name] = turn(name, WARM_UP)
             except EngineFailed as failure:
                 drop(name, failure)
-        limit_s = self.args.slow_factor * min(warm.values(), default=0.0)
+        limit_s = self.args.slow_factor * min((times[1] for times in warm.values()), default=0.0)
         for number in range(1, self.args.rounds + 1):
             reads.append(self._ceiling("read"))
             names = list(engines)
             at = number % max(len(names), 1)
             for name in names[at:] + names[:at]:
                 done = seconds.setdefault(name, [])
-                if len(done) >= self.args.slow_rounds and statistics.median(done) > limit_s:
+                if len(done) >= self.args.slow_rounds and statistics.median(done or [warm[name][1]]) > limit_s:
                     continue
                 try:
                     first_s, elapsed_s = turn(name, number)
@@ -203,6 +203,11 @@ class Harness:
                     continue
                 done.append(elapsed_s)
                 prefill.setdefault(name, []).append(first_s)
+        for name, done in seconds.items():
+            if not done:  # with --slow-rounds 0
+                first_s, elapsed_s = warm[name]
+                done.append(elapsed_s)
+                prefill[name] = [first_s]
         self.peak["read"] += reads
         found = {name: _figures(work, times, prefill[name]) for name, times in seconds.items()}
         bandwidth = statistics.median(reads)
@@ -353,7 +358,9 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--starts", type=int, default=3, help=f"measured starts for {STARTUP} [3]")
     parser.add_argument("--slow-factor", type=float, default=8.0, help="slower than the fastest by this is slow [8]")
-    parser.add_argument("--slow-rounds", type=int, default=2, help="rounds that a slow engine takes part in [2]")
+    parser.add_argument(
+        "--slow-rounds", type=int, default=2, help="rounds that a slow engine takes part in; 0: its warm-up counts [2]"
+    )
     parser.add_argument("--timeout", type=float, default=1800.0, help="seconds an engine may take for one answer")
     parser.add_argument("--out", type=Path, default=RESULT)
     args = parser.parse_args()
