@@ -12,7 +12,8 @@ namespace penstock {
 
 // Behind the last ATTEND all operations are of single rows. What they read is made there, or is carried over.
 void Program::end_recording() {
-    deals_ = std::vector<Deal>(ops_.size());
+    deals_.clear();
+    for (std::size_t i = 0; i < ops_.size(); i++) deals_.emplace_back(team_.size());
     auto of_tokens = [](What what) { return what == What::EMBED || what == What::HEADS || what == What::ATTEND; };
     last_attend_ = static_cast<int>(ops_.size()) - 1;
     while (last_attend_ >= 0 && !of_tokens(ops_[last_attend_].what)) last_attend_--;

@@ -43,6 +43,8 @@ private:
 // have left. Which member computes a unit never changes its result.
 class Deal {
 public:
+    explicit Deal(int size) : taken_(size) {}
+
     void reset(int total) {
         total_ = total;
         for (auto& taken : taken_) taken.n.store(0, std::memory_order_relaxed);
@@ -60,14 +62,12 @@ public:
         return -1;
     }
 
-    static constexpr int MAX_MEMBERS = 64;
-
 private:
     struct alignas(64) Taken {
         std::atomic<int> n{0};
     };
     int total_ = 0;
-    Taken taken_[MAX_MEMBERS];
+    std::vector<Taken> taken_;  // by member
 };
 
 }  // namespace penstock

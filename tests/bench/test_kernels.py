@@ -46,6 +46,8 @@ def test_every_kernel_is_measured(
         (["--kv-cache-dtypes", "int8,float16"], "unknown dtype float16"),
         (["--rows", "1,x"], "whole numbers"),
         (["--contexts", "0"], "at least 1"),
+        (["--num-threads", "-1"], "at least 1"),
+        (["--rounds", "0"], "at least 1"),
     ],
 )
 def test_bad_arguments_are_one_line(arguments: list[str], words: str, monkeypatch: pytest.MonkeyPatch) -> None:

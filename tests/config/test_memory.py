@@ -13,7 +13,6 @@ from penstock.config.memory import (
     RUNTIME_BYTES,
     MemoryPlan,
     MemoryPlanError,
-    max_positions,
     plan_memory,
     request_blocks,
 )
@@ -163,12 +162,12 @@ def test_window_groups_take_few_blocks_and_do_not_starve_short_requests() -> Non
 
 
 def test_the_positions_of_scaled_rotary_embeddings() -> None:
-    assert max_positions(model()) == 4096
-    assert max_positions(model(rope_scaling={"rope_type": "linear", "factor": 4.0})) == 16384
+    assert model().num_positions == 4096
+    assert model(rope_scaling={"rope_type": "linear", "factor": 4.0}).num_positions == 16384
     yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
-    assert max_positions(model(rope_scaling=yarn, max_position_embeddings=40960)) == 131072
+    assert model(rope_scaling=yarn, max_position_embeddings=40960).num_positions == 131072
     llama3 = {"rope_type": "llama3", "factor": 8.0, "original_max_position_embeddings": 8192}
-    assert max_positions(model(rope_scaling=llama3, max_position_embeddings=131072)) == 131072
+    assert model(rope_scaling=llama3, max_position_embeddings=131072).num_positions == 131072
 
 
 def test_the_table_adds_up() -> None:

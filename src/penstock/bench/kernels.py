@@ -67,6 +67,9 @@ def main(arguments: list[str]) -> int:
             raise Unsupported(f"no such kernels here; usable: {', '.join(usable) or 'none'}")
     except Unsupported as error:
         raise ConfigError(str(error), "--kernels") from None
+    for flag, number in (("--num-threads", options.num_threads), ("--rounds", options.rounds)):
+        if number is not None and number < 1:
+            raise ConfigError(f"{number} is not at least 1", flag)
     config = load_model_config(model_directory(options.model))
     bench = Bench(options.kernels or usable[0], options.num_threads or probe().num_cores, options.rounds)
     formats = options.formats.split(",")

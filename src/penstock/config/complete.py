@@ -12,7 +12,7 @@ from typing import Any
 from penstock.config.hardware import Machine
 from penstock.config.kv_pool import check_pool
 from penstock.config.load import model_directory
-from penstock.config.memory import MemoryPlan, max_positions, plan_memory
+from penstock.config.memory import MemoryPlan, plan_memory
 from penstock.config.model import KVLayout, ModelConfig, ModelConfigError, kv_layout, load_model_config
 from penstock.config.schema import CacheOptions, Config
 from penstock.config.values import ConfigError
@@ -74,7 +74,7 @@ def complete(config: Config, machine: Machine) -> Resolved:
         origins[name] = (origin, why)
         return replace(part, **{name: value})
 
-    length_origin = ("model", "its positions") if memory.max_model_len == max_positions(model) else ("auto", "memory")
+    length_origin = ("model", "its positions") if memory.max_model_len == model.num_positions else ("auto", "memory")
     part = fill(config.model, "dtype", dtype, *note)
     part = fill(part, "quantization", quantization, "model", "as the checkpoint")
     part = fill(part, "max_model_len", memory.max_model_len, *length_origin)

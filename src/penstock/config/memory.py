@@ -75,7 +75,7 @@ def plan_memory(
     free_bytes, what may be used in all. Raises MemoryPlanError (nothing fits, or not what was asked for) and
     ConfigError (longer than the model's positions).
     """
-    limit = max_positions(model)
+    limit = model.num_positions
     if max_model_len is not None and max_model_len > limit:
         raise ConfigError(f"{max_model_len} is more than the {limit} positions of this model", "--max-model-len")
     sizes = _Sizes(model, layout, weight_dtype, quantization, max_num_seqs, max_num_batched_tokens)
@@ -124,19 +124,6 @@ def plan_memory(
         max_full_requests=full,
         rows=_rows(model, layout, sizes, num_blocks, wanted, activation, used, free_bytes, full),
     )
-
-
-def max_positions(model: ModelConfig) -> int:
-    """Tokens that the model's rotary embedding was made for, with its scaling.
-
-    linear and yarn stretch what config.json calls max_position_embeddings or its original; llama3 writes the
-    stretched number there already. Source: vLLM's reading of the same fields.
-    """
-    scaling = model.rope_scaling
-    if scaling is None or scaling.kind not in ("linear", "yarn"):
-        return model.max_position
-    original = scaling.original_max_position or model.max_position
-    return max(model.max_position, int(original * scaling.factor))
 
 
 def weight_bytes(model: ModelConfig, dtype: str, quantization: str = "none") -> int:
@@ -317,7 +304,7 @@ def _rows(
     total = sizes.weights + activation + RUNTIME_BYTES + kv
     rows += [
         ("in all", f"{format_bytes(total)} of {format_bytes(free)} free"),
-        ("longest request", f"{max_model_len} tokens   the model's positions: {max_positions(model)}"),
+        ("longest request", f"{max_model_len} tokens   the model's positions: {model.num_positions}"),
         ("at once", f"{full:.1f} requests of that length, at most {sizes.max_num_seqs}"),
     ]
     return tuple(rows)

@@ -67,6 +67,19 @@ class ModelConfig:
     quantization: CheckpointQuantization | None = None  # of the weights as they are stored
 
     @property
+    def num_positions(self) -> int:
+        """Tokens that the rotary embedding was made for, with its scaling.
+
+        linear and yarn stretch what config.json calls max_position_embeddings or its original; llama3 writes the
+        stretched number there already. Source: vLLM's reading of the same fields.
+        """
+        scaling = self.rope_scaling
+        if scaling is None or scaling.kind not in ("linear", "yarn"):
+            return self.max_position
+        original = scaling.original_max_position or self.max_position
+        return max(self.max_position, int(original * scaling.factor))
+
+    @property
     def num_parameters(self) -> int:
         """Weights that the checkpoint holds; a tied head counts once."""
         attn = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)

@@ -106,6 +106,12 @@ def test_long_contexts_are_cut_where_they_always_are(kernels: str) -> None:
     assert torch.equal(torch.cat(found), expected)
 
 
+def test_a_team_may_have_more_members_than_most_machines_cores() -> None:
+    few, many = native(SHAPES["qwen3"], KERNELS[0]), native(SHAPES["qwen3"], KERNELS[0], num_threads=67)
+    (prompt,) = prompts(few.config, 40)
+    assert torch.equal(many.step([(0, 0, prompt)]), few.step([(0, 0, prompt)]))
+
+
 def test_the_instruction_sets_agree() -> None:
     [ids] = prompts(parse_model_config(QWEN3), 50)
     found = [native(QWEN3, kernels).step([(0, 0, ids)]).float() for kernels in KERNELS]

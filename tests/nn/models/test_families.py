@@ -160,6 +160,18 @@ def test_half_precision_checkpoints(case: Case, stored: torch.dtype, tmp_path: P
     assert relative_error(logits, theirs) <= (6e-2 if stored == torch.bfloat16 else 1e-2)
 
 
+@pytest.mark.parametrize("case", [case for case in CASES if case.name == "llama-linear-rope"], ids=str)
+def test_positions_that_only_scaling_gives(case: Case, tmp_path: Path) -> None:
+    """A prompt longer than max_position_embeddings, as long as the scaling allows."""
+    reference = reference_model(case, tmp_path)
+    model = our_model(tmp_path, torch.float32)
+    assert (model.config.max_position, model.config.num_positions) == (128, 384)
+    prompt = torch.randint(0, VOCAB, (384,), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        theirs = reference(prompt[None]).logits[0]
+    assert relative_error(dense_logits(model, [prompt.tolist()]), theirs) <= 1e-5
+
+
 def test_batching_changes_nothing_but_rounding(tmp_path: Path) -> None:
     """Each prompt alone gives the logits it has in a batch: sequences do not see each other."""
     reference_model(CASES[0], tmp_path)

@@ -50,7 +50,7 @@ class LlamaModel(nn.Module):
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied_embeddings:
             self.head.weight = self.embed.weight
-        self.rotary = Rotary(config.head_dim, config.max_position, config.rope_theta, config.rope_scaling)
+        self.rotary = Rotary(config.head_dim, config.num_positions, config.rope_theta, config.rope_scaling)
 
     def forward(self, batch: Batch) -> Tensor:
         x = self.embed(batch.token_ids)
