@@ -81,6 +81,17 @@ def test_a_cpu_that_would_emulate_a_data_type_gets_float32(tmp_path: Path) -> No
     assert completed(tmp_path, OLD, dtype="bfloat16").config.model.dtype == "bfloat16"
 
 
+def test_native_kernels_take_bfloat16_where_the_cpu_does_not(tmp_path: Path) -> None:
+    """Heads of 16 suit them; a named instruction set is no refusal; what they cannot compute is left to torch."""
+    built = replace(OLD, native_built=True)
+    for asked in ({}, {"cpu_kernels": "avx2"}, {"kv_cache_dtype": "int8"}):
+        assert completed(tmp_path, built, **asked).config.model.dtype == "bfloat16"
+    for asked in ({"cpu_kernels": "torch"}, {"kv_cache_dtype": "float32"}):
+        assert completed(tmp_path, built, **asked).config.model.dtype == "float32"
+    assert completed(tmp_path, replace(built, cpu_features=("sse4",))).config.model.dtype == "float32"
+    assert completed(tmp_path, built, checkpoint={"head_dim": 12}).config.model.dtype == "float32"
+
+
 def test_errors_of_model_and_memory(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="config.json does not exist"):
         complete(resolve({"model": str(tmp_path)}, environ={}), MACHINE)

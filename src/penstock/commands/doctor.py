@@ -106,7 +106,7 @@ def _fine(have: str | None, wanted: str) -> bool:
 def _cpu(machine: Machine) -> Iterator[Finding]:
     features = ", ".join(machine.cpu_features) or "no known vector features"
     yield Finding("ok", "cpu", f"{machine.num_cores} of {machine.cpu_name} ({machine.cores_note}): {features}")
-    if not machine.has_fast_bf16:
+    if not machine.has_fast_bf16 and not machine.has_native_kernels:
         yield Finding("note", "cpu", "no bfloat16 instructions: bfloat16 checkpoints run as float32")
 
 

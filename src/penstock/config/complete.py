@@ -128,5 +128,8 @@ def _dtype(config: Config, model: ModelConfig, machine: Machine, quantization: s
     if model.dtype == "float16":
         return "float32", ("auto", "the checkpoint's float16 is slow on CPUs")
     if model.dtype == "bfloat16" and not machine.has_fast_bf16:
-        return "float32", ("auto", "this CPU has no bfloat16 instructions")
+        layout = kv_layout(model, config.cache.block_size or CPU_BLOCK_TOKENS, "bfloat16")
+        native = machine.has_native_kernels and config.cache.kv_cache_dtype in ("auto", "bfloat16", "int8")
+        if not native or not can_pack(config.runtime.cpu_kernels, "bfloat16", layout):
+            return "float32", ("auto", "this CPU has no bfloat16 instructions")
     return model.dtype, ("model", "as the checkpoint")

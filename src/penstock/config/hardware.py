@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import os
 import platform
 import re
@@ -64,10 +65,16 @@ class Machine:
     gpus: tuple[Gpu, ...]
     gpu_driver_present: bool  # a driver is loaded, even if its tool gave no answer
     compiler: str | None  # path of a C++ compiler
+    native_built: bool = False  # the library of native kernels was compiled at install time
+
+    @property
+    def has_native_kernels(self) -> bool:
+        """Native kernels can run here: they take bfloat16 models with or without instructions for bfloat16."""
+        return self.native_built and "avx2" in self.cpu_features
 
     @property
     def has_fast_bf16(self) -> bool:
-        """The CPU multiplies bfloat16 in hardware; elsewhere float32 is faster."""
+        """The CPU multiplies bfloat16 in hardware; elsewhere plain torch is faster in float32."""
         return bool(_FAST_BF16.intersection(self.cpu_features))
 
     @property
@@ -99,6 +106,7 @@ def probe(root: Path = ROOT) -> Machine:
         gpus=_gpus() if driver else (),
         gpu_driver_present=driver,
         compiler=compiler,
+        native_built=importlib.util.find_spec("penstock._native") is not None,
     )
 
 
