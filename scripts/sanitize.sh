@@ -15,8 +15,8 @@ if ! "$python" -c 'import cmake, nanobind, ninja' 2>/dev/null; then
 fi
 
 if [ ! -e "$("$compiler" -print-file-name=libasan.so)" ]; then
-    echo "sanitize: $compiler has no address sanitizer here; nothing is checked" >&2
-    exit 0
+    echo "sanitize: $compiler has no address sanitizer here (libasan of its own version); nothing is checked" >&2
+    exit 1
 fi
 
 if ! {

@@ -12,7 +12,6 @@
 
 #include <algorithm>
 #include <cstring>
-#include <functional>
 #include <memory>
 #include <optional>
 #include <stdexcept>
@@ -170,7 +169,6 @@ public:
         if (reinterpret_cast<std::uintptr_t>(bytes.data()) % 64) throw std::invalid_argument("the pool is not aligned to 64 bytes");
         pools_.push_back({reinterpret_cast<char*>(bytes.data()), bytes.shape(1), num_kv_heads, head_dim, group, window,
                           static_cast<KVFormat>(format), layer});
-        num_blocks_.push_back(bytes.shape(0));
         return static_cast<int>(pools_.size()) - 1;
     }
     const Pool& pool_of(int number) const { return pools_.at(number); }
@@ -257,7 +255,6 @@ private:
     Program program_;
     std::vector<std::unique_ptr<std::vector<float>>> kept_;
     std::vector<Pool> pools_;
-    std::vector<std::size_t> num_blocks_;
     std::vector<bf16> states_;  // of a step's outputs
 };
 
@@ -351,7 +348,9 @@ NB_MODULE(_native, m) {
         .def("heads", [](BoundProgram& p, int qkv, int num_heads, int pool, std::optional<Array<float>> q_norm,
                          std::optional<Array<float>> k_norm, float eps, Table<const float> cos, Table<const float> sin) {
                 int rotary = 2 * static_cast<int>(cos.shape(1));
-                p.program().heads(qkv, num_heads, p.pool_of(pool), p.keep(q_norm), p.keep(k_norm), eps, cos.data(), sin.data(), rotary);
+                if (sin.shape(0) != cos.shape(0) || sin.shape(1) != cos.shape(1)) throw std::invalid_argument("cos and sin differ in size");
+                p.program().heads(qkv, num_heads, p.pool_of(pool), p.keep(q_norm), p.keep(k_norm), eps, cos.data(), sin.data(),
+                                  rotary, static_cast<int>(cos.shape(0)));
             }, "qkv"_a, "num_heads"_a, "pool"_a, "q_norm"_a.none(), "k_norm"_a.none(), "eps"_a, "cos"_a.noconvert(),
              "sin"_a.noconvert(), nb::keep_alive<1, 8>(), nb::keep_alive<1, 9>())
         .def("attend", [](BoundProgram& p, int qkv, int num_heads, int pool, float scale, int to) {

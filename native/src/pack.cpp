@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 
 namespace penstock {
 
@@ -11,6 +12,7 @@ std::size_t up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
 
 constexpr std::size_t PAIRS_BYTES = 192;  // of four pairs in BF12
 constexpr int ANY_EXPONENT = 15;          // the place in the table that holds zero
+constexpr int INFINITE = 0x7f80;          // bits of infinity; those of NaN lie above
 
 int k_align(Format format) { return format == Format::INT4 || format == Format::W4A8 ? GROUP : K_ALIGN; }
 
@@ -72,24 +74,19 @@ int pack_tiles(const bf16* rows, std::size_t stride, int k, bf16* at) {
 }
 
 template <class T>
-void pack_elements(Format format, const T* rows, std::size_t stride, const std::int32_t* order, int n, int k, int begin,
-                   int end, T* to) {
-    std::size_t block = up(k, K_ALIGN) * COLUMNS;
-    for (int j = begin; j < end; j += COLUMNS) {
-        T* at = to + j / COLUMNS * block;
-        if (n - j < COLUMNS || k % K_ALIGN) std::memset(at, 0, block * sizeof(T));
-        int done = 0;
-        if constexpr (sizeof(T) == sizeof(bf16))
-            if (!order && n - j >= COLUMNS) done = pack_tiles(rows + j * stride, stride, k, at);
-        for (int c = 0; c < COLUMNS && j + c < n; c++) {
-            const T* from = rows + (order ? order[j + c] : j + c) * stride;
-            if (format == Format::BF16) {
-                int i = done;
-                for (; i + 1 < k; i += 2) std::memcpy(at + place(format, c, i), from + i, 2 * sizeof(T));
-                if (i < k) at[place(format, c, i)] = from[i];
-            } else {
-                for (int i = 0; i < k; i++) at[place(format, c, i)] = from[i];
-            }
+void pack_elements(Format format, const T* rows, std::size_t stride, int count, int k, T* at) {
+    if (count < COLUMNS || k % K_ALIGN) std::memset(at, 0, up(k, K_ALIGN) * COLUMNS * sizeof(T));
+    int done = 0;
+    if constexpr (sizeof(T) == sizeof(bf16))
+        if (count == COLUMNS) done = pack_tiles(rows, stride, k, at);
+    for (int c = 0; c < count; c++) {
+        const T* from = rows + c * stride;
+        if (format == Format::BF16) {
+            int i = done;
+            for (; i + 1 < k; i += 2) std::memcpy(at + place(format, c, i), from + i, 2 * sizeof(T));
+            if (i < k) at[place(format, c, i)] = from[i];
+        } else {
+            for (int i = 0; i < k; i++) at[place(format, c, i)] = from[i];
         }
     }
 }
@@ -102,14 +99,14 @@ std::size_t packed_bytes(Format format, int n, int k) {
     return k_align(format) == GROUP ? elements / 2 : elements;
 }
 
-void pack_bf16(const bf16* rows, std::size_t stride, const std::int32_t* order, int n, int k, int begin, int end, void* to) {
-    pack_elements(Format::BF16, rows, stride, order, n, k, begin, end, static_cast<bf16*>(to));
+void pack_bf16(const bf16* rows, std::size_t stride, int count, int k, void* to) {
+    pack_elements(Format::BF16, rows, stride, count, k, static_cast<bf16*>(to));
 }
 
 void pack_bf12(const bf16* rows, std::size_t stride, int count, int k, void* to, bf16* exponents, std::vector<RareWeight>& rare) {
     std::size_t num = up(k, K_ALIGN) * COLUMNS;
     std::vector<bf16> pairs(num);
-    pack_bf16(rows, stride, nullptr, count, k, 0, COLUMNS, pairs.data());
+    pack_bf16(rows, stride, count, k, pairs.data());
     int most = 0;
     for (bf16 x : pairs) most = std::max(most, x & 0x7f80);
     // Fifteen exponents up to the largest: of normally distributed weights all but one in six thousand.
@@ -142,34 +139,24 @@ void pack_bf12(const bf16* rows, std::size_t stride, int count, int k, void* to,
     }
 }
 
-void pack_int8(Format format, const std::int8_t* rows, std::size_t stride, const std::int32_t* order, int n, int k,
-               int begin, int end, void* to, std::int32_t* sums) {
-    pack_elements(format, rows, stride, order, n, k, begin, end, static_cast<std::int8_t*>(to));
-    if (sums)
-        for (int j = begin; j < end; j++) {
-            std::int32_t total = 0;
-            if (j < n) {
-                const std::int8_t* from = rows + (order ? order[j] : j) * stride;
-                for (int i = 0; i < k; i++) total += from[i];
-            }
-            sums[j] = total;
-        }
+void pack_int8(Format format, const std::int8_t* rows, std::size_t stride, int count, int k, void* to, std::int32_t* sums) {
+    pack_elements(format, rows, stride, count, k, static_cast<std::int8_t*>(to));
+    for (int c = 0; sums && c < COLUMNS; c++) {
+        sums[c] = 0;
+        for (int i = 0; c < count && i < k; i++) sums[c] += rows[c * stride + i];
+    }
 }
 
-void pack_int4(Format format, const std::int8_t* rows, std::size_t stride, const std::int32_t* order, int n, int k,
-               int begin, int end, void* to) {
-    std::size_t k_pad = up(k, GROUP), block = k_pad * COLUMNS / 2;
-    for (int j = begin; j < end; j += COLUMNS) {
-        std::uint8_t* at = static_cast<std::uint8_t*>(to) + j / COLUMNS * block;
-        std::memset(at, 0x88, block);  // zeros: nibble 8
-        for (int c = 0; c < COLUMNS && j + c < n; c++) {
-            const std::int8_t* from = rows + (order ? order[j + c] : j + c) * stride;
-            for (int i = 0; i < k; i++) {
-                std::uint8_t& byte = at[place(format, c, i)];
-                bool high = format == Format::INT4 ? i % 32 >= 16 : i % 8 >= 4;
-                int nibble = from[i] + 8;
-                byte = static_cast<std::uint8_t>(high ? (byte & 0x0f) | nibble << 4 : (byte & 0xf0) | nibble);
-            }
+void pack_int4(Format format, const std::int8_t* rows, std::size_t stride, int count, int k, void* to) {
+    std::uint8_t* at = static_cast<std::uint8_t*>(to);
+    std::memset(at, 0x88, up(k, GROUP) * COLUMNS / 2);  // zeros: nibble 8
+    for (int c = 0; c < count; c++) {
+        const std::int8_t* from = rows + c * stride;
+        for (int i = 0; i < k; i++) {
+            std::uint8_t& byte = at[place(format, c, i)];
+            bool high = format == Format::INT4 ? i % 32 >= 16 : i % 8 >= 4;
+            int nibble = from[i] + 8;
+            byte = static_cast<std::uint8_t>(high ? (byte & 0x0f) | nibble << 4 : (byte & 0xf0) | nibble);
         }
     }
 }
@@ -178,15 +165,29 @@ void unpack_nibbles(const std::uint8_t* from, int k, std::int8_t* to) {
     for (int i = 0; i < k; i++) to[i] = static_cast<std::int8_t>((i % 2 ? from[i / 2] >> 4 : from[i / 2] & 15) - 8);
 }
 
-void quantize_int8(const bf16* rows, std::size_t stride, int n, int k, std::int8_t* to, float* scale) {
-    for (int j = 0; j < n; j++) {
+// The largest magnitude of n numbers as bf16 bits, which order as magnitudes do: not below INFINITE where one is none.
+static int largest_bits(const bf16* x, int n) {
+    int most = 0;
+    for (int i = 0; i < n; i++) most = std::max(most, x[i] & 0x7fff);
+    return most;
+}
+
+// A scale whose inverse is a number, too: weights so small that theirs is not are zero.
+static float usable_scale(float x) {
+    float scale = rounded_bf16(x);
+    return std::fabs(scale) < std::numeric_limits<float>::min() ? 1 : scale;
+}
+
+bool quantize_int8(const bf16* rows, std::size_t stride, int n, int k, std::int8_t* to, float* scale) {
+    for (int j = 0; j < n; j++, to += k) {
         const bf16* from = rows + j * stride;
-        float most = 0;
-        for (int i = 0; i < k; i++) most = std::max(most, std::fabs(widen(from[i])));
-        scale[j] = most > 0 ? rounded_bf16(most / 127) : 1;
+        int most = largest_bits(from, k);
+        if (most >= INFINITE) return false;
+        scale[j] = usable_scale(widen(static_cast<bf16>(most)) / 127);
         float inverse = 1 / scale[j];
-        for (int i = 0; i < k; i++) to[static_cast<std::size_t>(j) * k + i] = static_cast<std::int8_t>(std::nearbyint(widen(from[i]) * inverse));
+        for (int i = 0; i < k; i++) to[i] = static_cast<std::int8_t>(std::nearbyint(widen(from[i]) * inverse));
     }
+    return true;
 }
 
 // Rounds to nearest, ties to even, within +-2^22; unlike nearbyint it becomes vector code everywhere.
@@ -195,23 +196,25 @@ static float round_whole(float x) {
     return (x + MAGIC) - MAGIC;
 }
 
-void quantize_int4(const bf16* rows, std::size_t stride, int n, int k, std::int8_t* to, float* scale) {
+bool quantize_int4(const bf16* rows, std::size_t stride, int n, int k, std::int8_t* to, float* scale) {
     int groups = (k + GROUP - 1) / GROUP;
     for (int j = 0; j < n; j++)
         for (int g = 0; g < groups; g++) {
             int begin = g * GROUP, num = std::min(k, begin + GROUP) - begin;
+            if (largest_bits(rows + j * stride + begin, num) >= INFINITE) return false;
             float x[GROUP], extreme = 0;
             for (int i = 0; i < num; i++) {
                 x[i] = widen(rows[j * stride + begin + i]);
                 if (std::fabs(x[i]) > std::fabs(extreme)) extreme = x[i];
             }
-            float step = extreme != 0 ? rounded_bf16(extreme / -8) : 1;  // cutting the extreme for less squared error gains nothing
+            float step = usable_scale(extreme / -8);  // cutting the extreme for less squared error gains nothing
             scale[static_cast<std::size_t>(j) * groups + g] = step;
             float inverse = 1 / step;
             std::int8_t* out = to + static_cast<std::size_t>(j) * k + begin;
             for (int i = 0; i < num; i++)
                 out[i] = static_cast<std::int8_t>(std::min(std::max(round_whole(x[i] * inverse), -8.0f), 7.0f));
         }
+    return true;
 }
 
 void unpack_row(const Weight& w, int n, float* out) {

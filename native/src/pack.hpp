@@ -11,20 +11,18 @@ namespace penstock {
 // Bytes of the packed matrix, without scales.
 std::size_t packed_bytes(Format format, int n, int k);
 
-// Rows [begin, end) of the packed matrix from `rows`: row j comes from source row `order[j]`, or j when order is null;
-// begin a multiple of 16. Rows are bf16, `stride` elements apart. The rest of the last block and of K becomes zero.
-void pack_bf16(const bf16* rows, std::size_t stride, const std::int32_t* order, int n, int k, int begin, int end, void* to);
+// One block of 16 columns of the packed matrix from its `count` rows, bf16, `stride` elements apart. The rest of the block
+// and of K becomes zero.
+void pack_bf16(const bf16* rows, std::size_t stride, int count, int k, void* to);
 
-// One block of 16 columns as BF12, from its `count` rows: no bit is lost. exponents [32] and rare as `Weight` has them.
+// The same as BF12: no bit is lost. exponents [32] and rare as `Weight` has them.
 void pack_bf12(const bf16* rows, std::size_t stride, int count, int k, void* to, bf16* exponents, std::vector<RareWeight>& rare);
 
-// The same for 8-bit integers that are quantized already, int8 rows; sums only for W8A8.
-void pack_int8(Format format, const std::int8_t* rows, std::size_t stride, const std::int32_t* order, int n, int k,
-               int begin, int end, void* to, std::int32_t* sums);
+// The same for 8-bit integers that are quantized already, int8 rows; sums [16] only for W8A8.
+void pack_int8(Format format, const std::int8_t* rows, std::size_t stride, int count, int k, void* to, std::int32_t* sums);
 
 // The same for 4-bit integers in [-8, 7], one per int8.
-void pack_int4(Format format, const std::int8_t* rows, std::size_t stride, const std::int32_t* order, int n, int k,
-               int begin, int end, void* to);
+void pack_int4(Format format, const std::int8_t* rows, std::size_t stride, int count, int k, void* to);
 
 // Row n of a packed matrix as it is computed with, float32 [k].
 void unpack_row(const Weight& weight, int n, float* out);
@@ -34,9 +32,10 @@ void unpack_row(const Weight& weight, int n, float* out);
 void unpack_nibbles(const std::uint8_t* from, int k, std::int8_t* to);
 
 // Round to nearest: one scale per row, absmax / 127. Scales are bf16 numbers here and below: they are the same in a file.
-void quantize_int8(const bf16* rows, std::size_t stride, int n, int k, std::int8_t* to, float* scale);
+// False where a weight is NaN or infinite.
+bool quantize_int8(const bf16* rows, std::size_t stride, int n, int k, std::int8_t* to, float* scale);
 
 // One scale per row and group of 128: the element of largest magnitude becomes -8.
-void quantize_int4(const bf16* rows, std::size_t stride, int n, int k, std::int8_t* to, float* scale);
+bool quantize_int4(const bf16* rows, std::size_t stride, int n, int k, std::int8_t* to, float* scale);
 
 }  // namespace penstock

@@ -5,6 +5,7 @@
 #include <nanobind/ndarray.h>
 
 #include <algorithm>
+#include <atomic>
 #include <memory>
 #include <stdexcept>
 #include <utility>
@@ -67,7 +68,8 @@ public:
     }
 
     // bf16 rows, quantized on the way, into blocks of 16 output columns from column `begin` on: every block, or only
-    // each `every`-th. Without a team on the calling thread; several threads may fill different blocks at once.
+    // each `every`-th. Without a team on the calling thread; several threads may fill different blocks at once. Throws
+    // std::domain_error for a weight that is to be quantized and is NaN or infinite; the others are filled.
     void fill(Team* team, int begin, Matrix<std::uint16_t> rows, int every) {
         int num = static_cast<int>(rows.shape(0)), blocks = static_cast<int>(up(num, COLUMNS)) / COLUMNS;
         if (every < 1 || (every > 1 && num % COLUMNS)) throw std::invalid_argument("the rows do not fit the weight");
@@ -76,15 +78,17 @@ public:
         if (rows.stride(1) != 1) throw std::invalid_argument("rows must be contiguous");
         const bf16* from = rows.data();
         std::size_t stride = rows.stride(0);
+        std::atomic<bool> good = true;
         auto fill = [&](int first, int last) {
             for (int block = first; block < last; block++) {
                 int at = block * COLUMNS;
-                fill_block(begin + at * every, std::min(COLUMNS, num - at), from + at * stride, stride);
+                if (!fill_block(begin + at * every, std::min(COLUMNS, num - at), from + at * stride, stride)) good = false;
             }
         };
         nb::gil_scoped_release unlocked;
-        if (!team) return fill(0, blocks);
-        team->run([&](int member) { fill(blocks * member / team->size(), blocks * (member + 1) / team->size()); });
+        if (!team) fill(0, blocks);
+        else team->run([&](int member) { fill(blocks * member / team->size(), blocks * (member + 1) / team->size()); });
+        if (!good) throw std::domain_error("a weight is not a finite number, and has no integer");
     }
 
     // Columns that are quantized already: int8 rows with float32 scales [rows][groups], groups of 128 or one. Block i of
@@ -162,32 +166,33 @@ private:
         else scale_[(static_cast<std::size_t>(column / COLUMNS) * (weight_.k_pad / GROUP) + group) * COLUMNS + column % COLUMNS] = value;
     }
 
-    void fill_block(int column, int count, const bf16* from, std::size_t stride) {
+    // False where a weight has no integer.
+    bool fill_block(int column, int count, const bf16* from, std::size_t stride) {
         int k = weight_.k;
         if (weight_.format == Format::BF16) {
-            pack_bf16(from, stride, nullptr, count, k, 0, COLUMNS, block_of(column));
-            return;
+            pack_bf16(from, stride, count, k, block_of(column));
+            return true;
         }
         if (weight_.format == Format::BF12) {
             std::size_t block = column / COLUMNS;
             pack_bf12(from, stride, count, k, block_of(column), exponents_.data() + block * 32, rare_[block]);
             rare_of_[block] = {rare_[block].data(), static_cast<int>(rare_[block].size())};
-            return;
+            return true;
         }
         int groups = is_grouped() ? (k + GROUP - 1) / GROUP : 1;
         std::vector<std::int8_t> integers(static_cast<std::size_t>(count) * k);
         std::vector<float> scales(static_cast<std::size_t>(count) * groups);
-        if (is_grouped()) quantize_int4(from, stride, count, k, integers.data(), scales.data());
-        else quantize_int8(from, stride, count, k, integers.data(), scales.data());
+        auto quantize = is_grouped() ? quantize_int4 : quantize_int8;
+        if (!quantize(from, stride, count, k, integers.data(), scales.data())) return false;
         pack_integers(column, count, integers.data(), k);
         for (int j = 0; j < count; j++)
             for (int g = 0; g < groups; g++) set_scale(column + j, g, scales[static_cast<std::size_t>(j) * groups + g]);
+        return true;
     }
 
     void pack_integers(int begin, int count, const std::int8_t* rows, std::size_t stride) {
-        if (is_grouped()) pack_int4(weight_.format, rows, stride, nullptr, count, weight_.k, 0, COLUMNS, block_of(begin));
-        else pack_int8(weight_.format, rows, stride, nullptr, count, weight_.k, 0, COLUMNS, block_of(begin),
-                       sums_.empty() ? nullptr : sums_.data() + begin);
+        if (is_grouped()) pack_int4(weight_.format, rows, stride, count, weight_.k, block_of(begin));
+        else pack_int8(weight_.format, rows, stride, count, weight_.k, block_of(begin), sums_.empty() ? nullptr : &sums_[begin]);
     }
 
     void* block_of(int column) {

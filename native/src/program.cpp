@@ -95,10 +95,11 @@ int Program::quantized(const Weight& weight, int from) {
 }
 
 void Program::heads(int qkv, int num_heads, const Pool& pool, const float* q_norm, const float* k_norm, float eps,
-                    const float* cos, const float* sin, int rotary) {
+                    const float* cos, const float* sin, int rotary, int num_positions) {
     Op op{What::HEADS};
     op.from = qkv, op.num_heads = num_heads, op.pool = pool, op.q_norm = q_norm, op.k_norm = k_norm, op.eps = eps;
     op.cos = cos, op.sin = sin, op.rotary = rotary;
+    num_positions_ = std::min(num_positions_, num_positions);
     ops_.push_back(op);
 }
 
@@ -146,9 +147,12 @@ void Program::run_heads(const Batch& batch, const Op& op, const Run& run, int he
     }
     const bf16* k = qkv.half(run.token) + (op.num_heads + head) * dim;
     std::int32_t block = batch.tables[pool.group][run.row * batch.table_width[pool.group] + run.position / KV_BLOCK];
-    char* place = pool.data + block * pool.block_bytes + head * (pool.block_bytes / 2 / pool.num_kv_heads);
-    kernels_.write_kv(pool.format, k, k + pool.num_kv_heads * dim, qkv.stride, run.num_tokens, place,
-                      place + pool.block_bytes / 2, run.position % KV_BLOCK, dim);
+    std::size_t head_bytes = pool.block_bytes / 2 / pool.num_kv_heads;
+    char *keys = pool.data + block * pool.block_bytes + head * head_bytes, *values = keys + pool.block_bytes / 2;
+    int offset = run.position % KV_BLOCK;
+    if (offset == 0 && run.num_tokens < KV_BLOCK)  // whoever had the block may have left a NaN, and 0 * NaN is one
+        std::memset(keys, 0, head_bytes), std::memset(values, 0, head_bytes);
+    kernels_.write_kv(pool.format, k, k + pool.num_kv_heads * dim, qkv.stride, run.num_tokens, keys, values, offset, dim);
 }
 
 int Program::units(const Op& op) const {
@@ -238,6 +242,7 @@ void Program::run(const Batch& batch, StepWords& words) {
         for (int t = static_cast<int>(batch.query_start[r]), end = static_cast<int>(batch.query_start[r + 1]), num; t < end; t += num) {
             int position = static_cast<int>(batch.positions[t]);
             num = std::min(KV_BLOCK - position % KV_BLOCK, end - t);
+            if (position + num > num_positions_) throw std::invalid_argument("a position that the tables of cos and sin do not have");
             runs_.push_back({r, t, position, num});
         }
     for (auto& [key, plan] : attention_) plan.tasks.clear();

@@ -6,6 +6,7 @@
 #pragma once
 #include <algorithm>
 #include <chrono>
+#include <limits>
 #include <map>
 #include <memory>
 #include <string>
@@ -68,9 +69,9 @@ public:
     void linear_add(const Weight& weight, int from, int to);          // to: float32, added
     void linear_silu_mul(const Weight& weight, int from, int to);     // columns: 16 of gate, 16 of up, ...
     // qkv rows: heads of q, of k, of v. Norms (where given) and rope in place, keys and values into the pool.
-    // cos, sin: [positions][rotary / 2].
+    // cos, sin: [num_positions][rotary / 2].
     void heads(int qkv, int num_heads, const Pool& pool, const float* q_norm, const float* k_norm, float eps,
-               const float* cos, const float* sin, int rotary);
+               const float* cos, const float* sin, int rotary, int num_positions);
     void attend(int qkv, int num_heads, const Pool& pool, float scale, int to);  // scale: times log2(e)
 
     // ---- running ----
@@ -179,6 +180,7 @@ private:
     const Kernels& kernels_;
     Team& team_;
     int max_tokens_;
+    int num_positions_ = std::numeric_limits<int>::max();  // that every table of cos and sin has
     std::vector<Buffer> buffers_;
     std::vector<Ints> ints_;
     std::map<int, int> ints_of_;  // width -> ints_

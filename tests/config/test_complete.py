@@ -89,7 +89,8 @@ def test_native_kernels_take_bfloat16_where_the_cpu_does_not(tmp_path: Path) -> 
     for asked in ({"cpu_kernels": "torch"}, {"kv_cache_dtype": "float32"}):
         assert completed(tmp_path, built, **asked).config.model.dtype == "float32"
     assert completed(tmp_path, replace(built, cpu_features=("sse4",))).config.model.dtype == "float32"
-    assert completed(tmp_path, built, checkpoint={"head_dim": 12}).config.model.dtype == "float32"
+    for odd in ({"head_dim": 12}, {"intermediate_size": 100}):
+        assert completed(tmp_path, built, checkpoint=odd).config.model.dtype == "float32"
 
 
 def test_errors_of_model_and_memory(tmp_path: Path) -> None:

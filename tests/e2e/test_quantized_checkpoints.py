@@ -73,6 +73,8 @@ def test_what_cannot_be_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixtur
     made = quantized(tmp_path, "w8a8")
     capsys.readouterr()
     assert "w4a8 was asked for" in refusal(made, capsys, "--quantization", "w4a8")
+    without = refusal(Path(MODEL), capsys, "--quantization", "int8", "--cpu-kernels", "torch")
+    assert "int8 needs native kernels, and --cpu-kernels torch is without" in without
     tensors = load_file(made / "model.safetensors")
     name = "model.layers.2.mlp.down_proj.weight_scale"
     save_file({**tensors, name: tensors[name] * float("nan")}, made / "model.safetensors")

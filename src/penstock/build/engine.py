@@ -265,7 +265,9 @@ def _native_weights(resolved: Resolved, model: LlamaModel, arena: Any | None) ->
     if stored and (config.model.load_format != "dummy" or scheme == "mixed" or wanted == "torch"):
         scheme = "none"  # what the checkpoint holds comes as it is; the rest stays plain
     assert config.runtime.num_threads is not None
-    if wanted == "torch" and scheme == "none":
+    if wanted == "torch":
+        if scheme != "none":
+            raise ConfigError(f"{scheme} needs native kernels, and --cpu-kernels torch is without", "--quantization")
         return None, "plain torch"
     try:
         load_native()
@@ -282,7 +284,7 @@ def _native_weights(resolved: Resolved, model: LlamaModel, arena: Any | None) ->
             raise ConfigError(f"{scheme} needs native kernels: {error}", "--quantization") from None
         if wanted != "auto":
             raise ConfigError(str(error), "--cpu-kernels") from None
-        if stored and can_pack(wanted, config.model.dtype, resolved.layout):
+        if stored and can_pack(wanted, config.model.dtype, resolved.model, resolved.layout):
             hint = "--cpu-kernels torch computes with its weights dequantized, in the memory of a plain model"
             raise ConfigError(
                 f"this quantized checkpoint needs native kernels: {error}; {hint}", "--cpu-kernels"

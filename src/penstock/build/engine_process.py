@@ -19,6 +19,7 @@ from queue import SimpleQueue
 from penstock.build.handover import decode
 from penstock.build.start import Stages, begin, import_builder, import_member, no_collections
 from penstock.config.kv_events import event_settings
+from penstock.config.load import debug_wanted
 from penstock.config.log import set_up_logging
 from penstock.engine.loop import run_engine
 from penstock.engine.messages import Fatal, Progress
@@ -72,7 +73,7 @@ def main(encoded: bytes, address: SimpleQueue[str], start_s: float, beats: int |
 
 def _tell(wire: ZmqWire, error: Exception) -> int:
     """Say what ends the engine; its exit code."""
-    if os.environ.get("PENSTOCK_DEBUG"):
+    if debug_wanted():
         raise error
     ours = type(error).__module__.startswith("penstock.") and str(error)  # says it all, for people
     wire.send(Fatal(str(error) if ours else f"{type(error).__name__}: {error}"))

@@ -36,7 +36,7 @@ class Stages:
 def begin(resolved: Resolved) -> Any | None:
     """Start what can go on by itself: an arena for `build_engine`, or None where plain torch will compute."""
     config = resolved.config
-    if not can_pack(config.runtime.cpu_kernels, config.model.dtype, resolved.layout):
+    if not can_pack(config.runtime.cpu_kernels, config.model.dtype, resolved.model, resolved.layout):
         return None
     return begin_arena(packed_bytes(resolved.model, config.model.quantization))
 

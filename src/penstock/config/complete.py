@@ -64,7 +64,7 @@ def complete(config: Config, machine: Machine) -> Resolved:
         max_model_len=config.model.max_model_len,
         kv_bytes=config.cache.kv_cache_memory_bytes,
         share=config.cache.gpu_memory_utilization,
-        quantization=quantization if can_pack(config.runtime.cpu_kernels, dtype, layout) else "none",
+        quantization=quantization if can_pack(config.runtime.cpu_kernels, dtype, model, layout) else "none",
     )
 
     def fill(part: Any, name: str, value: Any, origin: str, why: str) -> Any:
@@ -102,10 +102,10 @@ def _check_tiers(cache: CacheOptions) -> None:
         raise ConfigError("tiers hold what the prefix cache publishes, which is switched off", "--kv-offloading-size")
 
 
-def can_pack(cpu_kernels: str, dtype: str, layout: KVLayout) -> bool:
+def can_pack(cpu_kernels: str, dtype: str, model: ModelConfig, layout: KVLayout) -> bool:
     """Whether these settings leave the weights to native kernels; plain torch holds quantized ones dequantized."""
-    shapes = all(g.block_size == CPU_BLOCK_TOKENS and g.head_dim % 16 == 0 and g.head_dim <= 256 for g in layout.groups)
-    return cpu_kernels != "torch" and dtype == "bfloat16" and shapes
+    heads = all(g.block_size == CPU_BLOCK_TOKENS and g.head_dim % 16 == 0 and g.head_dim <= 256 for g in layout.groups)
+    return cpu_kernels != "torch" and dtype == "bfloat16" and heads and model.intermediate_size % 16 == 0
 
 
 def _quantization(config: Config, model: ModelConfig) -> str:
@@ -130,6 +130,6 @@ def _dtype(config: Config, model: ModelConfig, machine: Machine, quantization: s
     if model.dtype == "bfloat16" and not machine.has_fast_bf16:
         layout = kv_layout(model, config.cache.block_size or CPU_BLOCK_TOKENS, "bfloat16")
         native = machine.has_native_kernels and config.cache.kv_cache_dtype in ("auto", "bfloat16", "int8")
-        if not native or not can_pack(config.runtime.cpu_kernels, "bfloat16", layout):
+        if not native or not can_pack(config.runtime.cpu_kernels, "bfloat16", model, layout):
             return "float32", ("auto", "this CPU has no bfloat16 instructions")
     return model.dtype, ("model", "as the checkpoint")

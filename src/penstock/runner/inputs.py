@@ -80,10 +80,6 @@ class RequestTable:
             counts[slot] = 0
         return slot
 
-    def blocks_of(self, group: int, slot: int) -> np.ndarray:
-        """Block ids that the request in `slot` was given so far."""
-        return self.tables[group][slot, : self._num_blocks[group][slot]]
-
     def prepare(self, plan: StepPlan) -> StepInputs:
         """Add the rows' new blocks and gather the step's arrays.
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import mmap
-from collections.abc import Iterable
 
 import numpy as np
 import torch
@@ -17,7 +16,8 @@ HUGE_PAGE_BYTES = 2 << 20
 
 
 class KVStore:
-    """`pools[layer]`: [num_blocks, 2, Hkv, block_size, D], zero-filled (an unwritten value must not be a NaN).
+    """`pools[layer]`: [num_blocks, 2, Hkv, block_size, D], zero-filled: an unwritten value must not be a NaN.
+    Whoever writes a block's first tokens therefore zeroes the rest of it.
 
     With scales: int8 [num_blocks, 2, Hkv, head_bytes], each head's elements and then its scales, as bytes.
     """
@@ -46,12 +46,6 @@ class KVStore:
         return [
             pool.view(torch.uint8).view(pool.shape[0], of_layer[layer]).numpy() for layer, pool in enumerate(self.pools)
         ]
-
-    def clean(self, group: int, block_ids: Iterable[int]) -> None:
-        """Zero blocks that a failed request may have filled with NaN, before somebody else gets them."""
-        ids = torch.as_tensor([i for i in block_ids if i], dtype=torch.int64)
-        for layer in self.layout.groups[group].layers:
-            self.pools[layer].index_fill_(0, ids, 0)
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:

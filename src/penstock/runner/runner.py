@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from penstock.core.plan import Logprobs, Row, StepPlan, StepResult
+from penstock.core.plan import Logprobs, StepPlan, StepResult
 from penstock.nn.doors import AttentionBackend, Batch, Scores, Spans
 from penstock.nn.words import StepWords
 from penstock.runner.inputs import NO_IDS, RequestTable, StepInputs
@@ -153,8 +153,7 @@ class Runner:
         """`rows` that do not sample are looked at too: a NaN must not be published with the prompt's first blocks."""
         last = torch.from_numpy(inputs.output_start[1:][rows] - 1)
         for n in hidden[last].isnan().any(-1).nonzero().flatten().tolist():
-            start = int(inputs.starts[rows[n]])
-            self._fail(plan.rows[rows[n]], start, "the model's states for the prompt are not numbers (NaN)", result)
+            result.failed[plan.rows[rows[n]].request_id] = "the model's states for the prompt are not numbers (NaN)"
 
     def _sample_some(
         self, plan: StepPlan, inputs: StepInputs, hidden: Tensor, silent: list[int], result: StepResult
@@ -180,7 +179,7 @@ class Runner:
         slots, ends = (inputs.slots, inputs.ends) if every else (inputs.slots[sampling], inputs.ends[sampling])
         out = self.sampler.sample(scores, slots, ends)
         for i, error in out.failed.items():
-            self._fail(plan.rows[sampling[i]], int(inputs.starts[sampling[i]]), error, result)
+            result.failed[plan.rows[sampling[i]].request_id] = error
         self.sampler.accept(slots, out.token_ids)
         self.table.advance(inputs, sampling, out.token_ids)
         if every:
@@ -193,14 +192,6 @@ class Runner:
             result.tokens[sampling[i]] = []
         if out.logprobs:
             result.logprobs = {sampling[i]: [found] for i, found in out.logprobs.items()}
-
-    def _fail(self, row: Row, start: int, error: str, result: StepResult) -> None:
-        """The row's scores are not numbers: its request fails; what it wrote is cleaned for the blocks' next owners."""
-        result.failed[row.request_id] = error
-        slot = self.table.slots[row.request_id]
-        first = start // self.table.block_size  # earlier blocks may be shared
-        for g in range(len(self.table.tables)):
-            self.store.clean(g, self.table.blocks_of(g, slot)[first:].tolist())
 
     def _prompt_logprobs(self, plan: StepPlan, inputs: StepInputs, hidden: Tensor, result: StepResult) -> None:
         """Log probabilities of the prompt tokens that follow the positions of rows that asked for them."""
@@ -219,5 +210,5 @@ class Runner:
                 piece = hidden[begin + at : begin + min(at + LOGITS_PIECE, count)]
                 found += self.sampler.prompt_logprobs(self.model.logits(piece), following[at : at + len(piece)], num)
             if any(math.isnan(entry.logprobs[0]) for entry in found):
-                self._fail(row, start, "the model's scores for the prompt are not numbers (NaN)", result)
+                result.failed[row.request_id] = "the model's scores for the prompt are not numbers (NaN)"
             result.prompt_logprobs[i] = [*found]

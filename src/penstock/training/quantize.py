@@ -2,8 +2,8 @@
 
 Holds one layer at a time (and, calibrating, the hidden states of its text); what is written appears complete or not at
 all. Knows checkpoints, layers and rounding; the engine that serves the result knows nothing of this file.
-Exactness: without calibration E0 to `--quantization` on load; what either loses beside bf16 is E3, measured by
-benchmarks/quantization_quality.py.
+Exactness: without calibration E0 to `--quantization` on load, both refusing weights that are not finite; what either
+loses beside bf16 is E3, measured by benchmarks/quantization_quality.py.
 """
 
 from __future__ import annotations

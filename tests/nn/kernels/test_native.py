@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.nn.dense_attention import dense_logits
-from tests.nn.native_model import QWEN3, SHAPES, SIZE, native, prompts, torch_model
+from tests.nn.native_model import MISTRAL, QWEN3, SHAPES, SIZE, native, prompts, torch_model
 
 from penstock.config.model import kv_layout, parse_model_config
 from penstock.nn.kernels import native as kernels_module
@@ -20,10 +20,12 @@ from penstock.nn.kernels.native import (
     PackedWeights,
     check_layout,
     load_native,
+    packed_layout,
     usable_kernels,
 )
 from penstock.nn.kernels.native_recording import Unsupported
 from penstock.nn.models import create_model
+from penstock.nn.quant.rounding import Grid, round_to_nearest
 
 KERNELS = usable_kernels()
 pytestmark = [
@@ -112,6 +114,7 @@ def test_a_team_may_have_more_members_than_most_machines_cores() -> None:
     assert torch.equal(many.step([(0, 0, prompt)]), few.step([(0, 0, prompt)]))
 
 
+@pytest.mark.skipif(len(KERNELS) < 2, reason="one instruction set cannot disagree")
 def test_the_instruction_sets_agree() -> None:
     [ids] = prompts(parse_model_config(QWEN3), 50)
     found = [native(QWEN3, kernels).step([(0, 0, ids)]).float() for kernels in KERNELS]
@@ -119,21 +122,37 @@ def test_the_instruction_sets_agree() -> None:
         assert error(other, found[0]) <= 1e-2
 
 
-def test_a_token_that_is_not_a_number_harms_only_its_own_request() -> None:
-    ours = native({**QWEN3, "tie_word_embeddings": False}, KERNELS[0])
-    bad, good = prompts(ours.config, 20, 20)
-    expected = ours.step([(1, 0, good)])
-    broken = native({**QWEN3, "tie_word_embeddings": False}, KERNELS[0])
-    config, model = torch_model({**QWEN3, "tie_word_embeddings": False}, torch.bfloat16)
-    model.embed.weight.data[int(bad[3])] = torch.nan
+@pytest.mark.parametrize("shape", [{**QWEN3, "tie_word_embeddings": False}, MISTRAL], ids=["full", "window"])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_a_token_that_is_not_a_number_harms_only_its_own_request(kernels: str, shape: dict[str, Any]) -> None:
+    config, model = torch_model(shape, torch.bfloat16)
+    bad, good = prompts(config, 20, 20)
     good = np.where(good == bad[3], (good + 1) % config.vocab_size, good)
-    expected = ours.step([(1, 0, good)])
-    layout = kv_layout(config, SIZE, "bfloat16")
-    weights = PackedWeights(model, 2)
-    broken.model = NativeModel(model, weights, layout, broken.pools, kernels=KERNELS[0], max_tokens=64)
+    expected = native(shape, kernels).step([(1, 0, good)])
+    model.embed.weight.data[int(bad[3])] = torch.nan
+    broken = native(shape, kernels)
+    layout = packed_layout(kv_layout(config, SIZE, "bfloat16"))
+    broken.model = NativeModel(model, PackedWeights(model, 2), layout, broken.pools, kernels=kernels, max_tokens=64)
     hidden = broken.step([(0, 0, bad), (1, 0, good)])
     assert hidden[3:20].isnan().any(-1).all()
     assert torch.equal(hidden[20:], expected)
+    assert torch.equal(broken.step([(0, 0, good)]), expected)  # in the very block that the first one had
+
+
+@pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
+@pytest.mark.parametrize("shape", ["qwen3", "mistral with a window"])
+@pytest.mark.parametrize("kernels", KERNELS)
+def test_what_is_left_in_a_block_is_never_seen(kernels: str, shape: str, kv_dtype: str) -> None:
+    """Every byte of the cache but the null block's is a NaN's: each block that is begun forgets it."""
+    clean, used = (native(SHAPES[shape], kernels, kv_dtype=kv_dtype) for _ in range(2))
+    for pool in used.pools:
+        pool[1:].view(torch.uint8).fill_(0xFF)
+    (ids,) = prompts(clean.config, 140)
+    for start, end in [(0, 3), (3, 4), (4, 70), (70, 96), (96, 97), (97, 140)]:
+        rows = [(0, start, ids[start:end]), (1, start, ids[start:end])]
+        found = used.step(rows)
+        assert found.isfinite().all()
+        assert torch.equal(found, clean.step(rows))
 
 
 @pytest.mark.parametrize("kv_dtype", ["bfloat16", "int8"])
@@ -178,6 +197,23 @@ def test_weights_are_rounded_to_the_nearest_step_of_their_format(n: int, k: int,
     step = torch.where(extreme != 0, extreme / -8, 1.0).bfloat16().float()
     edge = torch.where(groups.sign() * extreme.sign() < 0, 1.0, 0.501)  # on the other side 7 steps are the most
     assert ((fourth - w).abs() <= (edge * step.abs()).flatten(1)[:, :k]).all()
+
+
+@pytest.mark.parametrize("weight_format", ["int8", "w8a8", "int4", "w4a8"])
+def test_weights_whose_scale_has_no_inverse_are_zero(weight_format: str) -> None:
+    w = torch.tensor([[9.2e-41], [-1e-38], [1e-35], [3.0e38]]).bfloat16()
+    found = packed(weight_format, w)[1]
+    assert found[:2].eq(0).all()
+    assert error(found[2:] / w[2:].float(), torch.ones(2, 1)) <= 1e-2
+    grid = Grid(8, None) if weight_format in ("int8", "w8a8") else Grid(4, 128)
+    assert torch.equal(found, round_to_nearest(w.float(), grid).values())
+
+
+def test_a_position_beyond_the_rotary_tables_is_refused() -> None:
+    ours = native({**QWEN3, "max_position_embeddings": 64}, KERNELS[0])
+    ours.step([(0, 60, np.arange(4))])
+    with pytest.raises(ValueError, match="a position that the tables"):
+        ours.step([(0, 61, np.arange(4))])
 
 
 def eight_bits(a: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

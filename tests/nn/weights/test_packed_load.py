@@ -14,7 +14,7 @@ from penstock.nn.kernels.arena import begin_arena
 from penstock.nn.kernels.native import FORMATS, PackedWeights, load_native, usable_kernels
 from penstock.nn.models import create_model, model_routes
 from penstock.nn.models.llama import LlamaModel
-from penstock.nn.weights.errors import TiedWeightsDiffer
+from penstock.nn.weights.errors import TiedWeightsDiffer, WrongDtype
 from penstock.nn.weights.stream import load_weights
 
 pytestmark = [
@@ -87,6 +87,28 @@ def test_what_cannot_be_packed_on_the_way_is_packed_afterwards(tmp_path: Path) -
     assert report.casts == {"F32 -> bfloat16": 1}
     for ours, theirs in zip(unpacked(weights, model), expected, strict=True):
         assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize("weight_format", FORMATS)
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float32])  # packed on the way; loaded first
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_what_is_no_number_has_no_integer(
+    weight_format: str, stored: torch.dtype, value: float, tmp_path: Path
+) -> None:
+    source = dummy_model(qwen3(), torch.bfloat16)
+    tensors = tensors_of(source)
+    name = "model.layers.0.mlp.up_proj.weight"
+    tensors[name] = tensors[name].to(stored)
+    tensors[name][-1, -1] = value
+    save(tmp_path, tensors)
+    model = create_model(source.config, torch.bfloat16)
+    weights = PackedWeights(model, 2, (weight_format, weight_format))
+    if weight_format in ("bf16", "bf12"):  # as it is: the request that meets it fails
+        load_weights(tmp_path, model, model_routes(model.config), packer=weights)
+        assert not torch.cat([w.flatten() for w in unpacked(weights, model)]).isfinite().all()
+        return
+    with pytest.raises(WrongDtype, match=r"safetensors: model.layers.0.mlp.(gate|up)_proj.weight: .*not a finite"):
+        load_weights(tmp_path, model, model_routes(model.config), packer=weights)
 
 
 def test_tied_tensors_are_compared_in_the_files(tmp_path: Path) -> None:

@@ -107,6 +107,7 @@ class _GroupStep:
         num = np.diff(spans.query_start).astype(np.int64)
         start = spans.start.astype(np.int64)
         self.write_rows = self._write_rows(table, num, start)
+        self.begun_blocks = self._begun_blocks(table, start, start + num)
         self.calls = [self._call(table, rows, first, num, start, fresh) for rows, fresh in self._together(num, start)]
 
     def _write_rows(self, table: np.ndarray, num: np.ndarray, start: np.ndarray) -> Tensor:
@@ -117,6 +118,13 @@ class _GroupStep:
         block = table[row, position // size].astype(np.int64)
         rows = ((block * 2 * heads)[:, None] + np.arange(heads)) * size + (position % size)[:, None]
         return torch.from_numpy(rows.reshape(-1))
+
+    def _begun_blocks(self, table: np.ndarray, start: np.ndarray, end: np.ndarray) -> Tensor | None:
+        """Blocks that get their first tokens and are not filled. Whoever had them may have left a NaN behind, which
+        even a masked key or a value times zero would pass on."""
+        size = self.group.block_size
+        rows = np.flatnonzero((end % size != 0) & (end // size * size >= start))
+        return torch.from_numpy(table[rows, end[rows] // size].astype(np.int64)) if len(rows) else None
 
     def _together(self, num: np.ndarray, start: np.ndarray) -> list[tuple[np.ndarray, bool]]:
         """Rows in sets that one call computes: (row indices, nothing cached)."""
@@ -220,6 +228,8 @@ class _Step:
         pool = self._backend.pools[layer]
         heads, size = k.shape[1], step.group.block_size
         pages = _Pages(pool, size, k.shape[2])
+        if step.begun_blocks is not None:
+            pool.index_fill_(0, step.begun_blocks, 0)
         k = pages.write(step.write_rows, k)
         v = pages.write(step.write_rows + heads * size, v)
         if self._words is not None:

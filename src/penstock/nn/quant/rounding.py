@@ -62,7 +62,9 @@ def as_bf16(x: Tensor) -> Tensor:
 
 
 def extreme_scales(weight: Tensor, grid: Grid) -> Tensor:
-    """Scales [N, groups] that just hold the element of largest magnitude; 1 where all are 0. weight float32 [N, K].
+    """Scales [N, groups] that just hold the element of largest magnitude. weight float32 [N, K].
+
+    1 where all are 0, or so small (below 2^-119) that the inverse of their scale would overflow: they become 0.
 
     With 4 bits that element becomes -8, so that scales may be negative: integers reach -8 but only +7. The first of
     equal magnitudes decides.
@@ -71,9 +73,11 @@ def extreme_scales(weight: Tensor, grid: Grid) -> Tensor:
     magnitudes = groups.abs()
     most = magnitudes.amax(2, keepdim=True)
     if grid.bits == 8:
-        return torch.where(most == 0, 1.0, as_bf16(most / 127)).squeeze(2)
-    first = (magnitudes == most).to(torch.uint8).argmax(2, keepdim=True)
-    return torch.where(most == 0, 1.0, as_bf16(groups.gather(2, first) / -8)).squeeze(2)
+        scales = as_bf16(most / 127)
+    else:
+        first = (magnitudes == most).to(torch.uint8).argmax(2, keepdim=True)
+        scales = as_bf16(groups.gather(2, first) / -8)
+    return torch.where(scales.abs() < torch.finfo(torch.float32).tiny, 1.0, scales).squeeze(2)
 
 
 def round_on(weight: Tensor, grid: Grid, scales: Tensor) -> Rounded:

@@ -43,7 +43,8 @@ class Packer(QuantizedPacker, Protocol):
     def put(self, parameter: nn.Parameter, row: int, words: np.ndarray) -> None:
         """Rows [row, row + n) of a wanted parameter: uint16 [n, K], gone afterwards. From several threads at once.
 
-        `row` is a multiple of 16, and so is n but at the end of the parameter.
+        `row` is a multiple of 16, and so is n but at the end of the parameter. Raises ValueError for values that its
+        form cannot hold, as does `take`.
         """
         ...
 

@@ -210,7 +210,8 @@ def _stream(
                 parameter = piece.filling.parameter
                 missing[id(parameter)] -= piece.end - piece.start
                 if packer is not None and not missing[id(parameter)] and id(parameter) not in compared:
-                    packer.take(parameter)
+                    with _named(piece.filling):
+                        packer.take(parameter)
             done += extent.end - extent.start
             progress(extent.end - extent.start)
     assert done == total, f"read {done} of {total} bytes"
@@ -259,7 +260,17 @@ def _pack(extent: Extent, slot: Tensor, packer: Packer) -> None:
         if filling.packed:
             words = raw[piece.slot_offset : piece.slot_offset + piece.end - piece.start].view(np.uint16)
             row = filling.first_row + (piece.start - filling.stored.start) // filling.row_bytes
-            packer.put(filling.parameter, row, words.reshape(-1, filling.parameter.shape[1]))
+            with _named(filling):
+                packer.put(filling.parameter, row, words.reshape(-1, filling.parameter.shape[1]))
+
+
+@contextmanager
+def _named(filling: Filling) -> Iterator[None]:
+    """What a packer says of values that it cannot hold, with the tensor's name."""
+    try:
+        yield
+    except ValueError as error:
+        raise WrongDtype(f"{filling.path}: {filling.stored.name}: {error}") from None
 
 
 def _scatter(piece: Piece, values: Tensor) -> None:
