@@ -102,7 +102,7 @@ def made_checkpoints(model: str, folder: Path) -> list[tuple[str, str, Path]]:
     """(scheme, how, directory) of calibrated checkpoints, made now."""
     source, found = model_directory(model), []
     rows = calibration_rows(source, "builtin", num=128, length=512, seed=0)
-    for scheme, head in (("int4", "8bit"), ("w4a8", "8bit"), ("int4", "bf16")):
+    for scheme, head in (("int8", "8bit"), ("w8a8", "8bit"), ("int4", "8bit"), ("w4a8", "8bit"), ("int4", "bf16")):
         directory = folder / f"{scheme}-{head}"
         quantize_checkpoint(source, directory, Recipe(scheme, "gptq", head=head), lambda: rows)
         found.append((scheme, f"penstock quantize --method gptq --head {head}", directory))
@@ -142,7 +142,7 @@ def main() -> None:
     parser.add_argument("--num-passages", type=int, default=64)
     parser.add_argument("--kernels", default=usable_kernels()[0], choices=[*usable_kernels(), "torch"])
     parser.add_argument("--checkpoint", type=Path, action="append", default=[], help="quantized directory of --model")
-    parser.add_argument("--gptq", action="store_true", help="make and measure calibrated 4-bit checkpoints (minutes)")
+    parser.add_argument("--gptq", action="store_true", help="make and measure calibrated checkpoints (minutes)")
     parser.add_argument("--add", action="store_true", help="keep the lines that --out holds already")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

@@ -49,6 +49,7 @@ def main() -> None:
         [f"{entry['title']}\n{entry['group']}" for entry in rows],
         fontsize=8,
     )
+    axes.margins(y=0.01)
     axes.invert_yaxis()
     axes.set_xlabel("speed, penstock = 1 (more is faster)")
     axes.set_title(f"{result['machine']}, {result['threads']} threads, commit {result['commit']}", fontsize=9)

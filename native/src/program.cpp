@@ -34,8 +34,8 @@ float widen(bf16 x) {
 }  // namespace
 
 Program::Program(const Kernels& kernels, Team& team, int max_tokens)
-    : kernels_(kernels), team_(team), max_tokens_(max_tokens), scratch_(team.size()), courses_(team.size()),
-      head_deal_(team.size()), choosing_(team.size()) {}
+    : kernels_(kernels), team_(team), max_tokens_(max_tokens), head_deal_(team.size()), choosing_(team.size()),
+      scratch_(team.size()), courses_(team.size()) {}
 
 int Program::buffer(Kind kind, int width) {
     std::size_t padded = up(width, GROUP), bytes = kind == Kind::F32 ? 4 : 2;
