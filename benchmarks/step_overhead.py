@@ -109,7 +109,7 @@ class Loop:
         self.paged = PagedAttention(layout, store.pools, torch.float32)
         self.table = RequestTable(num_seqs, max_len, 1, BLOCK_SIZE)
         self.model = NullModel()
-        self.runner = Runner(self.model, NullAttention(), store, Sampler(num_seqs, VOCAB), self.table)
+        self.runner = Runner(self.model, NullAttention(), Sampler(num_seqs, VOCAB), self.table)
         self.scheduler = Scheduler(layout, (blocks,), SchedulerLimits(num_seqs, step_tokens), FcfsPolicy())
         self.executor = InlineExecutor(self._run)
         self.engine = Engine(self.scheduler, self.executor, EngineLimits(max_len, VOCAB, frozenset()))

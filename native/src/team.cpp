@@ -3,6 +3,10 @@
 #include <pthread.h>
 #include <sched.h>
 
+#include <stdexcept>
+#include <string>
+#include <system_error>
+
 namespace penstock {
 
 namespace {
@@ -24,13 +28,21 @@ void wait_while(std::atomic<std::uint32_t>& value, std::uint32_t old) {
 }  // namespace
 
 Team::Team(int size, const std::vector<int>& cpus) : size_(size) {
-    for (int member = 1; member < size; member++) {
-        int cpu = member < static_cast<int>(cpus.size()) ? cpus[member] : -1;
-        threads_.emplace_back([this, member, cpu] { work(member, cpu); });
+    try {
+        for (int member = 1; member < size; member++) {
+            int cpu = member < static_cast<int>(cpus.size()) ? cpus[member] : -1;
+            threads_.emplace_back([this, member, cpu] { work(member, cpu); });
+        }
+    } catch (const std::system_error&) {
+        std::string begun = std::to_string(threads_.size() + 1);
+        leave();
+        throw std::runtime_error("the system gives no more than " + begun + " of " + std::to_string(size) + " threads");
     }
 }
 
-Team::~Team() {
+Team::~Team() { leave(); }
+
+void Team::leave() {
     leaving_.store(true);
     generation_.fetch_add(1, std::memory_order_release);
     generation_.notify_all();

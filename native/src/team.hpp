@@ -27,6 +27,7 @@ public:
     void meet();
 
 private:
+    void leave();
     void work(int member, int cpu);
 
     const int size_;

@@ -164,6 +164,7 @@ def test_windows() -> None:
         ({"rope_scaling": {"type": "dynamic", "factor": 2}}, "'dynamic' is not supported; .* linear, llama3, yarn"),
         ({"rope_scaling": {"type": ["yarn"]}}, "is not supported"),
         ({"rope_scaling": {"type": "linear"}}, "rope scaling 'linear' needs a factor"),
+        ({"rope_scaling": {"type": "linear", "factor": 1e299}}, r"factor of 1e\+299 is not in"),
         ({"rope_scaling": {"type": "linear", "factor": "2"}}, "factor must be a positive number, found '2'"),
         (
             {"rope_scaling": {"type": "yarn", "factor": 2, "original_max_position_embeddings": -5}},

@@ -15,7 +15,7 @@ from penstock.nn.doors import Scores
 from penstock.nn.kernels.edits import RowParams
 from penstock.nn.kernels.native import NativeScores, usable_kernels
 from penstock.nn.kernels.sampling import DenseScores, choose_reference
-from penstock.runner.sampler import Sampler
+from penstock.runner.sampler import Occurrences, Sampler
 
 VOCAB = 300
 chosen_by = "torch"
@@ -338,3 +338,11 @@ def test_seeds_of_64_bits(seed):
     ]
     assert tokens[0] == tokens[1]
     assert tokens[0] != tokens[2]
+
+
+def test_occurrences_grow_with_a_long_answer() -> None:
+    found = Occurrences([900, 901], range(300))
+    for _ in range(2):
+        found.add(901)
+    counts = dict(zip(found.ids.tolist(), found.counts.tolist(), strict=True))
+    assert counts == {900: 0.0, 901: 2.0, **dict.fromkeys(range(300), 1.0)}

@@ -101,7 +101,7 @@ class Rank:
                 model, weights, layout, self.store.pools, kernels=usable_kernels()[0], max_tokens=LENGTH
             )
         sampler = Sampler(16, config.vocab_size)
-        self.runner = Runner(computing, attention, self.store, sampler, table, self.counter, loads, patience_s)
+        self.runner = Runner(computing, attention, sampler, table, self.counter, loads, patience_s)
 
     def prompt(self, step: int, start: int = 0, awaits: tuple[int, ...] = (), request: int = 0) -> StepResult:
         """Compute a request's prompt from `start`; what is before it is thought to be in its blocks."""

@@ -22,13 +22,14 @@ from penstock.config.load import model_directory
 from penstock.config.model import KVGroup, KVLayout, ModelConfig, load_model_config
 from penstock.config.values import ConfigError
 from penstock.nn.kernels.native import FORMATS, load_native, usable_kernels
-from penstock.nn.kernels.native_recording import BF16, KV_FORMATS, Unsupported
+from penstock.nn.kernels.native_recording import BF16, COLUMNS, KV_FORMATS, Unsupported
 from penstock.runner.kv_store import KVStore
 
 STREAMED_BYTES = 320 << 20  # of weights in turns, of keys and values: more than caches hold
 READ_BYTES = 1 << 30
 BITS = {"bf16": 16, "int8": 8, "w8a8": 8, "int4": 4.25, "w4a8": 4.25, "bf12": 12}
 BLOCK = 32
+MAX_THREADS = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +71,11 @@ def main(arguments: list[str]) -> int:
     for flag, number in (("--num-threads", options.num_threads), ("--rounds", options.rounds)):
         if number is not None and number < 1:
             raise ConfigError(f"{number} is not at least 1", flag)
+    if options.num_threads is not None and options.num_threads > MAX_THREADS:
+        raise ConfigError(f"{options.num_threads} is more than {MAX_THREADS}", "--num-threads")
     config = load_model_config(model_directory(options.model))
+    if config.head_dim % COLUMNS or config.head_dim > 256:
+        raise ConfigError(f"native kernels need heads of a multiple of 16 up to 256, not {config.head_dim}", "--model")
     bench = Bench(options.kernels or usable[0], options.num_threads or probe().num_cores, options.rounds)
     formats = options.formats.split(",")
     if unknown := [name for name in formats if name not in FORMATS]:

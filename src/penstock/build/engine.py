@@ -149,7 +149,7 @@ def _build(
     bound_kernel_caches()
     device, dtype = torch.device("cpu"), getattr(torch, config.model.dtype)
     progress("allocating", 0, 0)
-    model = create_model(shape, dtype, device)
+    model = create_model(shape, dtype, device, config.model.max_model_len)
     weights, kernels = _native_weights(resolved, model, arena)
     stages.done("allocate model")
     if config.model.load_format == "dummy":
@@ -187,7 +187,7 @@ def _build(
     counter = None if seat is None else StepCounter()
     sampler = Sampler(max_num_seqs, shape.vocab_size)
     loads = None if tiers is None else tiers.mover
-    runner = Runner(computing, attention, store, sampler, table, counter=counter, loads=loads)
+    runner = Runner(computing, attention, sampler, table, counter=counter, loads=loads)
     links = None if seat is None or counter is None else _links(seat, layout, store, counter)
     run = _stepping(runner.run, config.runtime.num_threads if weights is None else 1)
     executor = ThreadExecutor(run) if config.scheduler.async_scheduling == "on" else InlineExecutor(run)

@@ -17,6 +17,7 @@ from penstock.config.quantization import CheckpointQuantization, UnsupportedQuan
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "int8": 1}
 # KV cache dtype -> dtype of the scale that each token and head has of its own, for keys and for values.
 KV_SCALES = {"int8": "bfloat16"}
+MAX_ROPE_FACTOR = 1e4  # far beyond any model's; positions stay countable
 
 
 class ModelConfigError(ValueError):
@@ -379,6 +380,8 @@ def _rope(raw: dict[str, Any]) -> tuple[float, RopeScaling | None]:
     if kind != "yarn" and params.get("factor") is None:
         raise ModelConfigError(f"config.json: rope scaling {kind!r} needs a factor")
     factor = _number(params, "factor", longest / original)
+    if not 0 < factor <= MAX_ROPE_FACTOR:
+        raise ModelConfigError(f"config.json: a rope scaling factor of {factor:g} is not in (0, {MAX_ROPE_FACTOR:g}]")
     attention_factor = None
     if params.get("attention_factor") is not None:
         attention_factor = _number(params, "attention_factor", 1.0)

@@ -19,7 +19,6 @@ from penstock.core.plan import Logprobs, StepPlan, StepResult
 from penstock.nn.doors import AttentionBackend, Batch, Scores, Spans
 from penstock.nn.words import StepWords
 from penstock.runner.inputs import NO_IDS, RequestTable, StepInputs
-from penstock.runner.kv_store import KVStore
 from penstock.runner.sampler import Sampler
 from penstock.transfer.counter import StepCounter
 
@@ -66,7 +65,6 @@ class Runner:
         self,
         model: Model,
         attention: AttentionBackend,
-        store: KVStore,
         sampler: Sampler,
         table: RequestTable,
         counter: StepCounter | None = None,
@@ -75,7 +73,6 @@ class Runner:
     ) -> None:
         self.model = model
         self.attention = attention
-        self.store = store
         self.sampler = sampler
         self.table = table
         self.counter = counter

@@ -66,7 +66,8 @@ class Occurrences:
 
     def add(self, token_id: int) -> None:
         """One more of `token_id` in the output."""
-        self._counts[self._place(token_id)] += 1
+        at = self._place(token_id)  # first: it may make the arrays anew
+        self._counts[at] += 1
 
     @property
     def ids(self) -> Ints:

@@ -170,6 +170,8 @@ def test_positions_that_only_scaling_gives(case: Case, tmp_path: Path) -> None:
     with torch.inference_mode():
         theirs = reference(prompt[None]).logits[0]
     assert relative_error(dense_logits(model, [prompt.tolist()]), theirs) <= 1e-5
+    short = create_model(model.config, torch.float32, num_positions=100)
+    assert torch.equal(short.rotary.cos, model.rotary.cos[:100])
 
 
 def test_batching_changes_nothing_but_rounding(tmp_path: Path) -> None:

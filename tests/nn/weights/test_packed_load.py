@@ -111,6 +111,18 @@ def test_what_is_no_number_has_no_integer(
         load_weights(tmp_path, model, model_routes(model.config), packer=weights)
 
 
+def test_a_tied_tensor_that_is_stored_twice_is_named_too(tmp_path: Path) -> None:
+    source = dummy_model(qwen3(tie_word_embeddings=True), torch.bfloat16)
+    tensors = tensors_of(source)
+    head = tensors["model.embed_tokens.weight"].float()
+    head[3, 3] = torch.nan
+    save(tmp_path, tensors | {"model.embed_tokens.weight": head, "lm_head.weight": head.clone()})
+    model = create_model(source.config, torch.bfloat16)
+    weights = PackedWeights(model, 1, ("int8", "int8"))
+    with pytest.raises(WrongDtype, match=r"safetensors: (lm_head|model.embed_tokens).weight: .*not a finite"):
+        load_weights(tmp_path, model, model_routes(model.config), packer=weights)
+
+
 def test_tied_tensors_are_compared_in_the_files(tmp_path: Path) -> None:
     source = dummy_model(qwen3(tie_word_embeddings=True), torch.bfloat16)
     tensors = tensors_of(source)

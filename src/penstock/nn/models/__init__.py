@@ -22,17 +22,22 @@ MODELS = {
 ROUTES: dict[type, Callable[[ModelConfig], list[Route]]] = {LlamaModel: llama.routes}
 
 
-def build_model(config: ModelConfig) -> LlamaModel:
+def build_model(config: ModelConfig, num_positions: int | None = None) -> LlamaModel:
     """A float32 model on the CPU with torch's default initialisation and gradients: where training starts."""
-    return MODELS[config.architecture](config)
+    return MODELS[config.architecture](config, num_positions)
 
 
-def create_model(config: ModelConfig, dtype: torch.dtype, device: torch.device | str = "cpu") -> LlamaModel:
+def create_model(
+    config: ModelConfig,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    num_positions: int | None = None,
+) -> LlamaModel:
     """A model for inference whose parameters are allocated and not yet filled: `load_weights` or `init_dummy` is next.
 
-    Rotary tables are complete and stay float32 whatever `dtype` is.
+    Rotary tables are complete, for `num_positions` or all that the model has, and stay float32 whatever `dtype` is.
     """
-    model = allocate_model(lambda: build_model(config), dtype, device)
+    model = allocate_model(lambda: build_model(config, num_positions), dtype, device)
     assert isinstance(model, LlamaModel)
     return model
 

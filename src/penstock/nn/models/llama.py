@@ -41,7 +41,8 @@ class DecoderLayer(nn.Module):
 class LlamaModel(nn.Module):
     """`forward(batch)` gives hidden states [N, hidden] of its outputs after the last norm; `logits` their scores."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, num_positions: int | None = None) -> None:
+        """`num_positions`: as many as will be computed; rotary tables are made for no more. None: all the model has."""
         super().__init__()
         self.config = config
         self.embed = Embedding(config.vocab_size, config.hidden_size)
@@ -50,7 +51,8 @@ class LlamaModel(nn.Module):
         self.head = Linear(config.hidden_size, config.vocab_size, bias=False)
         if config.tied_embeddings:
             self.head.weight = self.embed.weight
-        self.rotary = Rotary(config.head_dim, config.num_positions, config.rope_theta, config.rope_scaling)
+        num_positions = min(num_positions or config.num_positions, config.num_positions)
+        self.rotary = Rotary(config.head_dim, num_positions, config.rope_theta, config.rope_scaling)
 
     def forward(self, batch: Batch) -> Tensor:
         x = self.embed(batch.token_ids)

@@ -87,6 +87,10 @@ def load_weights(
             packed = {id(filling.parameter): filling for filling in layout.fillings if filling.packed}
             for extent in cut(layout.ties, chunk_bytes):
                 _compare(extent, packed)
+            if packer is not None:
+                for filling in layout.ties:  # needed until now
+                    with _named(filling):
+                        packer.take(filling.parameter)
     except BaseException:
         for parameter in model.parameters():
             parameter.data = torch.empty(0, dtype=parameter.dtype)
