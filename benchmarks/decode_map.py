@@ -190,8 +190,10 @@ def measure(name: str, settings: dict[str, Any], args: argparse.Namespace) -> di
         "format": args.format,
         "kernels": found.kernels,
         "num_threads": found.num_threads,
-        "read_gb_per_s": [round(rate / 1e9, 2) for rate in found.read_rates],  # before each batch
-        "peak_gop_per_s": [round(peak / 1e9, 1) for peak in found.peaks],
+        "read_gb_per_s": round(read / 1e9, 2),
+        "peak_gop_per_s": round(peak / 1e9, 1),
+        "each_read_gb_per_s": [round(rate / 1e9, 2) for rate in found.read_rates],
+        "each_peak_gop_per_s": [round(rate / 1e9, 1) for rate in found.peaks],
         "weight_bytes": found.weight_bytes,
         "kv_bytes_per_token": found.token_bytes,
         "kv_gib": args.kv_gib,
@@ -225,8 +227,7 @@ def draw(result: dict[str, Any], picture: Path) -> None:
         axes.set_yticks(range(len(batches)), batches)
         axes.set_xlabel("context (tokens)")
         axes.set_ylabel("batch")
-        read, peak = (statistics.median(one[rate]) for rate in ("read_gb_per_s", "peak_gop_per_s"))
-        ceilings = f"{read:.0f} GB/s, {peak:.0f} Gop/s"
+        ceilings = f"{one['read_gb_per_s']:.0f} GB/s, {one['peak_gop_per_s']:.0f} Gop/s"
         axes.set_title(f"{TITLES[one['model']]}, {one['format']}; {ceilings}", fontsize=9)
         figure.colorbar(image, ax=axes, label="share of the roofline; below: output tokens/s")
     figure.suptitle(f"decode steps, {result['machine']}, commit {result['commit']}", fontsize=9)
