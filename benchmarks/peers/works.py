@@ -85,6 +85,6 @@ GROUPS: dict[str, dict[str, tuple[str, ...]]] = {
 # What is asked of each group unless --works says otherwise: what its weights are chosen for.
 WORKS_OF = {
     "bf16": (*WORKS, STARTUP),
-    "8bit": ("stream", "batch", "prefill", "ttft"),
+    "8bit": ("stream", "batch", "prefill", "ttft", "b32", "b256"),
     "4bit": ("stream",),
 }

@@ -297,7 +297,8 @@ NB_MODULE(_native, m) {
         .def_prop_ro("taken_bytes", &Arena::taken_bytes);
 
     nb::class_<PackedWeight>(m, "PackedWeight")
-        .def(nb::init<int, int, int, std::shared_ptr<Arena>>(), "format"_a, "n"_a, "k"_a, "arena"_a.none() = nb::none())
+        .def(nb::init<int, int, int, std::shared_ptr<Arena>, int>(), "format"_a, "n"_a, "k"_a, "arena"_a.none() = nb::none(),
+             "rotation"_a = 0)
         .def("fill", &PackedWeight::fill, "team"_a.none(), "begin"_a, "rows"_a.noconvert(), "every"_a = 1)
         .def("fill_quantized", &PackedWeight::fill_quantized, "team"_a, "begin"_a, "step"_a, "rows"_a.noconvert(),
              "scales"_a.noconvert())

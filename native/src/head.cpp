@@ -22,9 +22,7 @@ Rows Program::head_rows(const Weight& weight, const bf16* hidden, int num_rows) 
     if (found == ints_of_.end()) found = ints_of_.emplace(weight.k, ints_for(weight.k)).first;
     Ints& ints = ints_[found->second];
     for (int r = 0; r < num_rows; r++)
-        ints.scale[r] = kernels_.quantize(hidden + static_cast<std::size_t>(r) * weight.k, weight.k,
-                                          reinterpret_cast<std::int8_t*>(ints.data.get()) + r * ints.stride,
-                                          ints.sums.data() + r * ints.sums_stride);
+        quantize(hidden + static_cast<std::size_t>(r) * weight.k, weight.k, weight.rotation, ints, r, 0);
     return {ints.data.get(), ints.stride, ints.scale.data(), ints.sums.data(), ints.sums_stride};
 }
 

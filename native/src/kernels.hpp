@@ -56,6 +56,8 @@ struct Weight {
     const float* bias;         // [n_pad] or null
     const bf16* exponents = nullptr;    // BF12: [n_pad/16][32]: 15 rising ones in place and zero, twice; else null
     const RareWeights* rare = nullptr;  // BF12: [n_pad/16]; else null
+    int rotation = 0;  // W8A8, W4A8: what `Kernels::rotate` did to blocks of so many columns of K before they were rounded,
+                       // and does to rows; 0: nothing
 };
 
 // What the place of one KV head in a block holds, keys or values: packed so that the products of attention read it in
@@ -134,6 +136,10 @@ struct Kernels {
     // int8 of a bf16 row with one scale (absmax / 127): returns it, NaN for a row that holds a NaN or an infinity. sums,
     // if not null: per GROUP.
     float (*quantize)(const bf16* x, int n, std::int8_t* out, std::int32_t* sums);
+
+    // Each block of `block` neighbours times the Hadamard matrix of that size over its root, which is its own inverse: an
+    // outlier becomes a little of all of them. block: 16, 32, 64 or 128, divides n. Results rounded to bf16.
+    void (*rotate)(const bf16* x, int n, int block, bf16* out);
 
     // out[j] = silu(gate[j]) * up[j] as bf16; gate and up float32, `cols` of each.
     void (*silu_mul)(const float* gate, const float* up, int cols, bf16* out);

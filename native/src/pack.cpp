@@ -24,10 +24,10 @@ float widen(bf16 x) {
 }
 
 // The nearest bf16, ties to even, of a finite number: what every engine keeps of a checkpoint's scales.
-float rounded_bf16(float x) {
+bf16 narrow(float x) {
     std::uint32_t u;
     std::memcpy(&u, &x, 4);
-    return widen(static_cast<bf16>((u + 0x7fff + (u >> 16 & 1)) >> 16));
+    return static_cast<bf16>((u + 0x7fff + (u >> 16 & 1)) >> 16);
 }
 
 // Offset in elements of (column j of a block, k), from the start of the block.
@@ -174,7 +174,7 @@ static int largest_bits(const bf16* x, int n) {
 
 // A scale whose inverse is a number, too: weights so small that theirs is not are zero.
 static float usable_scale(float x) {
-    float scale = rounded_bf16(x);
+    float scale = widen(narrow(x));
     return std::fabs(scale) < std::numeric_limits<float>::min() ? 1 : scale;
 }
 
@@ -188,6 +188,29 @@ bool quantize_int8(const bf16* rows, std::size_t stride, int n, int k, std::int8
         for (int i = 0; i < k; i++) to[i] = static_cast<std::int8_t>(std::nearbyint(widen(from[i]) * inverse));
     }
     return true;
+}
+
+// In the order of the kernels, whose sums these are to the bit.
+static void rotate_block(float* x, int block) {
+    for (int h = 1; h < block; h *= 2)
+        for (int i = 0; i < block; i += 2 * h)
+            for (int j = i; j < i + h; j++) {
+                float a = x[j], b = x[j + h];
+                x[j] = a + b, x[j + h] = a - b;
+            }
+    float factor = 1.0f / std::sqrt(static_cast<float>(block));
+    for (int i = 0; i < block; i++) x[i] *= factor;
+}
+
+bool can_rotate(int k, int block) { return (block == 16 || block == 32 || block == 64 || block == 128) && k % block == 0; }
+
+void rotate(const bf16* row, int k, int block, bf16* to) {
+    float x[128];
+    for (int i = 0; i < k; i += block) {
+        for (int j = 0; j < block; j++) x[j] = widen(row[i + j]);
+        rotate_block(x, block);
+        for (int j = 0; j < block; j++) to[i + j] = narrow(x[j]);
+    }
 }
 
 // Rounds to nearest, ties to even, within +-2^22; unlike nearbyint it becomes vector code everywhere.
@@ -250,6 +273,7 @@ void unpack_row(const Weight& w, int n, float* out) {
     if (w.format == Format::BF12)
         for (int i = 0; i < w.rare[block].num; i++)
             if (const RareWeight& rare = w.rare[block].data[i]; rare.column == column) out[rare.k] = widen(rare.value);
+    for (int k = 0; w.rotation && k < w.k; k += w.rotation) rotate_block(out + k, w.rotation);
 }
 
 }  // namespace penstock

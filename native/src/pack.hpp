@@ -24,7 +24,11 @@ void pack_int8(Format format, const std::int8_t* rows, std::size_t stride, int c
 // The same for 4-bit integers in [-8, 7], one per int8.
 void pack_int4(Format format, const std::int8_t* rows, std::size_t stride, int count, int k, void* to);
 
-// Row n of a packed matrix as it is computed with, float32 [k].
+// Whether `Kernels::rotate` can, columns of K in such blocks; and what it does, here for one row of a weight.
+bool can_rotate(int k, int block);
+void rotate(const bf16* row, int k, int block, bf16* to);
+
+// Row n of a packed matrix as it is computed with, float32 [k]; one that was rotated comes back as it was before.
 void unpack_row(const Weight& weight, int n, float* out);
 
 // One row of compressed-tensors' 4-bit integers, to one per int8: element k is nibble k % 8, counted from the low end, of

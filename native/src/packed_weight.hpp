@@ -29,11 +29,13 @@ using Tokens = nb::ndarray<std::int64_t, nb::ndim<1>, nb::c_contig, nb::device::
 // Packed bytes and what belongs to them. Filled in pieces of whole blocks, then only read.
 class PackedWeight {
 public:
-    PackedWeight(int format, int n, int k, std::shared_ptr<Arena> arena)
+    PackedWeight(int format, int n, int k, std::shared_ptr<Arena> arena, int rotation)
         : bytes_(packed_bytes(static_cast<Format>(format), n, k)) {
         weight_.format = static_cast<Format>(format);
         bool groups = weight_.format == Format::INT4 || weight_.format == Format::W4A8;
-        weight_.n = n, weight_.k = k;
+        if (rotation && !(wants_ints(weight_) && can_rotate(k, rotation)))
+            throw std::invalid_argument("columns are rotated in whole blocks of 16 to 128, where activations are integers");
+        weight_.n = n, weight_.k = k, weight_.rotation = rotation;
         weight_.n_pad = static_cast<int>(up(n, COLUMNS)), weight_.k_pad = static_cast<int>(up(k, groups ? GROUP : K_ALIGN));
         if (char* at = arena ? arena->take(bytes_) : nullptr) data_ = std::shared_ptr<char>(std::move(arena), at);
         else data_ = pages(bytes_);  // no arena, or it is full
@@ -91,7 +93,7 @@ public:
         if (!good) throw std::domain_error("a weight is not a finite number, and has no integer");
     }
 
-    // Columns that are quantized already: int8 rows with float32 scales [rows][groups], groups of 128 or one. Block i of
+    // Columns that are quantized already, and rotated where the weight says so: int8 rows with float32 scales [rows][groups], groups of 128 or one. Block i of
     // 16 rows becomes columns begin + 16 * step * i and following.
     void fill_quantized(Team& team, int begin, int step, Matrix<std::int8_t> rows, Matrix<float> scales) {
         check_quantized(begin, step, rows.shape(0), rows.shape(1), scales);
@@ -183,6 +185,12 @@ private:
         std::vector<std::int8_t> integers(static_cast<std::size_t>(count) * k);
         std::vector<float> scales(static_cast<std::size_t>(count) * groups);
         auto quantize = is_grouped() ? quantize_int4 : quantize_int8;
+        std::vector<bf16> rotated;
+        if (weight_.rotation) {
+            rotated.resize(static_cast<std::size_t>(count) * k);
+            for (int j = 0; j < count; j++) rotate(from + j * stride, k, weight_.rotation, &rotated[static_cast<std::size_t>(j) * k]);
+            from = rotated.data(), stride = k;
+        }
         if (!quantize(from, stride, count, k, integers.data(), scales.data())) return false;
         pack_integers(column, count, integers.data(), k);
         for (int j = 0; j < count; j++)

@@ -84,14 +84,27 @@ int Program::ints_for(int width) {
 // The int8 form of a bf16 buffer, made by an operation that is recorded before the linear that reads it, and anew behind
 // an ATTEND, where rows may be others.
 int Program::quantized(const Weight& weight, int from) {
-    for (auto op = ops_.rbegin(); op != ops_.rend() && op->to != from && op->what != What::ATTEND; ++op)
-        if (op->what == What::QUANTIZE && op->from == from) return op->ints;
     auto found = ints_of_.find(weight.k);
     if (found == ints_of_.end()) found = ints_of_.emplace(weight.k, ints_for(weight.k)).first;
+    for (auto op = ops_.rbegin(); op != ops_.rend() && op->to != from && op->what != What::ATTEND; ++op)
+        if (op->what == What::QUANTIZE && op->ints == found->second) {
+            if (op->from == from && op->rotation == weight.rotation) return op->ints;
+            break;  // what the integers were before
+        }
     Op op{What::QUANTIZE};
-    op.from = from, op.ints = found->second, op.width = weight.k;
+    op.from = from, op.ints = found->second, op.width = weight.k, op.rotation = weight.rotation;
     ops_.push_back(op);
     return op.ints;
+}
+
+void Program::quantize(const bf16* row, int width, int rotation, Ints& to, int at, int member) {
+    if (rotation) {
+        bf16* rotated = reinterpret_cast<bf16*>(scratch(member, sizeof(bf16) * width));
+        kernels_.rotate(row, width, rotation, rotated);
+        row = rotated;
+    }
+    to.scale[at] = kernels_.quantize(row, width, reinterpret_cast<std::int8_t*>(to.data.get()) + at * to.stride,
+                                     to.sums.data() + at * to.sums_stride);
 }
 
 void Program::heads(int qkv, int num_heads, const Pool& pool, const float* q_norm, const float* k_norm, float eps,
@@ -196,12 +209,7 @@ void Program::perform(const Op& op, const Batch& batch, int member, Deal& deal) 
                 kernels_.rms_norm(buffers_[op.from].f32(t), op.gamma, op.width, op.eps, buffers_[op.to].half(t));
             });
         case What::QUANTIZE:
-            return each([&](int t) {
-                Ints& ints = ints_[op.ints];
-                ints.scale[t] = kernels_.quantize(buffers_[op.from].half(t), op.width,
-                                                  reinterpret_cast<std::int8_t*>(ints.data.get()) + t * ints.stride,
-                                                  ints.sums.data() + t * ints.sums_stride);
-            });
+            return each([&](int t) { quantize(buffers_[op.from].half(t), op.width, op.rotation, ints_[op.ints], t, member); });
         case What::LINEAR:
             return product(op.weight, input(op), op.num_rows, member, deal, [&](int row, int column, int width, float* c) {
                 kernels_.store(buffers_[op.to].half(row) + column, c, op.weight.bias ? op.weight.bias + column : nullptr, width);

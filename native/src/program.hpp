@@ -111,6 +111,7 @@ private:
         const float *gamma = nullptr, *q_norm = nullptr, *k_norm = nullptr, *cos = nullptr, *sin = nullptr;
         Pool pool{};
         int ints = -1;  // int8 form of its input
+        int rotation = 0;  // of that, as Weight has it
         int num_rows = 0;      // in this step: of its result
         bool narrows = false;  // in this step: it reads all tokens, and its result has the rows of outputs only
         double seconds = 0;
@@ -153,6 +154,7 @@ private:
     void record_linear(What what, const Weight& weight, int from, int to);
     int ints_for(int width);
     int quantized(const Weight& weight, int from);
+    void quantize(const bf16* row, int width, int rotation, Ints& to, int at, int member);
     int columns_per_unit(const Weight& weight) const;
     int units(const Op& op) const;
     char* scratch(int member, std::size_t bytes);

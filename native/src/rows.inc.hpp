@@ -58,6 +58,28 @@ static float quantize(const bf16* x, int n, std::int8_t* out, std::int32_t* sums
     return scale;
 }
 
+template <int VECTORS> static void rotate_blocks(const bf16* x, int n, bf16* out) {
+    const float factor = 1.0f / __builtin_sqrtf(VECTORS * 16.0f);
+    for (int i = 0; i < n; i += VECTORS * 16) {
+        vf v[VECTORS];
+        for (int j = 0; j < VECTORS; j++) v[j] = butterfly<8>(butterfly<4>(butterfly<2>(butterfly<1>(load(x + i + 16 * j)))));
+        for (int h = 1; h < VECTORS; h *= 2)
+            for (int j = 0; j < VECTORS; j++)
+                if (!(j & h)) {
+                    vf a = v[j], b = v[j + h];
+                    v[j] = a + b, v[j + h] = a - b;
+                }
+        for (int j = 0; j < VECTORS; j++) store(out + i + 16 * j, v[j] * factor);
+    }
+}
+
+static void rotate(const bf16* x, int n, int block, bf16* out) {
+    if (block == 128) rotate_blocks<8>(x, n, out);
+    else if (block == 64) rotate_blocks<4>(x, n, out);
+    else if (block == 32) rotate_blocks<2>(x, n, out);
+    else rotate_blocks<1>(x, n, out);
+}
+
 static void silu_mul(const float* gate, const float* up, int cols, bf16* out) {
     for (int i = 0; i < cols; i += 16) {
         vf g = load(gate + i);

@@ -4,6 +4,6 @@
 namespace penstock::PENSTOCK_ISA {
 static const Kernels table = {
     PENSTOCK_NAME(PENSTOCK_ISA), ROWS_AT_ONCE, MAX_COLUMNS, QUERY_ROWS, gemm, write_kv, attend, merge, finish, rms_norm, rope,
-    quantize, silu_mul, add, store_rounded, best, peaks, weigh,
+    quantize, rotate, silu_mul, add, store_rounded, best, peaks, weigh,
 };
 }  // namespace penstock::PENSTOCK_ISA

@@ -179,6 +179,31 @@ static inline vf fused(vf a, vf b, vf c) {
 #endif
 }
 
+// Lanes i and i + H of every pair whose numbers differ in bit H: their sum and their difference.
+template <int H> static inline vf butterfly(vf x) {
+    alignas(64) static constexpr struct Signs {
+        float of[16];
+        constexpr Signs() : of{} { for (int i = 0; i < 16; i++) of[i] = i & H ? -1.0f : 1.0f; }
+    } SIGNS;
+#ifdef __AVX512F__
+    __m512 v = as<__m512>(x), other;
+    if constexpr (H == 1) other = _mm512_permute_ps(v, 0xb1);
+    else if constexpr (H == 2) other = _mm512_permute_ps(v, 0x4e);
+    else if constexpr (H == 4) other = _mm512_shuffle_f32x4(v, v, 0xb1);
+    else other = _mm512_shuffle_f32x4(v, v, 0x4e);
+    return fused(x, load(SIGNS.of), as<vf>(other));
+#else
+    if constexpr (H == 8) return {x.low + x.high, x.low - x.high};
+    auto swapped = [](f8 of) {
+        __m256 v = as<__m256>(of);
+        if constexpr (H == 1) return as<f8>(_mm256_permute_ps(v, 0xb1));
+        else if constexpr (H == 2) return as<f8>(_mm256_permute_ps(v, 0x4e));
+        else return as<f8>(_mm256_permute2f128_ps(v, v, 1));
+    };
+    return fused(x, load(SIGNS.of), vf{swapped(x.low), swapped(x.high)});
+#endif
+}
+
 static inline bool any(vi mask) {
 #ifdef __AVX512F__
     return _mm512_test_epi32_mask(as<__m512i>(mask), as<__m512i>(mask)) != 0;

@@ -78,6 +78,27 @@ def test_a_group_may_have_a_format_of_its_own() -> None:
 
 
 PACKED, INTS = "pack-quantized", "int-quantized"
+
+
+def transforms(first: dict[str, Any] | None = None, **changes: Any) -> dict[str, Any]:
+    """A config of rotated inputs; `first` changes what happens to the input, `changes` the transform."""
+    apply = [
+        {"targets": ["re:.*down_proj$"], "location": "input", "inverse": False, "ignore": []},
+        {"targets": ["re:.*down_proj$"], "location": "weight_input", "inverse": True, "ignore": []},
+    ]
+    apply[0] |= first or {}
+    made = {"type": "hadamard", "head_dim": 64, "randomize": False, "apply": apply} | changes
+    return quantization_config(INTS, group(args(8), TOKEN), transform_config={"config_groups": {"R4": made}})
+
+
+def test_rotated_modules() -> None:
+    found = parse_quantization(transforms())
+    plain, rotated = (found.scheme_of(f"model.layers.0.mlp.{name}_proj") for name in ("up", "down"))
+    assert plain is not None
+    assert (plain.rotation, rotated) == (0, replace(plain, rotation=64))
+    assert (plain.name, rotated and rotated.name) == ("w8a8", "w8a8")
+
+
 REFUSED: dict[str, tuple[Any, str]] = {
     "no object": ("awq", "must be an object"),
     "gptq": ({"quant_method": "gptq", "bits": 4}, r"quantized checkpoints \(gptq\) are not supported"),
@@ -116,6 +137,21 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a group that is none": (quantization_config(PACKED) | {"config_groups": {"a": 3}}, "a: must be an object"),
     "weights that are none": (quantization_config(PACKED, group(None)), "weights: must be an object"),  # type: ignore[arg-type]
     "a broken pattern": (quantization_config(PACKED, group(args(8)), ignore=["re:("]), "is not a pattern"),
+    "a transform that is none": (
+        quantization_config(INTS, group(args(8), TOKEN), transform_config={"config_groups": {"R1": 3}}),
+        "transform_config: R1: must be an object",
+    ),
+    "transforms of what": (
+        quantization_config(INTS, group(args(8), TOKEN), transform_config={"R1": {}}),
+        "must be an object with config_groups",
+    ),
+    "a random transform": (transforms(type="random-hadamard"), "only transforms of type hadamard"),
+    "a randomized transform": (transforms(randomize=True), "not randomized"),
+    "a transform of all columns": (transforms(head_dim=None), "head_dim None is not supported; supported: 16, 32, 64"),
+    "a transform of 256": (transforms(head_dim=256), "head_dim 256"),
+    "a transform of outputs": (transforms({"location": "output"}), "an input and of the weight it meets"),
+    "transformed differently": (transforms({"targets": ["lm_head"]}), "in different modules"),
+    "nothing is transformed": (transforms(apply=None), "apply must be a list"),
     "names that are none": (quantization_config(PACKED, group(args(8), targets=[3])), "must be a list of names"),
 }
 
@@ -142,7 +178,15 @@ def test_what_it_leaves_alone() -> None:
 def test_what_is_written_is_what_is_read(activations: bool) -> None:
     layers = WeightScheme(4, 128, activations, packed=not activations)
     eight = WeightScheme(8, None, activations, packed=not activations)
-    found = parse_quantization(json.loads(json.dumps(describe({layers: ["Linear"], eight: ["lm_head", "x"]}, ["y"]))))
+    rotated = {64: ["z", "re:lm_.*"]}
+    described = describe({layers: ["Linear"], eight: ["lm_head", "x"]}, ["y"], rotated if activations else None)
+    found = parse_quantization(json.loads(json.dumps(described)))
+    if activations:
+        assert found.scheme_of("z") == replace(layers, rotation=64)
+        eight = replace(eight, rotation=64)
+        assert found.scheme_of("lm_head") == eight
+        found = replace(found, rotated=())
+        eight = replace(eight, rotation=0)
     assert (found.scheme_of("any"), found.scheme_of("x"), found.scheme_of("lm_head")) == (layers, eight, eight)
     assert found.scheme_of("y") is None
 

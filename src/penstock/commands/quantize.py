@@ -40,6 +40,12 @@ def main(arguments: list[str]) -> int:
         "--group-size", type=int, default=128, help="of 4 bits: a multiple of 128, -1: whole rows [128]"
     )
     parser.add_argument(
+        "--no-rotation",
+        dest="rotate",
+        action="store_false",
+        help="with 8-bit activations: write no transform_config, for engines that do not know it; loses more",
+    )
+    parser.add_argument(
         "--calibration",
         default="builtin",
         metavar="FILE",
@@ -65,7 +71,12 @@ def main(arguments: list[str]) -> int:
 
     quantize = importlib.import_module("penstock.training.quantize")
     recipe = quantize.Recipe(
-        parsed.scheme, method, head=parsed.head, ignore=tuple(parsed.ignore), group_size=parsed.group_size
+        parsed.scheme,
+        method,
+        head=parsed.head,
+        ignore=tuple(parsed.ignore),
+        group_size=parsed.group_size,
+        rotate=parsed.rotate,
     )
     done = quantize.quantize_checkpoint(source, parsed.out, recipe, text, _Teller())
     if done.eight_bits:

@@ -101,7 +101,7 @@ class ModelConfig:
             Projection(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), (q, kv, kv), hidden),
             Projection(("self_attn.o_proj",), (hidden,), q),
             Projection(("mlp.gate_proj", "mlp.up_proj"), (inter, inter), hidden),
-            Projection(("mlp.down_proj",), (hidden,), inter),
+            Projection(("mlp.down_proj",), (hidden,), inter, gated=True),
         )
 
     @property
@@ -113,11 +113,15 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """Modules of a layer that are computed as one matrix: rows of each, one below the other, and their columns."""
+    """Modules of a layer that are computed as one matrix: rows of each, one below the other, and their columns.
+
+    `gated`: its inputs are products of two others.
+    """
 
     names: tuple[str, ...]
     rows: tuple[int, ...]
     columns: int
+    gated: bool = False
 
 
 @dataclass(frozen=True, slots=True)

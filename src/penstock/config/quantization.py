@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 METHOD = "compressed-tensors"
 FORMATS = ("pack-quantized", "int-quantized", "naive-quantized")
 NATIVE_GROUP = 128  # K elements that share a scale in native 4-bit weights
+ROTATIONS = (16, 32, 64, 128)  # neighbours along K that native kernels rotate
 
 
 class UnsupportedQuantization(ValueError):
@@ -27,7 +28,8 @@ class WeightScheme:
 
     `group`: K elements that share a scale; None: one scale per output row, or per matrix where `per_matrix`.
     `activations`: inputs are rounded to 8 bits with a scale per token while running. `packed`: integers lie in int32
-    words, else one in each int8.
+    words, else one in each int8. `rotation`: neighbours along K that were multiplied by the Hadamard matrix of their
+    number over its root before they were rounded, and inputs with them; 0: none.
     """
 
     bits: int
@@ -35,6 +37,7 @@ class WeightScheme:
     activations: bool
     packed: bool
     per_matrix: bool = False
+    rotation: int = 0
 
     @property
     def name(self) -> str:
@@ -57,18 +60,28 @@ class SchemeGroup:
 
 
 @dataclass(frozen=True, slots=True)
+class Rotated:
+    """Modules, as in a SchemeGroup, whose inputs are rotated in blocks of so many neighbours, as their weights were."""
+
+    targets: tuple[str, ...]
+    ignore: tuple[str, ...]
+    block: int
+
+
+@dataclass(frozen=True, slots=True)
 class CheckpointQuantization:
     """What config.json says about a quantized checkpoint."""
 
     groups: tuple[SchemeGroup, ...]
     ignore: tuple[str, ...]
+    rotated: tuple[Rotated, ...] = ()
 
     def scheme_of(self, module: str, kind: str = "Linear") -> WeightScheme | None:
         """The scheme of a module ("model.layers.0.mlp.up_proj") of a class; None where it is not quantized.
 
         The most telling target wins: a name, then a pattern, then a class.
         """
-        if any(_matches(module, kind, entry) for entry in self.ignore):
+        if _any_matches(module, kind, self.ignore):
             return None
         matching = [
             (_rank(target, module), number)
@@ -76,12 +89,22 @@ class CheckpointQuantization:
             for target in group.targets
             if _matches(module, kind, target)
         ]
-        return self.groups[min(matching)[1]].scheme if matching else None
+        if not matching:
+            return None
+        scheme = self.groups[min(matching)[1]].scheme
+        for of in self.rotated:
+            if _any_matches(module, kind, of.targets) and not _any_matches(module, kind, of.ignore):
+                scheme = replace(scheme, rotation=of.block)
+        return scheme
 
     def name(self, modules: Iterable[str]) -> str:
         """One name for a model with these modules: theirs where all agree, else "mixed"; "none" where none is."""
         names = {"none" if scheme is None else scheme.name for scheme in map(self.scheme_of, modules)}
         return names.pop() if len(names) == 1 else "mixed"
+
+
+def _any_matches(module: str, kind: str, targets: Iterable[str]) -> bool:
+    return any(_matches(module, kind, target) for target in targets)
 
 
 def _matches(module: str, kind: str, target: str) -> bool:
@@ -106,7 +129,6 @@ def parse_quantization(raw: Any) -> CheckpointQuantization:
     for key, what in (
         ("kv_cache_scheme", "a quantized KV cache"),
         ("sparsity_config", "sparse weights"),
-        ("transform_config", "transforms of weights and activations"),
     ):
         value = raw.get(key)
         if value and not (isinstance(value, dict) and value.get("format") == "dense"):
@@ -119,7 +141,43 @@ def parse_quantization(raw: Any) -> CheckpointQuantization:
         raise UnsupportedQuantization("quantization_config: config_groups must be an object with at least one group")
     common = raw.get("format")
     found = tuple(_group(f"quantization_config: {name!s:.40}", group, common) for name, group in groups.items())
-    return CheckpointQuantization(found, _patterns("quantization_config: ignore", raw.get("ignore")))
+    ignore = _patterns("quantization_config: ignore", raw.get("ignore"))
+    return CheckpointQuantization(found, ignore, _rotations(raw.get("transform_config")))
+
+
+def _rotations(config: Any) -> tuple[Rotated, ...]:
+    """Supported transforms: Hadamard matrices in front of projections whose weights hold the inverse."""
+    where = "quantization_config: transform_config"
+    if not config:
+        return ()
+    groups = config.get("config_groups") if isinstance(config, dict) else None
+    if not isinstance(groups, dict):
+        raise UnsupportedQuantization(f"{where}: must be an object with config_groups, found {config!r:.80}")
+    return tuple(_rotation(f"{where}: {name!s:.40}", group) for name, group in groups.items())
+
+
+def _rotation(where: str, group: Any) -> Rotated:
+    if not isinstance(group, dict):
+        raise UnsupportedQuantization(f"{where}: must be an object, found {group!r:.80}")
+    if group.get("type") != "hadamard" or group.get("randomize"):
+        raise UnsupportedQuantization(f"{where}: only transforms of type hadamard, not randomized, are supported")
+    block = group.get("head_dim")
+    if block not in ROTATIONS:
+        supported = ", ".join(map(str, ROTATIONS))
+        raise UnsupportedQuantization(f"{where}: head_dim {block!r:.20} is not supported; supported: {supported}")
+    apply = group.get("apply")
+    if not isinstance(apply, list) or not all(isinstance(each, dict) for each in apply):
+        raise UnsupportedQuantization(f"{where}: apply must be a list of objects, found {apply!r:.80}")
+    places = {each.get("location"): each for each in apply}
+    if len(apply) != 2 or set(places) != {"input", "weight_input"}:
+        raise UnsupportedQuantization(f"{where}: only transforms of an input and of the weight it meets are supported")
+    names = [
+        (_patterns(f"{where}: targets", each.get("targets")), _patterns(f"{where}: ignore", each.get("ignore")))
+        for each in places.values()
+    ]
+    if names[0] != names[1]:
+        raise UnsupportedQuantization(f"{where}: inputs and weights are transformed in different modules")
+    return Rotated(*names[0], block)
 
 
 def _group(where: str, group: Any, common: Any) -> SchemeGroup:
@@ -192,8 +250,12 @@ def _patterns(where: str, value: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
-def describe(groups: dict[WeightScheme, list[str]], ignore: list[str]) -> dict[str, Any]:
-    """A `quantization_config` that says this: targets (names, patterns, classes) by scheme. The inverse of parsing."""
+def describe(
+    groups: dict[WeightScheme, list[str]], ignore: list[str], rotated: dict[int, list[str]] | None = None
+) -> dict[str, Any]:
+    """A `quantization_config` that says this: targets (names, patterns, classes) by scheme, none with a rotation, and
+    by block of rotation. The inverse of parsing.
+    """
     formats = {scheme: "pack-quantized" if scheme.packed else "int-quantized" for scheme in groups}
     found: dict[str, Any] = {}
     for number, (scheme, targets) in enumerate(groups.items()):
@@ -205,6 +267,17 @@ def describe(groups: dict[WeightScheme, list[str]], ignore: list[str]) -> dict[s
             "output_activations": None,
             "format": formats[scheme],
         }
+    transforms = {
+        f"R{block}": {
+            "type": "hadamard",
+            "apply": [
+                {"targets": targets, "location": "input", "inverse": False, "ignore": []},
+                {"targets": targets, "location": "weight_input", "inverse": True, "ignore": []},
+            ],
+            "head_dim": block,
+        }
+        for block, targets in (rotated or {}).items()
+    }
     return {
         "quant_method": METHOD,
         "format": next(iter(formats.values())) if len(set(formats.values())) == 1 else "mixed-precision",
@@ -213,6 +286,7 @@ def describe(groups: dict[WeightScheme, list[str]], ignore: list[str]) -> dict[s
         "kv_cache_scheme": None,
         "config_groups": found,
         "ignore": ignore,
+        **({"transform_config": {"config_groups": transforms}} if transforms else {}),
     }
 
 

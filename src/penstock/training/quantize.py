@@ -14,17 +14,18 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from penstock.config.model import ModelConfig, load_model_config
+from penstock.config.model import ModelConfig, Projection, load_model_config
 from penstock.config.quantization import NATIVE_GROUP, WeightScheme, describe
 from penstock.nn.models import create_model, model_routes
 from penstock.nn.quant.gptq import gptq
-from penstock.nn.quant.rounding import Grid, Rounded, pack_words, round_to_nearest
+from penstock.nn.quant.rotation import largest_rotation, rotate
+from penstock.nn.quant.rounding import Grid, Rounded, as_bf16, pack_words, round_to_nearest
 from penstock.nn.weights.errors import CheckpointError
 from penstock.nn.weights.headers import StoredTensor, read_checkpoint
 from penstock.nn.weights.layout import FLOAT_DTYPES, match
@@ -47,7 +48,8 @@ class Recipe:
     """What to do. scheme: "int8", "w8a8", "int4", "w4a8". head: "bf16" leaves it as it is, "8bit" does not.
 
     ignore: names or "re:" patterns of modules that stay plain. group_size: columns that share a scale in 4 bits, a
-    multiple of 128, or -1 for whole rows. Matrices whose width is not a multiple of it get 8 bits.
+    multiple of 128, or -1 for whole rows. Matrices whose width is not a multiple of it get 8 bits. rotate: where inputs
+    get 8 bits, those with outliers are rotated before, as on load; needs an engine that knows `transform_config`.
     """
 
     scheme: str
@@ -55,6 +57,7 @@ class Recipe:
     head: str = "bf16"
     ignore: tuple[str, ...] = ()
     group_size: int = NATIVE_GROUP
+    rotate: bool = True
     shard_bytes: int = SHARD_BYTES
 
 
@@ -149,7 +152,7 @@ class _Work:
                     raise QuantizeError(f"--ignore {kept[0]}: {', '.join(names)} are one matrix; ignore all or none")
                 if not kept:
                     for name in names:
-                        yield name, self._scheme(name, projection.columns)
+                        yield name, self._scheme(name, projection)
         if not self._ignored(HEAD, used) and self.recipe.head != "bf16":
             activations = self.recipe.scheme.endswith("a8")
             yield HEAD, WeightScheme(8, None, activations, packed=not activations)
@@ -162,26 +165,31 @@ class _Work:
         used |= hits
         return bool(hits)
 
-    def _scheme(self, name: str, columns: int) -> WeightScheme:
-        scheme = self.recipe.scheme
-        activations, group = scheme.endswith("a8"), self.recipe.group_size
-        if scheme in ("int8", "w8a8"):
-            return WeightScheme(8, None, activations, packed=not activations)
+    def _scheme(self, name: str, projection: Projection) -> WeightScheme:
+        activations, group, columns = self.recipe.scheme.endswith("a8"), self.recipe.group_size, projection.columns
+        rotates = self.recipe.rotate and activations and projection.gated
+        rotation = largest_rotation(columns) if rotates else 0
+        eight = WeightScheme(8, None, activations, packed=not activations, rotation=rotation)
+        if self.recipe.scheme in ("int8", "w8a8"):
+            return eight
         if group != -1 and columns % group:
             self.eight_bits.append(name)
-            return WeightScheme(8, None, activations, packed=not activations)
-        return WeightScheme(4, None if group == -1 else group, activations, packed=not activations)
+            return eight
+        return replace(eight, bits=4, group=None if group == -1 else group)
 
-    def groups(self) -> tuple[dict[WeightScheme, list[str]], list[str]]:
-        """(targets by scheme, modules that stay plain), as config.json names them."""
+    def groups(self) -> tuple[dict[WeightScheme, list[str]], list[str], dict[int, list[str]]]:
+        """(targets by scheme, modules that stay plain, rotated ones by block), as config.json names them."""
         found: dict[WeightScheme, list[str]] = {}
+        rotated: dict[int, list[str]] = {}
         for name, scheme in self.schemes.items():
-            found.setdefault(scheme, []).append(name)
-        of_layers = [scheme for name, scheme in self.schemes.items() if name != HEAD]
+            found.setdefault(replace(scheme, rotation=0), []).append(name)
+            if scheme.rotation:
+                rotated.setdefault(scheme.rotation, []).append(name)
+        of_layers = [replace(scheme, rotation=0) for name, scheme in self.schemes.items() if name != HEAD]
         if of_layers:
             found[max(of_layers, key=lambda scheme: len(found[scheme]))] = ["Linear"]
         plain = [name for name in (*self.config.modules, HEAD) if name not in self.schemes]
-        return found, plain
+        return found, plain, rotated
 
     def plan(self) -> list[Planned]:
         """Every tensor of the new checkpoint."""
@@ -225,8 +233,10 @@ class _Work:
             if layers is None:
                 for module, scheme in self.schemes.items():
                     if module.startswith(f"model.layers.{layer}."):
-                        grid = Grid(scheme.bits, scheme.group)
-                        self._write(writer, module, round_to_nearest(self._tensor(sources[module]), grid))
+                        weight = self._tensor(sources[module])
+                        if scheme.rotation:
+                            weight = rotate(as_bf16(weight), scheme.rotation)
+                        self._write(writer, module, round_to_nearest(weight, Grid(scheme.bits, scheme.group)))
             else:
                 self._calibrate(layers, layer, writer)
         if HEAD in self.schemes:
@@ -243,11 +253,14 @@ class _Work:
             hessian = matrix.hessian()
             if not hessian.isfinite().all():
                 raise QuantizeError(f"{parts[0][1]}: its inputs on the calibration text are not finite")
-            done, error = gptq(matrix.weight, hessian, Grid(scheme.bits, scheme.group))
+            weight, block = matrix.weight, scheme.rotation
+            if block:
+                weight, hessian = rotate(weight, block), rotate(rotate(hessian, block).T, block)
+            done, error = gptq(weight, hessian, Grid(scheme.bits, scheme.group))
             self.errors[matrix.target] = error
             for route, module in parts:
                 self._write(writer, module, done.rows(*(route.rows or (0, len(done.integers)))))
-            matrix.replace(done.values())
+            matrix.replace(rotate(done.values(), block) if block else done.values())
 
     def _write(self, writer: ShardWriter, module: str, rounded: Rounded) -> None:
         scheme = self.schemes[module]

@@ -281,6 +281,16 @@ def test_damage_is_one_line_that_names_the_tensor(tmp_path: Path, damage: str) -
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize(("scheme", "block"), [("w8a8", 64), ("int8", 16)])
+def test_a_rotation_that_does_not_fit_its_module(tmp_path: Path, scheme: str, block: int) -> None:
+    """144 columns are no whole blocks of 64; weights alone are never rotated."""
+    apply = [{"targets": ["re:.*down_proj$"], "location": place} for place in ("input", "weight_input")]
+    transform = {"type": "hadamard", "head_dim": block, "apply": apply}
+    checkpoint(tmp_path, scheme, quantization={"transform_config": {"config_groups": {"R4": transform}}})
+    with pytest.raises(BadQuantization, match=f"down_proj: a rotation of {block} columns needs"):
+        plain(tmp_path)
+
+
 def test_a_module_that_is_quantized_against_what_config_says(tmp_path: Path) -> None:
     checkpoint(tmp_path, "int4")
     config = json.loads((tmp_path / "config.json").read_text())

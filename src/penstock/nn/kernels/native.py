@@ -125,7 +125,7 @@ class PackedWeights:
         dtypes = {str(parameter.dtype).removeprefix("torch.") for _, parameter in model.named_parameters()}
         if dtypes != {"bfloat16"}:
             raise Unsupported(f"native kernels compute in bfloat16, these weights are {', '.join(sorted(dtypes))}")
-        self._uses = {id(model.head.weight): Use(model.head.weight, model.head.bias, formats[1], False)}
+        self._uses = {id(model.head.weight): Use(model.head.weight, model.head.bias, formats[1])}
         model.record(Planner(self._uses, formats[0]))
         self._packed: dict[int, Any] = {}
         cpus = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
@@ -136,7 +136,7 @@ class PackedWeights:
         use = self._uses.get(id(parameter))
         if use is None or id(parameter) in self._packed:
             return False
-        self._packed[id(parameter)] = self._empty(use.format, parameter)
+        self._packed[id(parameter)] = self._empty(use.format, parameter, use.rotation)
         return True
 
     def put(self, parameter: Tensor, row: int, words: np.ndarray) -> None:
@@ -156,7 +156,7 @@ class PackedWeights:
         if use is None or not parameter.numel():
             return
         if id(parameter) not in self._packed:
-            packed = self._empty(use.format, parameter)
+            packed = self._empty(use.format, parameter, use.rotation)
             rows = interleaved(parameter) if use.interleaved else parameter.detach()
             packed.fill(self.team, 0, words(rows))
             self._packed[id(parameter)] = packed
@@ -172,7 +172,7 @@ class PackedWeights:
         if use is None or native_format is None:
             return False
         if id(parameter) not in self._packed:
-            self._packed[id(parameter)] = self._empty(native_format, parameter)
+            self._packed[id(parameter)] = self._empty(native_format, parameter, rows.scheme.rotation)
             parameter.data = torch.empty(0, dtype=parameter.dtype)  # never touched, so it takes no memory yet
         packed, step = self._packed[id(parameter)], 1
         if use.interleaved:
@@ -182,8 +182,8 @@ class PackedWeights:
         fill(self.team, start, step, rows.integers, rows.native_scales())
         return True
 
-    def _empty(self, weight_format: str, parameter: Tensor) -> Any:
-        return self._native.PackedWeight(FORMATS[weight_format], *parameter.shape, self._arena)
+    def _empty(self, weight_format: str, parameter: Tensor, rotation: int) -> Any:
+        return self._native.PackedWeight(FORMATS[weight_format], *parameter.shape, self._arena, rotation)
 
     def finish(self) -> None:
         """Everything is packed: give back what the arena holds in vain."""

@@ -16,10 +16,12 @@ from torch import Tensor
 
 from penstock.config.model import KVLayout
 from penstock.nn.doors import Buffer
+from penstock.nn.quant.rotation import largest_rotation
 
 KV_FORMATS = {"bfloat16": 0, "int8": 1}
 F32, BF16 = 0, 1
 COLUMNS = 16  # output columns of a packed block
+_PLAIN, _GATED = 0, 1  # what a planned buffer holds
 
 
 class Unsupported(Exception):
@@ -36,12 +38,15 @@ class Packed(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Use:
-    """How a parameter is packed. `interleaved`: halves of gate and up, in turns of one block each."""
+    """How a parameter is packed. `interleaved`: halves of gate and up, in turns of one block each. `rotation`: columns
+    of a block that is rotated before it is rounded, 0: none.
+    """
 
     parameter: Tensor
     bias: Tensor | None
     format: str
-    interleaved: bool
+    interleaved: bool = False
+    rotation: int = 0
 
 
 class Planner:
@@ -52,25 +57,29 @@ class Planner:
         self._format = weight_format
 
     def embed(self, weight: Tensor) -> Buffer:
-        return Buffer(0, weight.shape[1])
+        return Buffer(_PLAIN, weight.shape[1])
 
     def rms_norm(self, x: Buffer, weight: Tensor, eps: float) -> Buffer:
         return x
 
     def linear(self, a: Buffer, weight: Tensor, bias: Tensor | None) -> Buffer:
-        self._uses[id(weight)] = Use(weight, bias, self._format, False)
-        return Buffer(0, weight.shape[0])
+        self._uses[id(weight)] = Use(weight, bias, self._format, rotation=self._rotation(a))
+        return Buffer(_PLAIN, weight.shape[0])
 
     def linear_add(self, x: Buffer, a: Buffer, weight: Tensor, bias: Tensor | None) -> None:
         assert tuple(weight.shape) == (x.width, a.width)
-        self._uses[id(weight)] = Use(weight, bias, self._format, False)
+        self._uses[id(weight)] = Use(weight, bias, self._format, rotation=self._rotation(a))
 
     def linear_silu_mul(self, a: Buffer, weight: Tensor, bias: Tensor | None) -> Buffer:
         width = weight.shape[0] // 2
         if width % COLUMNS:
             raise Unsupported(f"native kernels need a feed-forward width of a multiple of {COLUMNS}, not {width}")
-        self._uses[id(weight)] = Use(weight, bias, self._format, True)
-        return Buffer(0, width)
+        self._uses[id(weight)] = Use(weight, bias, self._format, True, self._rotation(a))
+        return Buffer(_GATED, width)
+
+    def _rotation(self, a: Buffer) -> int:
+        """Products of two projections have outliers that leave 8 bits too little for all else. Other inputs do not."""
+        return largest_rotation(a.width) if a.number == _GATED and self._format in ("w8a8", "w4a8") else 0
 
     def attend(
         self,
@@ -80,7 +89,7 @@ class Planner:
         norms: tuple[Tensor, Tensor, float] | None,
         rotary: tuple[Tensor, Tensor],
     ) -> Buffer:
-        return Buffer(0, num_heads * 2 * rotary[0].shape[1])
+        return Buffer(_PLAIN, num_heads * 2 * rotary[0].shape[1])
 
 
 class ProgramRecorder:

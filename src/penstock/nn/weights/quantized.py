@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from penstock.config.quantization import NATIVE_GROUP, CheckpointQuantization, WeightScheme
+from penstock.nn.quant.rotation import rotate
 from penstock.nn.weights.errors import (
     BadQuantization,
     CheckpointError,
@@ -90,7 +91,7 @@ class QuantizedRows:
         return np.ascontiguousarray(repeated)
 
     def dequantize(self, to: Tensor) -> None:
-        """Integers times scales, computed in float32, into `to` [rows, K]."""
+        """Integers times scales, computed in float32, into `to` [rows, K]; rotated ones are rotated back."""
         rows, k = self.shape
         step = max(_ELEMENTS_AT_ONCE // k, 1)
         for first in range(0, rows, step):
@@ -98,7 +99,8 @@ class QuantizedRows:
             integers = unpack_nibbles(self.integers[part], k) if self.nibbles else self.integers[part]
             group = self.scheme.group or k
             scales = np.repeat(self.scales[part], group, axis=1)[:, :k]
-            to[part].copy_(torch.from_numpy(integers.astype(np.float32) * scales))
+            values = torch.from_numpy(integers.astype(np.float32) * scales)
+            to[part].copy_(rotate(values, self.scheme.rotation) if self.scheme.rotation else values)
 
 
 class QuantizedPacker(Protocol):
@@ -167,6 +169,11 @@ def _module(
         if f"{name}.{suffix}" in homes:
             path, _ = homes[f"{name}.{suffix}"]
             raise BadQuantization(f"{path}: {name}.{suffix}: {what} not supported")
+    if scheme.rotation and (k % scheme.rotation or not scheme.activations):
+        raise BadQuantization(
+            f"{directory}: {name}: a rotation of {scheme.rotation} columns needs a multiple of them, here are {k}, "
+            "and inputs of 8 bits"
+        )
     names = (f"{name}.weight_packed" if scheme.packed else f"{name}.weight", f"{name}.weight_scale")
     missing = [tensor for tensor in names if tensor not in homes]
     if missing:
