@@ -94,7 +94,8 @@ def main() -> None:
     cases += [(f"down, rotated in blocks of {block}", {"mlp.down": partial(rotated, block)}) for block in blocks]
     every: dict[str, Change] = dict.fromkeys(KINDS, rounded)
     cases.append(("all", every))
-    cases.append(("all, down rotated", every | {"mlp.down": partial(rotated, blocks[-1])}))
+    if blocks:
+        cases.append(("all, down rotated", every | {"mlp.down": partial(rotated, blocks[-1])}))
     lines: list[dict[str, Any]] = []
     for name, changes in cases:
         figures = compare(reference, Exact(model, changes), texts)

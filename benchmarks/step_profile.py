@@ -34,6 +34,7 @@ from penstock.config.hardware import probe
 from penstock.config.load import model_directory, resolve
 from penstock.core.request import SamplingParams
 from penstock.engine.client import FrontEnd
+from penstock.engine.garbage import rare_collections
 from penstock.engine.tokenizer import load_tokenizer
 from penstock.engine.wire import local_pair
 
@@ -125,6 +126,7 @@ class Loop:
         return timed
 
 
+@rare_collections()
 def profile(settings: dict[str, Any], batch: int, num_steps: int) -> dict[str, Any]:
     """Medians over steps in milliseconds: the whole, and each part's own time."""
     loop = Loop(settings, batch, num_steps)

@@ -23,7 +23,7 @@ float widen(bf16 x) {
     return f;
 }
 
-// The nearest bf16, ties to even, of a finite number: what every engine keeps of a checkpoint's scales.
+// The nearest bf16, ties to even: what every engine keeps of a checkpoint's scales. A NaN or an infinity stays none.
 bf16 narrow(float x) {
     std::uint32_t u;
     std::memcpy(&u, &x, 4);
@@ -191,15 +191,22 @@ bool quantize_int8(const bf16* rows, std::size_t stride, int n, int k, std::int8
 }
 
 // In the order of the kernels, whose sums these are to the bit.
-static void rotate_block(float* x, int block) {
-    for (int h = 1; h < block; h *= 2)
-        for (int i = 0; i < block; i += 2 * h)
+template <int BLOCK> static void rotate_one(float* x) {
+    for (int h = 1; h < BLOCK; h *= 2)
+        for (int i = 0; i < BLOCK; i += 2 * h)
             for (int j = i; j < i + h; j++) {
                 float a = x[j], b = x[j + h];
                 x[j] = a + b, x[j + h] = a - b;
             }
-    float factor = 1.0f / std::sqrt(static_cast<float>(block));
-    for (int i = 0; i < block; i++) x[i] *= factor;
+    const float factor = 1.0f / std::sqrt(static_cast<float>(BLOCK));
+    for (int i = 0; i < BLOCK; i++) x[i] *= factor;
+}
+
+static void rotate_block(float* x, int block) {
+    if (block == 128) rotate_one<128>(x);
+    else if (block == 64) rotate_one<64>(x);
+    else if (block == 32) rotate_one<32>(x);
+    else rotate_one<16>(x);
 }
 
 bool can_rotate(int k, int block) { return (block == 16 || block == 32 || block == 64 || block == 128) && k % block == 0; }

@@ -188,7 +188,8 @@ private:
         std::vector<bf16> rotated;
         if (weight_.rotation) {
             rotated.resize(static_cast<std::size_t>(count) * k);
-            for (int j = 0; j < count; j++) rotate(from + j * stride, k, weight_.rotation, &rotated[static_cast<std::size_t>(j) * k]);
+            for (int j = 0; j < count; j++)
+                rotate(from + j * stride, k, weight_.rotation, &rotated[static_cast<std::size_t>(j) * k]);
             from = rotated.data(), stride = k;
         }
         if (!quantize(from, stride, count, k, integers.data(), scales.data())) return false;

@@ -22,6 +22,7 @@ from penstock.config.load import model_directory, resolve
 from penstock.core.plan import Logprobs
 from penstock.core.request import SamplingParams
 from penstock.engine.client import FrontEnd, LiveRequest, Output
+from penstock.engine.garbage import rare_collections
 from penstock.engine.loop import MOVING_WAIT_S, turn
 from penstock.engine.messages import RequestRecord, ResetPrefixCache
 from penstock.engine.tokenizer import load_tokenizer
@@ -130,7 +131,8 @@ class LLM:
                 lives[request_id] = live
                 samples = [CompletionOutput(n) for n in range(own.n)]
                 outputs[request_id] = RequestOutput(request_id, text, live.token_ids, samples)
-            self._run(outputs, lives, use_tqdm)
+            with rare_collections():
+                self._run(outputs, lives, use_tqdm)
         except BaseException:
             for request_id in outputs:
                 self._front.cancel(request_id, time.monotonic())

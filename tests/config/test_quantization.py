@@ -151,6 +151,8 @@ REFUSED: dict[str, tuple[Any, str]] = {
     "a transform of 256": (transforms(head_dim=256), "head_dim 256"),
     "a transform of outputs": (transforms({"location": "output"}), "an input and of the weight it meets"),
     "transformed differently": (transforms({"targets": ["lm_head"]}), "in different modules"),
+    "a place that is none": (transforms({"location": ["input"]}), "an input and of the weight it meets"),
+    "half a number": (transforms(head_dim=64.0), "head_dim 64.0"),
     "nothing is transformed": (transforms(apply=None), "apply must be a list"),
     "names that are none": (quantization_config(PACKED, group(args(8), targets=[3])), "must be a list of names"),
 }

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
@@ -18,6 +19,7 @@ from tests.shared.tiny_tokenizers import save as save_tokenizer
 
 from penstock.config.model import load_model_config
 from penstock.engine.tokenizer import load_tokenizer
+from penstock.nn.kernels.native import PackedWeights, usable_kernels
 from penstock.nn.models import create_model, model_routes
 from penstock.nn.models.llama import LlamaModel
 from penstock.nn.quant.rotation import rotate
@@ -122,16 +124,44 @@ def test_inputs_with_outliers_are_rotated_in_the_largest_blocks(tmp_path: Path, 
 
 
 def test_calibration_sees_rotated_inputs(tmp_path: Path) -> None:
-    """What GPTQ makes up for brings outputs nearer than the nearest weights do."""
+    """Where only the down projection is rounded, what GPTQ makes up for is all that brings outputs nearer."""
     source, text = model(tmp_path / "plain"), rows()
-    made = {}
+    others = r"re:.*\.(q|k|v|o|gate|up)_proj"
+    exact, lost = dense_logits(loaded(source), text.tolist()), {}
     for method in ("rtn", "gptq"):
-        quantize_checkpoint(source, tmp_path / method, Recipe("w4a8", method), lambda: text)
-        made[method] = dense_logits(loaded(tmp_path / method), text.tolist())
-    exact = dense_logits(loaded(source), text.tolist())
-    lost = {method: float((logits - exact).norm()) for method, logits in made.items()}
-    assert lost["gptq"] < 0.9 * lost["rtn"]
+        quantize_checkpoint(source, tmp_path / method, Recipe("w4a8", method, ignore=(others,)), lambda: text)
+        lost[method] = float((dense_logits(loaded(tmp_path / method), text.tolist()) - exact).norm())
+    assert lost["gptq"] < 0.79 * lost["rtn"]
     assert load_model_config(tmp_path / "gptq").quantization == load_model_config(tmp_path / "rtn").quantization
+
+
+@pytest.mark.skipif(not usable_kernels(), reason="the native kernels were not built, or not for this machine")
+@pytest.mark.parametrize("scheme", ["w8a8", "w4a8"])
+@pytest.mark.parametrize("width", [256, 240, 192])
+def test_what_is_stored_is_what_loading_makes(tmp_path: Path, scheme: str, width: int) -> None:
+    source = model(tmp_path / "plain", intermediate_size=width, tie_word_embeddings=False)
+    quantize_checkpoint(source, tmp_path / "out", Recipe(scheme))
+    found = []
+    for directory in (source, tmp_path / "out"):
+        config = load_model_config(directory)
+        made = create_model(config, torch.bfloat16)
+        weights = PackedWeights(made, 1, (scheme, "bf16"))
+        load_weights(directory, made, model_routes(config), packer=weights, quantization=config.quantization)
+        down = weights.find(made.layers[1].mlp.down.weight)
+        assert down is not None
+        found.append(np.zeros((down.n, down.k), np.float32))
+        down.unpack(found[-1])
+    eight = scheme == "w4a8" and width % 128 > 0  # such a module gets 8 bits in the file
+    assert np.array_equal(*found) != eight
+
+
+def test_weights_that_no_rotation_can_hold_are_refused(tmp_path: Path) -> None:
+    source = model(tmp_path / "plain")
+    tensors = everything(source)
+    tensors["model.layers.1.mlp.down_proj.weight"][3, :] = 3e38
+    save_file(tensors, source / "model.safetensors")
+    with pytest.raises(QuantizeError, match=r"model.layers.1.mlp.down_proj: its weights are too large"):
+        quantize_checkpoint(source, tmp_path / "out", Recipe("w8a8"))
 
 
 def test_a_head_that_is_stored_beside_the_table_it_is_tied_to(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from penstock.build.start import Stages, begin, import_builder, import_member, n
 from penstock.config.kv_events import event_settings
 from penstock.config.load import debug_wanted
 from penstock.config.log import set_up_logging
+from penstock.engine.garbage import rare_collections
 from penstock.engine.loop import run_engine
 from penstock.engine.messages import Fatal, Progress
 from penstock.engine.wire import ZmqWire, dial
@@ -61,7 +62,8 @@ def main(encoded: bytes, address: SimpleQueue[str], start_s: float, beats: int |
             return _tell(wire, error)
     gc.freeze()  # torch stays: walking its objects would stop the engine for 0.2 s now and then
     try:
-        run()
+        with rare_collections():
+            run()
         built.close()
         return 0
     except Exception as error:

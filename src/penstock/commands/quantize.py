@@ -1,4 +1,4 @@
-"""`penstock quantize MODEL OUT --scheme int4`: a checkpoint with smaller weights, as vLLM and penstock read them.
+"""`penstock quantize MODEL OUT --scheme int4`: a checkpoint with smaller weights, in a format that other engines read.
 
 Knows the flags and where calibration text comes from. Rounding and files are known in `training` and `nn`.
 """

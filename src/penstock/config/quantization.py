@@ -61,8 +61,12 @@ class SchemeGroup:
 
 @dataclass(frozen=True, slots=True)
 class Rotated:
-    """Modules, as in a SchemeGroup, whose inputs are rotated in blocks of so many neighbours, as their weights were."""
+    """Modules, as in a SchemeGroup, whose inputs are rotated in blocks of so many neighbours, as their weights were.
 
+    `name`: of the transform, under which its matrix may be stored: "{module}.{name}_input.weight".
+    """
+
+    name: str
     targets: tuple[str, ...]
     ignore: tuple[str, ...]
     block: int
@@ -91,11 +95,16 @@ class CheckpointQuantization:
         ]
         if not matching:
             return None
-        scheme = self.groups[min(matching)[1]].scheme
-        for of in self.rotated:
-            if _any_matches(module, kind, of.targets) and not _any_matches(module, kind, of.ignore):
-                scheme = replace(scheme, rotation=of.block)
-        return scheme
+        rotations = self.rotations_of(module, kind)
+        return replace(self.groups[min(matching)[1]].scheme, rotation=rotations[0].block if rotations else 0)
+
+    def rotations_of(self, module: str, kind: str = "Linear") -> list[Rotated]:
+        """What rotates a module's inputs, quantized or not; nobody can use more than one."""
+        return [
+            each
+            for each in self.rotated
+            if _any_matches(module, kind, each.targets) and not _any_matches(module, kind, each.ignore)
+        ]
 
     def name(self, modules: Iterable[str]) -> str:
         """One name for a model with these modules: theirs where all agree, else "mixed"; "none" where none is."""
@@ -153,31 +162,30 @@ def _rotations(config: Any) -> tuple[Rotated, ...]:
     groups = config.get("config_groups") if isinstance(config, dict) else None
     if not isinstance(groups, dict):
         raise UnsupportedQuantization(f"{where}: must be an object with config_groups, found {config!r:.80}")
-    return tuple(_rotation(f"{where}: {name!s:.40}", group) for name, group in groups.items())
+    return tuple(_rotation(f"{where}: {name!s:.40}", str(name), group) for name, group in groups.items())
 
 
-def _rotation(where: str, group: Any) -> Rotated:
+def _rotation(where: str, name: str, group: Any) -> Rotated:
     if not isinstance(group, dict):
         raise UnsupportedQuantization(f"{where}: must be an object, found {group!r:.80}")
     if group.get("type") != "hadamard" or group.get("randomize"):
         raise UnsupportedQuantization(f"{where}: only transforms of type hadamard, not randomized, are supported")
     block = group.get("head_dim")
-    if block not in ROTATIONS:
+    if type(block) is not int or block not in ROTATIONS:
         supported = ", ".join(map(str, ROTATIONS))
         raise UnsupportedQuantization(f"{where}: head_dim {block!r:.20} is not supported; supported: {supported}")
     apply = group.get("apply")
     if not isinstance(apply, list) or not all(isinstance(each, dict) for each in apply):
         raise UnsupportedQuantization(f"{where}: apply must be a list of objects, found {apply!r:.80}")
-    places = {each.get("location"): each for each in apply}
-    if len(apply) != 2 or set(places) != {"input", "weight_input"}:
+    if sorted(str(each.get("location")) for each in apply) != ["input", "weight_input"]:
         raise UnsupportedQuantization(f"{where}: only transforms of an input and of the weight it meets are supported")
     names = [
         (_patterns(f"{where}: targets", each.get("targets")), _patterns(f"{where}: ignore", each.get("ignore")))
-        for each in places.values()
+        for each in apply
     ]
     if names[0] != names[1]:
         raise UnsupportedQuantization(f"{where}: inputs and weights are transformed in different modules")
-    return Rotated(*names[0], block)
+    return Rotated(name, *names[0], block)
 
 
 def _group(where: str, group: Any, common: Any) -> SchemeGroup:
@@ -253,9 +261,10 @@ def _patterns(where: str, value: Any) -> tuple[str, ...]:
 def describe(
     groups: dict[WeightScheme, list[str]], ignore: list[str], rotated: dict[int, list[str]] | None = None
 ) -> dict[str, Any]:
-    """A `quantization_config` that says this: targets (names, patterns, classes) by scheme, none with a rotation, and
-    by block of rotation. The inverse of parsing.
+    """A `quantization_config` that says this: targets (names, patterns, classes) by scheme, and by block of rotation,
+    which no scheme has here. The inverse of parsing.
     """
+    assert not any(scheme.rotation for scheme in groups)
     formats = {scheme: "pack-quantized" if scheme.packed else "int-quantized" for scheme in groups}
     found: dict[str, Any] = {}
     for number, (scheme, targets) in enumerate(groups.items()):

@@ -114,8 +114,7 @@ class PeakPredictor:
         held, left = self._lengths(request, sharing.num_held)
         at = self._place(left)
         self._requests.insert(at, request)
-        self._held = np.insert(self._held, at, held)
-        self._left = np.insert(self._left, at, left)
+        self._held, self._left = _inserted(self._held, at, held), _inserted(self._left, at, left)
         for n, (_, bound) in enumerate(self.windows):
             self._window_blocks[n] += self._window_need(request, left, bound)
         self._update()
@@ -143,3 +142,10 @@ class PeakPredictor:
         """(tokens it holds alone, tokens still to come), with what steps in flight sample counted as there."""
         held = request.num_known - num_shared * self.block_size
         return held, max(1, self.expected_remaining(request) - request.num_unsampled)
+
+
+def _inserted(array: np.ndarray, at: int, value: int) -> np.ndarray:
+    """As np.insert, in a tenth of its time."""
+    longer = np.empty(len(array) + 1, array.dtype)
+    longer[:at], longer[at], longer[at + 1 :] = array[:at], value, array[at:]
+    return longer

@@ -24,6 +24,7 @@ from typing import Any
 from penstock.config.schema import Config
 from penstock.config.values import ConfigError
 from penstock.core.request import SamplingParams
+from penstock.engine.garbage import THRESHOLDS
 from penstock.engine.messages import Ready, Report
 from penstock.engine.tokenizer import Tokenizer
 from penstock.server import live
@@ -202,11 +203,9 @@ class _Server:
                 except Exception as error:
                     return self._fatal(error)
                 is_open = True
-                # A token makes some 30 short-lived objects; with the defaults a tenth of the time goes into looking
-                # for circles among them and everything that was imported.
                 gc.collect()
                 gc.freeze()
-                gc.set_threshold(20_000, 10, 5)
+                gc.set_threshold(*THRESHOLDS)
             if is_open and not is_told and self.state.phase == "ready":
                 is_told = True
                 assert self.state.front.ready is not None

@@ -2,8 +2,8 @@
 
 Holds one layer at a time (and, calibrating, the hidden states of its text); what is written appears complete or not at
 all. Knows checkpoints, layers and rounding; the engine that serves the result knows nothing of this file.
-Exactness: without calibration E0 to `--quantization` on load, both refusing weights that are not finite; what either
-loses beside bf16 is E3, measured by benchmarks/quantization_quality.py.
+Exactness: without calibration, and rotated, E0 to `--quantization` on load, both refusing weights that are not finite;
+what either loses beside bf16 is E3, measured by benchmarks/quantization_quality.py.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from penstock.config.quantization import NATIVE_GROUP, WeightScheme, describe
 from penstock.nn.models import create_model, model_routes
 from penstock.nn.quant.gptq import gptq
 from penstock.nn.quant.rotation import largest_rotation, rotate
-from penstock.nn.quant.rounding import Grid, Rounded, as_bf16, pack_words, round_to_nearest
+from penstock.nn.quant.rounding import Grid, Rounded, pack_words, round_to_nearest
 from penstock.nn.weights.errors import CheckpointError
 from penstock.nn.weights.headers import StoredTensor, read_checkpoint
 from penstock.nn.weights.layout import FLOAT_DTYPES, match
@@ -233,10 +233,8 @@ class _Work:
             if layers is None:
                 for module, scheme in self.schemes.items():
                     if module.startswith(f"model.layers.{layer}."):
-                        weight = self._tensor(sources[module])
-                        if scheme.rotation:
-                            weight = rotate(as_bf16(weight), scheme.rotation)
-                        self._write(writer, module, round_to_nearest(weight, Grid(scheme.bits, scheme.group)))
+                        weight, grid = self._tensor(sources[module]), Grid(scheme.bits, scheme.group)
+                        self._write(writer, module, round_to_nearest(weight, grid, scheme.rotation))
             else:
                 self._calibrate(layers, layer, writer)
         if HEAD in self.schemes:
@@ -264,6 +262,8 @@ class _Work:
 
     def _write(self, writer: ShardWriter, module: str, rounded: Rounded) -> None:
         scheme = self.schemes[module]
+        if not rounded.scales.isfinite().all():
+            raise QuantizeError(f"{module}: its weights are too large to be rotated")
         if scheme.packed:
             writer.write(f"{module}.weight_packed", _bytes(pack_words(rounded.integers, scheme.bits)))
             writer.write(f"{module}.weight_shape", _bytes(torch.tensor(rounded.integers.shape)))

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tests.nn.dense_attention import dense_logits
 from tests.nn.weights.compressed import CONFIG, SCHEMES, Stored, checkpoint
 
@@ -18,6 +18,7 @@ from penstock.config.model import load_model_config
 from penstock.nn.kernels.native import FORMATS, PackedWeights, load_native, usable_kernels
 from penstock.nn.models import create_model, model_routes
 from penstock.nn.models.llama import LlamaModel
+from penstock.nn.quant.rotation import hadamard
 from penstock.nn.weights.errors import (
     BadQuantization,
     CheckpointError,
@@ -281,13 +282,69 @@ def test_damage_is_one_line_that_names_the_tensor(tmp_path: Path, damage: str) -
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(("scheme", "block"), [("w8a8", 64), ("int8", 16)])
-def test_a_rotation_that_does_not_fit_its_module(tmp_path: Path, scheme: str, block: int) -> None:
-    """144 columns are no whole blocks of 64; weights alone are never rotated."""
-    apply = [{"targets": ["re:.*down_proj$"], "location": place} for place in ("input", "weight_input")]
-    transform = {"type": "hadamard", "head_dim": block, "apply": apply}
-    checkpoint(tmp_path, scheme, quantization={"transform_config": {"config_groups": {"R4": transform}}})
-    with pytest.raises(BadQuantization, match=f"down_proj: a rotation of {block} columns needs"):
+def rotating(block: int, *targets: str) -> dict[str, Any]:
+    apply = [{"targets": list(targets), "location": place} for place in ("input", "weight_input")]
+    return {"type": "hadamard", "head_dim": block, "apply": apply}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "transforms", "text"),
+    [
+        ("w8a8", {"R4": rotating(64, "re:.*down_proj$")}, "144 columns are no whole blocks of 64"),
+        ("int8", {"R4": rotating(16, "re:.*down_proj$")}, "supported where they are rounded to 8 bits"),
+        ("w8a8", {"R4": rotating(16, DOWN), "R5": rotating(16, "re:.*layers.1.*")}, "rotates it twice"),
+        ("w8a8", {"R4": rotating(16, "lm_head")}, "lm_head: transform_config rotates it, and it is not quantized"),
+    ],
+)
+def test_rotations_that_cannot_be_used(tmp_path: Path, scheme: str, transforms: dict[str, Any], text: str) -> None:
+    changes = {"transform_config": {"config_groups": transforms}}
+    checkpoint(tmp_path, scheme, quantization=changes, tie_word_embeddings=False)
+    with pytest.raises(BadQuantization, match=text):
+        plain(tmp_path)
+
+
+def with_rotated_down(directory: Path, *, matrix: torch.Tensor | None = None) -> dict[str, np.ndarray]:
+    """A w8a8 checkpoint whose down projections are rotated in blocks of 16; the weights that it stands for."""
+    changes = {"transform_config": {"config_groups": {"R4": rotating(16, "re:.*down_proj$")}}}
+    stored = checkpoint(directory, "w8a8", quantization=changes)
+    if matrix is not None:  # one that modules share is stored once
+        tensors = load_file(directory / "model.safetensors")
+        save_file({**tensors, f"{DOWN}.R4_input.weight": matrix}, directory / "model.safetensors")
+    turned = np.kron(np.eye(144 // 16), hadamard(16).numpy() / 4)
+    return {name: values @ turned if "down_proj" in name else values for name, values in stored.values.items()}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, None])
+def test_rotated_weights_are_rotated_back_where_nobody_rotates_inputs(tmp_path: Path, dtype: Any) -> None:
+    values = with_rotated_down(tmp_path, matrix=None if dtype is None else hadamard(16).to(dtype))
+    model, _ = plain(tmp_path)
+    for layer in range(2):
+        down = torch.from_numpy(values[f"model.layers.{layer}.mlp.down_proj"]).float()
+        torch.testing.assert_close(model.layers[layer].mlp.down.weight.detach(), down, rtol=1e-5, atol=1e-6)
+
+
+@native
+def test_rotated_weights_arrive_bit_for_bit(tmp_path: Path) -> None:
+    values = with_rotated_down(tmp_path, matrix=hadamard(16))
+    found, held, _ = packed(tmp_path)
+    for layer in range(2):
+        name = f"layers.{layer}.mlp.down.weight"
+        np.testing.assert_allclose(found[name], values[f"model.layers.{layer}.mlp.down_proj"], rtol=1e-5, atol=1e-6)
+        assert held[name].num_bytes < 1.5 * held[name].n * held[name].k
+
+
+@pytest.mark.parametrize(
+    ("matrix", "error"),
+    [
+        (hadamard(16).flip(0), BadQuantization),
+        (hadamard(16) / 4, BadQuantization),
+        (hadamard(32), WrongShape),
+        (hadamard(16).to(torch.int8), WrongShape),
+    ],
+)
+def test_a_stored_matrix_that_is_another(tmp_path: Path, matrix: torch.Tensor, error: type[Exception]) -> None:
+    with_rotated_down(tmp_path, matrix=matrix)
+    with pytest.raises(error, match="R4_input.weight"):
         plain(tmp_path)
 
 

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from penstock.config.model import KVLayout
+from penstock.config.quantization import ROTATIONS
 from penstock.nn.doors import Batch, Buffer, Recorder, Scores, Spans
 from penstock.nn.kernels.edits import Ids, RowEdits, RowParams
 from penstock.nn.kernels.native_recording import (
@@ -73,7 +74,7 @@ def load_native() -> ModuleType:
 def usable_kernels() -> tuple[str, ...]:
     """Names of the instruction sets that native kernels can use here, best first. Empty without the extension.
 
-    Each is compared with the plainest on a small product of every format and on tokens chosen from it (a millisecond):
+    Each is compared with the plainest on small products of every format and on tokens chosen from one (a millisecond):
     one that gives something else on this machine is left out, with a warning.
     """
     if extension is None:
@@ -87,10 +88,11 @@ def usable_kernels() -> tuple[str, ...]:
 
 def _agree(native: ModuleType, name: str, plainest: str) -> bool:
     draw = torch.Generator().manual_seed(0)
-    values, rows = (torch.randn(n, 200, generator=draw).bfloat16() for n in (50, 37))
     team = native.Team(1, [])
-    for weight_format in FORMATS.values():
-        weight = native.PackedWeight(weight_format, *values.shape)
+    plain, rotated = [(each, 0) for each in FORMATS.values()], [(FORMATS["w8a8"], block) for block in ROTATIONS]
+    for weight_format, rotation in plain + rotated:
+        values, rows = (torch.randn(n, 2 * rotation or 200, generator=draw).bfloat16() for n in (50, 37))
+        weight = native.PackedWeight(weight_format, *values.shape, None, rotation)
         weight.fill(team, 0, words(values))
         results = torch.zeros(2, len(rows), len(values))
         for kernels, result in zip((name, plainest), results, strict=True):

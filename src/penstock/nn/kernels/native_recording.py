@@ -74,11 +74,13 @@ class Planner:
         width = weight.shape[0] // 2
         if width % COLUMNS:
             raise Unsupported(f"native kernels need a feed-forward width of a multiple of {COLUMNS}, not {width}")
-        self._uses[id(weight)] = Use(weight, bias, self._format, True, self._rotation(a))
+        self._uses[id(weight)] = Use(weight, bias, self._format, interleaved=True, rotation=self._rotation(a))
         return Buffer(_GATED, width)
 
     def _rotation(self, a: Buffer) -> int:
-        """Products of two projections have outliers that leave 8 bits too little for all else. Other inputs do not."""
+        """Products of two projections have outliers that leave 8 bits too little for all else, other inputs have not:
+        benchmarks/activation_rounding.py.
+        """
         return largest_rotation(a.width) if a.number == _GATED and self._format in ("w8a8", "w4a8") else 0
 
     def attend(

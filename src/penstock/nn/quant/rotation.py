@@ -18,6 +18,14 @@ def largest_rotation(k: int) -> int:
     return next((size for size in reversed(ROTATIONS) if k % size == 0), 0)
 
 
+def hadamard(size: int) -> Tensor:
+    """The matrix in Sylvester's order, 1 and -1, float32 [size, size]. size: a power of two."""
+    matrix = torch.ones(1, 1)
+    while len(matrix) < size:
+        matrix = torch.cat((torch.cat((matrix, matrix), 1), torch.cat((matrix, -matrix), 1)))
+    return matrix
+
+
 def rotate(x: Tensor, block: int) -> Tensor:
     """x float32 [..., K] times the Hadamard matrix of `block` columns over its root, in blocks. Its own inverse."""
     y = x

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from penstock.nn.quant.rotation import rotate
+
 _ELEMENTS_AT_ONCE = 1 << 23
 
 
@@ -87,11 +89,13 @@ def round_on(weight: Tensor, grid: Grid, scales: Tensor) -> Rounded:
     return Rounded(grid, integers.view(weight.shape[0], -1)[:, : weight.shape[1]].contiguous(), scales)
 
 
-def round_to_nearest(weight: Tensor, grid: Grid) -> Rounded:
-    """weight [N, K], rounded to bf16 first, as plain checkpoints are served."""
+def round_to_nearest(weight: Tensor, grid: Grid, rotation: int = 0) -> Rounded:
+    """weight [N, K], rounded to bf16 first, as plain checkpoints are served. rotation: a block that is rotated then."""
     done = []
     for rows in _rows_of(weight):
         plain = as_bf16(rows)
+        if rotation:
+            plain = as_bf16(rotate(plain, rotation))
         done.append(round_on(plain, grid, extreme_scales(plain, grid)))
     return Rounded(grid, torch.cat([part.integers for part in done]), torch.cat([part.scales for part in done]))
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from penstock.config.quantization import NATIVE_GROUP, CheckpointQuantization, WeightScheme
-from penstock.nn.quant.rotation import rotate
+from penstock.nn.quant.rotation import hadamard, rotate
 from penstock.nn.weights.errors import (
     BadQuantization,
     CheckpointError,
@@ -34,6 +34,7 @@ from penstock.nn.weights.headers import Checkpoint, StoredTensor
 from penstock.nn.weights.routes import Route
 
 SCALE_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+MATRIX_DTYPES = SCALE_DTYPES | {"F64": torch.float64}
 SHAPE_DTYPES: dict[str, type[np.generic]] = {"I64": np.int64, "I32": np.int32}
 _ELEMENTS_AT_ONCE = 1 << 22  # dequantized together: bounds the float32 copy to 16 MiB
 
@@ -55,10 +56,13 @@ class QuantizedModule:
     integers: tuple[Path, StoredTensor]
     scales: tuple[Path, StoredTensor]
     stored_shape: tuple[Path, StoredTensor] | None
+    rotation: tuple[Path, StoredTensor] | None  # its matrix
 
     @property
     def tensors(self) -> tuple[tuple[Path, StoredTensor], ...]:
-        return (self.integers, self.scales, *(() if self.stored_shape is None else (self.stored_shape,)))
+        """Integers, scales, and what else is there."""
+        more = (each for each in (self.stored_shape, self.rotation) if each is not None)
+        return (self.integers, self.scales, *more)
 
     @property
     def num_bytes(self) -> int:
@@ -141,6 +145,10 @@ def find_quantized(
         stored = any(f"{name}.{tensor}" in homes for tensor in ("weight", "weight_packed", "weight_scale"))
         kind = "Embedding" if name.endswith("embed_tokens") else "Linear"
         scheme = quantization.scheme_of(name, kind)
+        rotations = quantization.rotations_of(name, kind)
+        if len(rotations) > 1 or (rotations and scheme is None):
+            what = "rotates it twice" if scheme else "rotates it, and it is not quantized"
+            raise BadQuantization(f"{checkpoint.directory}: config.json: {name}: transform_config {what}")
         if not stored and (scheme is None or route.kind == "tied"):
             continue  # another tensor fills the parameter, or `match` says that none does
         if scheme is None and f"{name}.weight" not in homes and f"{name}.weight_packed" in homes:
@@ -153,7 +161,9 @@ def find_quantized(
         parameter = parameters[route.target]
         start, end = route.rows or (0, parameter.shape[0])
         where = (name, route, parameter, start, (end - start, parameter.shape[1]), scheme)
-        found.append(_module(checkpoint.directory, homes, where, len(schemes[id(parameter)]) == 1))
+        matrices = [f"{name}.{each.name}_input.weight" for each in quantization.rotated]
+        rotation = next((homes[matrix] for matrix in matrices if matrix in homes and scheme.rotation), None)
+        found.append(_module(checkpoint.directory, homes, where, len(schemes[id(parameter)]) == 1, rotation))
     order = {shard.path: number for number, shard in enumerate(checkpoint.shards)}
     return sorted(found, key=lambda module: (order[module.integers[0]], module.integers[1].start))
 
@@ -163,17 +173,21 @@ def _module(
     homes: dict[str, tuple[Path, StoredTensor]],
     where: tuple[str, Route, nn.Parameter, int, tuple[int, int], WeightScheme],
     whole: bool,
+    rotation: tuple[Path, StoredTensor] | None,
 ) -> QuantizedModule:
     name, _, _, _, (rows, k), scheme = where
     for suffix, what in (("weight_zero_point", "zero points are"), ("weight_g_idx", "columns in activation order are")):
         if f"{name}.{suffix}" in homes:
             path, _ = homes[f"{name}.{suffix}"]
             raise BadQuantization(f"{path}: {name}.{suffix}: {what} not supported")
-    if scheme.rotation and (k % scheme.rotation or not scheme.activations):
-        raise BadQuantization(
-            f"{directory}: {name}: a rotation of {scheme.rotation} columns needs a multiple of them, here are {k}, "
-            "and inputs of 8 bits"
-        )
+    if scheme.rotation and not scheme.activations:
+        raise BadQuantization(f"{directory}: {name}: rotated inputs are supported where they are rounded to 8 bits")
+    if scheme.rotation and k % scheme.rotation:
+        raise BadQuantization(f"{directory}: {name}: {k} columns are no whole blocks of {scheme.rotation} to rotate")
+    if rotation is not None:
+        path, matrix = rotation
+        if matrix.shape != (scheme.rotation, scheme.rotation) or matrix.dtype not in MATRIX_DTYPES:
+            raise WrongShape(f"{path}: {matrix.name} must be {scheme.rotation} x {scheme.rotation} numbers")
     names = (f"{name}.weight_packed" if scheme.packed else f"{name}.weight", f"{name}.weight_scale")
     missing = [tensor for tensor in names if tensor not in homes]
     if missing:
@@ -201,7 +215,7 @@ def _module(
     shape = homes.get(f"{name}.weight_shape") if scheme.packed else None
     if shape is not None and (shape[1].dtype not in SHAPE_DTYPES or shape[1].shape != (2,)):
         raise WrongShape(f"{shape[0]}: {shape[1].name} must be two whole numbers")
-    return QuantizedModule(*where, whole, (path, integers), (scale_path, scales), shape)
+    return QuantizedModule(*where, whole, (path, integers), (scale_path, scales), shape, rotation)
 
 
 def load_quantized(
@@ -278,6 +292,11 @@ def _checked(module: QuantizedModule, raw: list[np.ndarray]) -> QuantizedRows:
         shape = raw[2].view(SHAPE_DTYPES[stored.dtype]).tolist()
         if shape != [rows, k]:
             raise WrongShape(f"{path}: {stored.name} says {shape}, config.json asks for {[rows, k]}")
+    if module.rotation is not None:
+        path, stored = module.rotation
+        matrix = torch.from_numpy(raw[-1]).view(MATRIX_DTYPES[stored.dtype]).view(stored.shape).float()
+        if not torch.equal(matrix, hadamard(scheme.rotation)):
+            raise BadQuantization(f"{path}: {stored.name} is not the Hadamard matrix that config.json promises")
     path, stored = module.scales
     scales = torch.from_numpy(raw[1]).view(SCALE_DTYPES[stored.dtype]).float().numpy()
     if not np.isfinite(scales).all():

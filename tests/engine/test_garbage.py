@@ -1,0 +1,17 @@
+"""The collector's thresholds while an engine runs."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+
+from penstock.engine.garbage import THRESHOLDS, rare_collections
+
+
+def test_thresholds_come_back_also_after_an_error() -> None:
+    before = gc.get_threshold()
+    with pytest.raises(KeyError), rare_collections():
+        assert gc.get_threshold() == THRESHOLDS
+        raise KeyError
+    assert gc.get_threshold() == before
