@@ -156,6 +156,7 @@ class _Server:
         self.url = server_url(options, sock)
         self.loading: asyncio.Future[Served] | None = None
         self.deadline_s: float | None = None  # set while draining
+        self._has_served = False  # requests could be running when draining began
         self.num_signals = 0
         self._is_launched = False
         self._has_exited = False  # the engine's process was seen to be gone
@@ -223,7 +224,7 @@ class _Server:
 
     def _exit_code(self, is_told: bool, now: float) -> int | None:
         """None while there is no reason to stop."""
-        if self.deadline_s is not None and (not is_told or self.state.phase == "stopped"):
+        if self.deadline_s is not None and (not self._has_served or self.state.phase == "stopped"):
             return 0  # nothing was running yet, or everything has ended
         code = self.backend.poll()
         if code is not None and not self._has_exited:
@@ -265,6 +266,7 @@ class _Server:
             timeout_s, signal.Signals(number).name,
         )  # fmt: skip
         self.deadline_s = time.monotonic() + timeout_s
+        self._has_served = self.state.phase == "ready"
         self.state.drain(self.deadline_s)
         self._bye = asyncio.ensure_future(self.live.stop())
 
