@@ -145,7 +145,7 @@ class PeakPredictor:
 
 
 def _inserted(array: np.ndarray, at: int, value: int) -> np.ndarray:
-    """As np.insert, in a tenth of its time."""
+    """As np.insert, without its many cases."""
     longer = np.empty(len(array) + 1, array.dtype)
     longer[:at], longer[at], longer[at + 1 :] = array[:at], value, array[at:]
     return longer
