@@ -1,7 +1,7 @@
 """How often Python looks for circles of garbage while an engine runs.
 
-A token makes some 30 short-lived objects: with the defaults some 4 % of the time of a small model with 256
-requests goes into looking for circles among them, and among everything that is waiting.
+A token makes some 30 short-lived objects: with the defaults a step of many requests looks several times for circles
+among them, and among everything that is waiting.
 """
 
 from __future__ import annotations
