@@ -2,8 +2,8 @@
 
 With temperature 0 it is a parrot: output token i is prompt token i modulo the prompt's length. Otherwise token i is a
 hash of (seed, i) in [1, 200). It speaks the real messages over the real wire, keeps `max_num_seqs` running and the
-rest waiting, gives one token per request and step, and can be told to hold. `python scripted_engine.py ADDRESS` runs
-it as a process; a prompt that holds the token `DIE` kills it.
+rest waiting, gives one token per request and step, and can be told to hold. `python scripted_engine.py ADDRESS
+STEP_S START_S` runs it as a process; a prompt that holds the token `DIE` kills it.
 """
 
 from __future__ import annotations
@@ -215,6 +215,7 @@ def drive(engine: ScriptedEngine, address: str, stop: threading.Event, step_s: f
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    time.sleep(float(sys.argv[3]))
     drive(
         ScriptedEngine(max_num_seqs=512, max_model_len=100_000),
         sys.argv[1],

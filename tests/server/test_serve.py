@@ -150,6 +150,22 @@ def test_it_answers_while_loading_serves_and_drains_on_sigterm(start: Any) -> No
     assert not is_alive(engine)
 
 
+def test_a_signal_before_the_server_has_said_that_it_is_ready_drains_too(start: Any) -> None:
+    """Readiness is told at the next look; until what came before has ended, the server answers that it drains."""
+    look_s = 0.6
+    process = start(step_s=0.01, look_s=look_s, start_s=1.5 * look_s)
+    process.until_ready()
+    running = Streaming(process.url, max_tokens=300)
+    process.popen.send_signal(signal.SIGTERM)
+    time.sleep(1.5 * look_s)
+    assert running.is_alive()
+    assert_error(httpx.post(f"{process.url}/v1/completions", json=PROMPT), 503, code="draining")
+    running.join(20)
+    assert running.lines[-2:] == ["data: [DONE]", ""], "what runs is finished"
+    code, errors = process.end()
+    assert code == 0, errors
+
+
 def test_ctrl_c_twice_kills_at_once(start: Any) -> None:
     process = start(step_s=0.05, shutdown_timeout=60)
     process.until_ready()
