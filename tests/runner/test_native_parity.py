@@ -35,7 +35,7 @@ WINDOWED = {
 
 
 class Model:
-    """A model in bf16 and what it answers, whole prompts in one batch on one thread."""
+    """A model, in bf16 unless its name says more, and what it answers: whole prompts in one batch on one thread."""
 
     def __init__(self, name: str, directory: Path) -> None:
         self.settings: dict[str, Any] = {"model": "penstock-tiny"}
@@ -44,6 +44,9 @@ class Model:
             (directory / "config.json").write_text(json.dumps(WINDOWED))
             self.settings = {"model": str(directory), "tokenizer": "penstock-tiny", "load_format": "dummy"}
         self.settings["kv_cache_dtype"] = "int8" if "int8" in name else "bfloat16"
+        for scheme in ("w8a8", "w4a8"):
+            if scheme in name:
+                self.settings["quantization"] = scheme
         random = np.random.default_rng(3)
         shared = random.integers(16, 8000, 70).tolist()
         lengths = (3, 9, 33, 40, 63, 120)
@@ -130,3 +133,17 @@ def test_preemption(model: Model) -> None:
         scheduler.peak.fits = lambda request, sharing: True  # admit all: the pool overflows
         assert model.answers(llm) == model.expected
         assert scheduler.counters.num_preemptions > 0
+
+
+@pytest.mark.parametrize("name", ["penstock-tiny, w8a8", "windowed, w8a8, int8 KV", "penstock-tiny, w4a8, int8 KV"])
+def test_products_of_integers(name: str, tmp_path: Path) -> None:
+    """Rows are rounded to 8 bits one by one: chunks, depth, threads, hits and who else runs change no token."""
+    model = Model(name, tmp_path)
+    chunks = {"max_num_batched_tokens": 7, "max_num_seqs": 7, "async_scheduling": "on", "num_threads": 2}
+    with model.engine(**chunks) as llm:
+        assert "quantize" in dict(llm._built.runner.model.seconds())  # the operation that makes integers
+        assert model.answers(llm) == model.expected
+    with model.engine(max_num_batched_tokens=50, max_num_seqs=1, num_threads=1) as llm:
+        assert model.answers(llm) == model.expected
+        assert model.answers(llm) == model.expected
+        assert llm._built.engine.scheduler.counters.prefix_hits > 0

@@ -1,104 +1,31 @@
-"""int8 keys and values: what is stored, attention over it beside float32, and the same bits in any company.
-
-The native kernels are driven alone: rows of a table pass an identity for queries, keys and values, and are not rotated.
-"""
+"""int8 keys and values: what is stored, attention over it beside float32, and the same bits in any company."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.nn.native_attention import SIZE, Native, blocks_of, drawn, error, paired
 
 from penstock.config.model import KVGroup, KVLayout
 from penstock.nn.doors import Spans
 from penstock.nn.kernels.attention import PagedAttention, attention_reference, dequantize_heads, quantize_heads
-from penstock.nn.kernels.native import load_native, packed_layout, usable_kernels
-from penstock.nn.kernels.native_recording import BF16, F32, KV_FORMATS
+from penstock.nn.kernels.native import usable_kernels
 from penstock.runner.kv_store import KVStore
 
 KERNELS = usable_kernels()
-SIZE = 32  # tokens of a block
-MOST = 2048  # tokens of a request, at most
 pytestmark = pytest.mark.usefixtures("one_thread")
 native_only = pytest.mark.skipif(not KERNELS, reason="the native kernels were not built, or not for this machine")
-
-
-def error(found: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((found.float() - expected.float()).norm() / expected.float().norm())
 
 
 def dequantized(x: torch.Tensor) -> torch.Tensor:
     """float32, through int8."""
     return dequantize_heads(*quantize_heads(x), torch.float32)
-
-
-def paired(numbers: torch.Tensor, part: str) -> torch.Tensor:
-    """[32, D] in the order that KVGroup calls paired."""
-    dim = numbers.shape[1]
-    if part == "k":
-        return numbers.view(2, 16, dim // 2, 2).transpose(1, 2).reshape(-1)
-    return numbers.view(16, 2, dim // 16, 16).permute(2, 0, 3, 1).reshape(-1)
-
-
-class Native:
-    """Native attention of requests whose queries, keys and values are rows of `table`, [R * MOST, (Hq + 2 Hkv) * D]."""
-
-    def __init__(
-        self, table: torch.Tensor, kernels: str, heads: int, group: int, dim: int,
-        window: int | None = None, num_threads: int = 1, num_blocks: int = 1 + 3 * MOST // SIZE,
-    ) -> None:  # fmt: skip
-        native = load_native()
-        self.heads, self.group, self.dim, self.window = heads, group, dim, window
-        kind = "full" if window is None else "window"
-        self.layout = packed_layout(KVLayout((KVGroup(0, kind, (0,), window, SIZE, heads, dim, "int8"),)))
-        self.store = KVStore(self.layout, (num_blocks,), torch.device("cpu"))
-        width, team = table.shape[1], native.Team(num_threads, [])
-        identity = native.PackedWeight(0, width, width)
-        identity.fill(team, 0, torch.eye(width).bfloat16().view(torch.uint16).numpy())
-        self.program = native.Program(kernels, team, 3 * MOST)
-        x, norm = self.program.buffer(F32, width), self.program.buffer(BF16, width)
-        self.qkv, self.out = self.program.buffer(BF16, width), self.program.buffer(BF16, heads * group * dim)
-        flat = self.store.pools[0].view(torch.uint8).view(num_blocks, -1).numpy()
-        pool = self.program.pool(flat, heads, dim, 0, window or 0, KV_FORMATS["int8"])
-        still = np.ones((MOST, dim // 2), np.float32)
-        self.program.embed_bf16(table.view(torch.uint16).numpy(), x)
-        self.program.rms_norm(x, np.ones(width, np.float32), 1e-6, norm)
-        self.program.linear(identity, norm, self.qkv)
-        self.program.heads(self.qkv, heads * group, pool, None, None, 0.0, still, np.zeros_like(still))
-        self.program.attend(self.qkv, heads * group, pool, math.log2(math.e) / math.sqrt(dim), self.out)
-        self.kept = table, flat, still, identity
-
-    def step(self, rows: Sequence[tuple[int, int, int]]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rows are (request, start, number of tokens), requests own every third block. (qkv, results) of all tokens."""
-        starts, nums = np.array([start for _, start, _ in rows]), [num for *_, num in rows]
-        width = max(-(-(start + num) // SIZE) for _, start, num in rows)
-        table = np.array([[1 + request + 3 * block for block in range(width)] for request, *_ in rows], np.int32)
-        positions = np.concatenate([np.arange(start, start + num) for _, start, num in rows])
-        tokens = np.repeat([request * MOST for request, *_ in rows], nums) + positions
-        self.program.run(tokens, positions, np.cumsum([0, *nums]), starts, [table])
-        qkv = torch.empty(len(tokens), (2 + self.group) * self.heads * self.dim, dtype=torch.bfloat16)
-        out = torch.empty(len(tokens), self.group * self.heads * self.dim, dtype=torch.bfloat16)
-        self.program.read(self.qkv, qkv.view(torch.uint16).numpy())
-        self.program.read(self.out, out.view(torch.uint16).numpy())
-        return qkv, out
-
-    def parts(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Queries [T, Hq, D], keys and values [T, Hkv, D]."""
-        heads = qkv.view(len(qkv), -1, self.dim)
-        return heads.split((self.heads * self.group, self.heads, self.heads), 1)  # type: ignore[return-value]
-
-
-def drawn(heads: int, group: int, dim: int, seed: int, num: int = 3 * MOST) -> torch.Tensor:
-    """A table whose keys and values have outliers, as those of real models do."""
-    table = torch.randn(num, (2 + group) * heads * dim, generator=torch.Generator().manual_seed(seed))
-    table[:, group * heads * dim :: 37] *= 8
-    return table.bfloat16()
 
 
 @settings(max_examples=100, deadline=None)
@@ -192,7 +119,7 @@ def test_native_attention_agrees_with_float32_over_what_was_stored(
     data: st.DataObject, kernels: str, heads: int, group: int, dim: int, window: int | None, seed: int
 ) -> None:
     """A ragged batch after another; what remains between is the rounding of queries, probabilities and results."""
-    native = Native(drawn(heads, group, dim, seed), kernels, heads, group, dim, window)
+    native = Native(drawn(heads, group, dim, seed, 210), kernels, heads, group, dim, window)
     ends = [0, 0, 0]
     kept: list[list[torch.Tensor]] = [[], [], []]
     for _ in range(3):
@@ -229,7 +156,7 @@ def test_native_attention_agrees_with_float32_over_what_was_stored(
 def test_a_row_is_the_same_bit_for_bit_however_it_is_cut(kernels: str, window: int | None) -> None:
     """Alone and whole, or by 1, 7 and 16 tokens, among others, on one or two threads; over several spans."""
     heads, group, dim, length = 2, 3, 64, 1210
-    table = drawn(heads, group, dim, 5)
+    table = drawn(heads, group, dim, 5, length + 3)
     whole = Native(table, kernels, heads, group, dim, window)
     _, expected = whole.step([(0, 0, length)])
     for num_threads, chunk in itertools.product((1, 2), (1, 7, 16, length)):
@@ -243,14 +170,14 @@ def test_a_row_is_the_same_bit_for_bit_however_it_is_cut(kernels: str, window: i
             rows = [(1, begin, 1), (0, begin, num), (2, begin, 3)]
             found.append(cut.step(rows if begin % 2 else rows[1:2])[1][begin % 2 :][:num])
         assert torch.equal(torch.cat(found), expected)
-        blocks = [1 + 3 * block for block in range(length // SIZE)]
+        blocks = blocks_of(0, length)
         assert torch.equal(cut.store.pools[0][blocks], whole.store.pools[0][blocks])
 
 
 @native_only
 def test_the_instruction_sets_store_the_same_and_agree() -> None:
     """The products are of integers: only the softmax may differ in its last bits."""
-    made = [Native(drawn(2, 2, 80, 1), kernels, 2, 2, 80) for kernels in KERNELS]
+    made = [Native(drawn(2, 2, 80, 1, 600), kernels, 2, 2, 80) for kernels in KERNELS]
     found = [each.step([(0, 0, 600), (1, 0, 40)])[1] for each in made]
     for other, out in zip(made[1:], found[1:], strict=True):
         assert torch.equal(other.store.pools[0], made[0].store.pools[0])
@@ -260,7 +187,7 @@ def test_the_instruction_sets_store_the_same_and_agree() -> None:
 @native_only
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_what_is_no_number_harms_only_its_own_request(kernels: str) -> None:
-    table = drawn(1, 2, 64, 7)
+    table = drawn(1, 2, 64, 7, 40)
     fresh = Native(table, kernels, 1, 2, 64)
     expected = fresh.step([(0, 0, 40), (1, 0, 40)])[1]
     broken = table.clone()

@@ -57,17 +57,22 @@ def test_logits_are_those_of_the_torch_model(shape: str, kernels: str) -> None:
     assert error(found, exact) <= max(1e-2, 1.2 * error(rounded, exact))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=50, deadline=None)
 @given(
     data=st.data(),
     kernels=st.sampled_from(KERNELS or ["none"]),
     shape=st.sampled_from(["qwen3", "mistral with a window"]),
+    weights=st.sampled_from(["bf16", "w8a8", "w4a8"]),
+    kv_dtype=st.sampled_from(["bfloat16", "int8"]),
 )
-def test_a_row_is_the_same_bit_for_bit_in_any_company(data: st.DataObject, kernels: str, shape: str) -> None:
+def test_a_row_is_the_same_bit_for_bit_in_any_company(
+    data: st.DataObject, kernels: str, shape: str, weights: str, kv_dtype: str
+) -> None:
     """Alone and whole, or in chunks among others, with any number of threads: the same hidden states and cache."""
     length = data.draw(st.integers(1, 150), label="length")
-    alone = native(SHAPES[shape], kernels, num_threads=1)
-    mixed = native(SHAPES[shape], kernels, num_threads=data.draw(st.integers(1, 3), label="threads"))
+    settled: dict[str, Any] = {"formats": (weights, weights), "kv_dtype": kv_dtype}
+    alone = native(SHAPES[shape], kernels, num_threads=1, **settled)
+    mixed = native(SHAPES[shape], kernels, num_threads=data.draw(st.integers(1, 3), label="threads"), **settled)
     [ids, *others] = prompts(alone.config, length, 60, 120)
     expected = alone.step([(0, 0, ids)])
     done = [0, 0, 0]
