@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quantization_quality import compare, passages
+from quantization_quality import compare, passages, rotated, rounded
 from torch import Tensor, nn
 
 from penstock.bench.flags import machine, write_json
@@ -27,7 +27,6 @@ from penstock.config.quantization import ROTATIONS
 from penstock.nn.doors import Batch
 from penstock.nn.layers.linear import Linear
 from penstock.nn.models import create_model, model_routes
-from penstock.nn.quant.rotation import rotate
 from penstock.nn.weights.stream import load_weights
 from penstock.training.dense import attention_for
 
@@ -39,15 +38,6 @@ KINDS = {
     "head": "head",
 }
 Change = Callable[[Tensor], Tensor]
-
-
-def rounded(x: Tensor) -> Tensor:
-    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
-    return torch.round(x / scale) * scale
-
-
-def rotated(block: int, x: Tensor) -> Tensor:
-    return rotate(rounded(rotate(x, block)), block)
 
 
 class Exact:

@@ -6,8 +6,9 @@ Teacher-forced on text that the model itself wrote (sampled at temperature 0.8 f
 other text, one passage per line): at every position, do the best tokens agree, how far apart are the distributions
 (mean KL in nats), and how much worse is the text predicted. A flat model's best token changes with the last bit of
 anything: agreement is told once more without the close positions, those where the reference's two best tokens have
-probabilities within 10 % of one another. --kernels torch is for models that native kernels cannot
-compute, and for the KV cache alone. Prints one JSON line per scheme; --out writes them.
+probabilities within 10 % of one another. --kernels torch is for models that native kernels cannot compute: for the KV
+cache, and for checkpoints, whose weights it dequantizes and whose inputs it rounds where the scheme does. Prints one
+JSON line per scheme; --out writes them.
 """
 
 from __future__ import annotations
@@ -16,24 +17,31 @@ import argparse
 import json
 import math
 import tempfile
+from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from penstock.bench.flags import machine, write_json
 from penstock.build.engine import QUANTIZATION
 from penstock.commands.quantize import calibration_rows
 from penstock.config.load import model_directory
 from penstock.config.model import DTYPE_BYTES, kv_layout, load_model_config
+from penstock.config.quantization import CheckpointQuantization
 from penstock.core.request import SamplingParams
 from penstock.engine.tokenizer import load_tokenizer
 from penstock.llm import LLM
 from penstock.nn.doors import AttentionBackend, Batch, Spans
 from penstock.nn.kernels.attention import PagedAttention
 from penstock.nn.kernels.native import NativeAttention, NativeModel, PackedWeights, packed_layout, usable_kernels
+from penstock.nn.layers.linear import Linear
 from penstock.nn.models import create_model, model_routes
+from penstock.nn.quant.rotation import rotate
+from penstock.nn.weights.routes import Route
 from penstock.nn.weights.stream import load_weights
 from penstock.runner.kv_store import KVStore
 from penstock.runner.runner import Model
@@ -52,6 +60,31 @@ BEGINNINGS = (
     "In the garden",
     "My name is",
 )
+
+
+def rounded(x: Tensor) -> Tensor:
+    """To 8 bits with a scale per token, and back."""
+    scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-12) / 127
+    return torch.round(x / scale) * scale
+
+
+def rotated(block: int, x: Tensor) -> Tensor:
+    """The same, but rotated meanwhile."""
+    return rotate(rounded(rotate(x, block)), block)
+
+
+def round_inputs(model: nn.Module, routes: Sequence[Route], quantization: CheckpointQuantization) -> None:
+    """From now on `model` rounds the inputs of projections that a checkpoint quantizes with 8-bit activations."""
+    targets = {}
+    for route in routes:
+        scheme = quantization.scheme_of(route.source.removesuffix(".weight"))
+        if scheme is not None and scheme.activations:
+            targets[route.target.removesuffix(".weight")] = scheme
+    for target, scheme in targets.items():
+        module = model.get_submodule(target)
+        if isinstance(module, Linear):
+            change = partial(rotated, scheme.rotation) if scheme.rotation else rounded
+            module.register_forward_pre_hook(lambda _, inputs, change=change: (change(inputs[0]), *inputs[1:]))
 
 
 class Forced:
@@ -73,6 +106,9 @@ class Forced:
         self.model: Model = model
         self.attention: AttentionBackend = PagedAttention(layout, store.pools, getattr(torch, config.dtype))
         self.weight_mb = config.num_parameters * DTYPE_BYTES[config.dtype] / 1e6
+        if plain and config.quantization is not None:
+            self.weight_mb = sum(path.stat().st_size for path in directory.glob("*.safetensors")) / 1e6
+            round_inputs(model, model_routes(config), config.quantization)
         if weights is not None:
             self.model = NativeModel(model, weights, layout, store.pools, kernels=kernels, max_tokens=MAX_TOKENS)
             self.attention = NativeAttention()

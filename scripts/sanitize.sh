@@ -35,10 +35,8 @@ preload="$("$compiler" -print-file-name=libasan.so) $("$compiler" -print-file-na
 # arrays are seen only where Python's own pools are out of the way.
 export ASAN_OPTIONS="detect_leaks=0:strict_string_checks=1:${ASAN_OPTIONS:-}"
 export UBSAN_OPTIONS="print_stacktrace=1:${UBSAN_OPTIONS:-}"
-[ $# -gt 0 ] || set -- -q tests/native tests/nn/kernels/test_native.py \
-    tests/nn/kernels/test_native_choice.py tests/nn/kernels/test_native_step.py tests/nn/kernels/test_outputs.py \
-    tests/nn/kernels/test_int8_kv.py tests/nn/kernels/test_bf12.py tests/nn/kernels/test_native_rotation.py \
-    tests/nn/weights/test_packed_load.py \
+[ $# -gt 0 ] || set -- -q tests/native tests/nn/kernels/test_native*.py tests/nn/kernels/test_outputs.py \
+    tests/nn/kernels/test_*_kv.py tests/nn/kernels/test_bf12.py tests/nn/weights/test_packed_load.py \
     tests/nn/weights/test_quantized.py tests/runner/test_step_words.py
 exec env LD_PRELOAD="$preload" PYTHONMALLOC=malloc "$python" - "$build" "$@" <<'PROGRAM'
 import sys

@@ -173,12 +173,14 @@ def test_a_port_in_use_is_told_before_anything_loads(model: Path) -> None:
 
 def test_what_is_said_when_the_server_is_ready(model: Path, tmp_path: Path) -> None:
     """The printed request is one that a shell runs, for chat models and for others."""
-    ready = SimpleNamespace(model_id="tiny", timeline=[("import torch", 1.5), ("nothing", 0.0), ("load weights", 0.25)])
+    timeline = [("import torch", 1.5), ("nothing", 0.0), ("load weights", 0.25)]
+    ready = SimpleNamespace(model_id="tiny", device="cpu, 2 threads, plain torch", timeline=timeline)
     for directory, path, field in ((model, "chat/completions", "messages"), (tmp_path, "completions", "prompt")):
         config = resolve({"api_key": "k", "model": str(directory)}, environ={})
         text = ready_text(config, ready, "http://127.0.0.1:8001", 2.0)
         assert text.startswith(
-            "ready after 2.0 s: import torch 1.50 s, load weights 0.25 s, front end and waiting 0.25 s"
+            "ready after 2.0 s on cpu, 2 threads, plain torch: "
+            "import torch 1.50 s, load weights 0.25 s, front end and waiting 0.25 s"
         )
         command = text[text.index("curl") : text.index("}'") + 2].replace("\\\n", " ")
         words = shlex.split(command)

@@ -6,6 +6,8 @@
 #include <cstdint>
 #include <new>
 
+#include "numbers.hpp"
+
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23  // Linux 5.14
 #endif
@@ -14,8 +16,6 @@ namespace penstock {
 
 namespace {
 constexpr std::size_t LINE = 64, HUGE_PAGE = 2 << 20;
-
-std::size_t up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
 }  // namespace
 
 Arena::Arena(std::size_t bytes) : bytes_(up(bytes, HUGE_PAGE)) {

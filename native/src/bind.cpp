@@ -333,7 +333,7 @@ NB_MODULE(_native, m) {
         .def("pool", &BoundProgram::pool, "bytes"_a.noconvert(), "num_kv_heads"_a, "head_dim"_a, "group"_a, "window"_a,
              "format"_a, "layer"_a = 0, nb::keep_alive<1, 2>())
         .def("embed_bf16", [](BoundProgram& p, Table<const std::uint16_t> table, int to) {
-                p.program().embed(table.data(), Kind::BF16, static_cast<int>(table.shape(1)), to);
+                p.program().embed(table.data(), static_cast<int>(table.shape(1)), to);
             }, "table"_a.noconvert(), "to"_a, nb::keep_alive<1, 2>())
         .def("embed_packed", [](BoundProgram& p, const PackedWeight& w, int to) { p.program().embed_packed(w.weight(), to); },
              "weight"_a, "to"_a, nb::keep_alive<1, 2>())

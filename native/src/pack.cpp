@@ -5,23 +5,16 @@
 #include <cstring>
 #include <limits>
 
+#include "numbers.hpp"
+
 namespace penstock {
 
 namespace {
-std::size_t up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
-
 constexpr std::size_t PAIRS_BYTES = 192;  // of four pairs in BF12
 constexpr int ANY_EXPONENT = 15;          // the place in the table that holds zero
 constexpr int INFINITE = 0x7f80;          // bits of infinity; those of NaN lie above
 
 int k_align(Format format) { return format == Format::INT4 || format == Format::W4A8 ? GROUP : K_ALIGN; }
-
-float widen(bf16 x) {
-    std::uint32_t u = static_cast<std::uint32_t>(x) << 16;
-    float f;
-    std::memcpy(&f, &u, 4);
-    return f;
-}
 
 // The nearest bf16, ties to even: what every engine keeps of a checkpoint's scales. A NaN or an infinity stays none.
 bf16 narrow(float x) {
@@ -174,7 +167,7 @@ static int largest_bits(const bf16* x, int n) {
 
 // A scale whose inverse is a number, too: weights so small that theirs is not are zero.
 static float usable_scale(float x) {
-    float scale = widen(narrow(x));
+    float scale = bf16_to_float(narrow(x));
     return std::fabs(scale) < std::numeric_limits<float>::min() ? 1 : scale;
 }
 
@@ -183,9 +176,9 @@ bool quantize_int8(const bf16* rows, std::size_t stride, int n, int k, std::int8
         const bf16* from = rows + j * stride;
         int most = largest_bits(from, k);
         if (most >= INFINITE) return false;
-        scale[j] = usable_scale(widen(static_cast<bf16>(most)) / 127);
+        scale[j] = usable_scale(bf16_to_float(static_cast<bf16>(most)) / 127);
         float inverse = 1 / scale[j];
-        for (int i = 0; i < k; i++) to[i] = static_cast<std::int8_t>(std::nearbyint(widen(from[i]) * inverse));
+        for (int i = 0; i < k; i++) to[i] = static_cast<std::int8_t>(std::nearbyint(bf16_to_float(from[i]) * inverse));
     }
     return true;
 }
@@ -214,7 +207,7 @@ bool can_rotate(int k, int block) { return (block == 16 || block == 32 || block 
 void rotate(const bf16* row, int k, int block, bf16* to) {
     float x[128];
     for (int i = 0; i < k; i += block) {
-        for (int j = 0; j < block; j++) x[j] = widen(row[i + j]);
+        for (int j = 0; j < block; j++) x[j] = bf16_to_float(row[i + j]);
         rotate_block(x, block);
         for (int j = 0; j < block; j++) to[i + j] = narrow(x[j]);
     }
@@ -234,7 +227,7 @@ bool quantize_int4(const bf16* rows, std::size_t stride, int n, int k, std::int8
             if (largest_bits(rows + j * stride + begin, num) >= INFINITE) return false;
             float x[GROUP], extreme = 0;
             for (int i = 0; i < num; i++) {
-                x[i] = widen(rows[j * stride + begin + i]);
+                x[i] = bf16_to_float(rows[j * stride + begin + i]);
                 if (std::fabs(x[i]) > std::fabs(extreme)) extreme = x[i];
             }
             float step = usable_scale(extreme / -8);  // cutting the extreme for less squared error gains nothing
@@ -254,13 +247,13 @@ void unpack_row(const Weight& w, int n, float* out) {
         std::size_t at = place(w.format, column, k);
         switch (w.format) {
             case Format::BF16:
-                out[k] = widen(static_cast<const bf16*>(w.data)[block * elements + at]);
+                out[k] = bf16_to_float(static_cast<const bf16*>(w.data)[block * elements + at]);
                 break;
             case Format::BF12: {
                 const std::uint8_t* of_block = static_cast<const std::uint8_t*>(w.data) + block * elements / 2 * 3;
                 int places = of_block[exponent_place(column, k)], x = of_block[at];
                 int exponent = w.exponents[block * 32 + (k / 2 % 2 ? places >> 4 : places & 15)];
-                out[k] = widen(static_cast<bf16>((x & 0x80) << 8 | exponent | (x & 0x7f)));
+                out[k] = bf16_to_float(static_cast<bf16>((x & 0x80) << 8 | exponent | (x & 0x7f)));
                 break;
             }
             case Format::INT8:
@@ -279,7 +272,7 @@ void unpack_row(const Weight& w, int n, float* out) {
     }
     if (w.format == Format::BF12)
         for (int i = 0; i < w.rare[block].num; i++)
-            if (const RareWeight& rare = w.rare[block].data[i]; rare.column == column) out[rare.k] = widen(rare.value);
+            if (const RareWeight& rare = w.rare[block].data[i]; rare.column == column) out[rare.k] = bf16_to_float(rare.value);
     for (int k = 0; w.rotation && k < w.k; k += w.rotation) rotate_block(out + k, w.rotation);
 }
 

@@ -24,13 +24,6 @@ std::unique_ptr<char, void (*)(void*)> zeros(std::size_t bytes) {
     std::memset(data, 0, size);
     return {static_cast<char*>(data), std::free};
 }
-
-float widen(bf16 x) {
-    std::uint32_t u = static_cast<std::uint32_t>(x) << 16;
-    float f;
-    std::memcpy(&f, &u, 4);
-    return f;
-}
 }  // namespace
 
 Program::Program(const Kernels& kernels, Team& team, int max_tokens)
@@ -46,9 +39,9 @@ int Program::buffer(Kind kind, int width) {
 
 // ---- recording ----
 
-void Program::embed(const void* table, Kind kind, int width, int to) {
+void Program::embed(const bf16* table, int width, int to) {
     Op op{What::EMBED};
-    op.table = table, op.table_kind = kind, op.width = width, op.to = to;
+    op.table = table, op.width = width, op.to = to;
     ops_.push_back(op);
 }
 
@@ -197,11 +190,9 @@ void Program::perform(const Op& op, const Batch& batch, int member, Deal& deal) 
                 std::size_t id = batch.token_ids[t];
                 if (!op.table) {
                     unpack_row(op.weight, static_cast<int>(id), to);
-                } else if (op.table_kind == Kind::F32) {
-                    std::memcpy(to, static_cast<const float*>(op.table) + id * op.width, op.width * sizeof(float));
                 } else {
-                    const bf16* from = static_cast<const bf16*>(op.table) + id * op.width;
-                    for (int i = 0; i < op.width; i++) to[i] = widen(from[i]);
+                    const bf16* from = op.table + id * op.width;
+                    for (int i = 0; i < op.width; i++) to[i] = bf16_to_float(from[i]);
                 }
             });
         case What::NORM:

@@ -15,6 +15,7 @@
 
 #include "choose.hpp"
 #include "kernels.hpp"
+#include "numbers.hpp"
 #include "team.hpp"
 #include "words.hpp"
 
@@ -62,7 +63,7 @@ public:
     int width(int buffer) const { return buffers_.at(buffer).width; }
 
     // ---- recording; ids of buffers ----
-    void embed(const void* table, Kind kind, int width, int to);      // table [tokens][width]
+    void embed(const bf16* table, int width, int to);                 // table [tokens][width]
     void embed_packed(const Weight& weight, int to);                  // rows of a packed matrix, as tied embeddings are
     void rms_norm(int from, const float* weight, int width, float eps, int to);
     void linear(const Weight& weight, int from, int to);              // to: bf16, rounded
@@ -104,8 +105,7 @@ private:
         What what;
         int from = -1, to = -1;
         Weight weight{};
-        const void* table = nullptr;
-        Kind table_kind = Kind::BF16;
+        const bf16* table = nullptr;
         int width = 0, num_heads = 0, rotary = 0;
         float eps = 0, scale = 0;
         const float *gamma = nullptr, *q_norm = nullptr, *k_norm = nullptr, *cos = nullptr, *sin = nullptr;
@@ -207,8 +207,6 @@ private:
 };
 
 inline double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }  // s
-
-inline std::size_t up(std::size_t n, std::size_t to) { return (n + to - 1) / to * to; }
 
 inline bool wants_ints(const Weight& weight) { return weight.format == Format::W8A8 || weight.format == Format::W4A8; }
 

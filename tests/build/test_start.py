@@ -43,7 +43,9 @@ def test_plain_torch_needs_no_arena(settings: dict[str, str]) -> None:
 
 
 @needs_native
-def test_what_native_kernels_cannot_compute_gives_the_arena_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_native_kernels_cannot_compute_is_told_and_gives_the_arena_back(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     builder = import_builder()
 
     def refuse(layout: object) -> None:
@@ -55,6 +57,9 @@ def test_what_native_kernels_cannot_compute_gives_the_arena_back(monkeypatch: py
     assert arena is not None
     built = builder.build_engine(settings, lambda *_: None, Stages(time.monotonic()), arena)
     assert "plain torch: a cache of another kind" in built.ready.device
+    assert [record.getMessage() for record in caplog.records] == [
+        "plain torch computes, slower: a cache of another kind"
+    ]
     assert arena.taken_bytes == 0
 
 

@@ -34,7 +34,7 @@ def test_a_file_says_what_each_role_is_set_to(tmp_path: Path) -> None:
     assert prefill.names == ("prefill-0", "prefill-1")
     assert prefill.settings == {"max_num_batched_tokens": 8000, "num_threads": 4}
     assert decode.names == ("decode-0",)
-    config = resolve({"pd": str(path), "max_num_batched_tokens": 1024, "max_num_seqs": 64})
+    config = resolve({"pd": str(path), "max_num_batched_tokens": 1024, "max_num_seqs": 64}, environ={})
     ours = prefill.apply(config)
     assert ours.scheduler.max_num_batched_tokens == 8000 and ours.scheduler.max_num_seqs == 64
     assert ours.runtime.num_threads == 4 and ours.origins["num_threads"] == ("flag", "--pd: prefill")

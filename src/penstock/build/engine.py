@@ -275,8 +275,8 @@ def _native_weights(resolved: Resolved, model: LlamaModel, arena: Any | None) ->
         if not usable or wanted not in ("auto", *usable):
             name = "native" if wanted == "auto" else wanted
             raise Unsupported(f"this machine has no {name} kernels; usable: {', '.join(usable) or 'none'}")
-        check_layout(resolved.layout)
         weights = PackedWeights(model, config.runtime.num_threads, QUANTIZATION[scheme], arena)
+        check_layout(resolved.layout)
     except Unsupported as error:
         if arena is not None:
             arena.finish()  # its memory was for nothing
@@ -289,6 +289,7 @@ def _native_weights(resolved: Resolved, model: LlamaModel, arena: Any | None) ->
             raise ConfigError(
                 f"this quantized checkpoint needs native kernels: {error}; {hint}", "--cpu-kernels"
             ) from None
+        log.warning("plain torch computes, slower: %s", error)
         return None, f"plain torch: {error}"
     return weights, usable[0] if wanted == "auto" else wanted
 

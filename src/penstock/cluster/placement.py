@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from penstock.cluster.decisions import Forecast
-from penstock.cluster.router import DECODE, PREFILL, Placed
+from penstock.cluster.router import DECODE, Placed
 from penstock.core.cost import FittedCost, MoveCost, StepCoefficients, StepShape, fit_steps
 from penstock.core.decode_policies import decode_policy
 from penstock.core.kv_events import KVEvents, KVSnapshot, SnapshotRequest
@@ -294,11 +294,6 @@ class PolicyPlacement:
             if side is not None and name in side.index.rows:
                 return side
         return None
-
-
-def is_split(roles: Sequence[str]) -> bool:
-    """Are there engines for one phase only?"""
-    return PREFILL in roles or DECODE in roles
 
 
 def _new_side(ready: Ready) -> _Side:

@@ -193,14 +193,6 @@ def config_rows(config: Config) -> list[tuple[str, str, str]]:
     return rows
 
 
-def format_config(config: Config) -> str:
-    """All settings as an aligned table with origins."""
-    rows = config_rows(config)
-    wide, wider = (max(len(row[column]) for row in rows) for column in (0, 1))
-    wider = min(wider, 40)
-    return "\n".join(f"  {name:<{wide}}  {value:<{wider}}  {origin}" for name, value, origin in rows)
-
-
 def print_config(config: Config, file: TextIO | None = None) -> None:
     """What is not at its default, with origins, then the warnings. `file` is standard output by default."""
     file = sys.stdout if file is None else file

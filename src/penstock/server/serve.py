@@ -24,7 +24,7 @@ from typing import Any
 from penstock.config.schema import Config
 from penstock.config.values import ConfigError
 from penstock.core.request import SamplingParams
-from penstock.engine.garbage import THRESHOLDS
+from penstock.engine.garbage import rare_collections
 from penstock.engine.messages import Ready, Report
 from penstock.engine.tokenizer import Tokenizer
 from penstock.server import live
@@ -158,6 +158,7 @@ class _Server:
         self.deadline_s: float | None = None  # set while draining
         self._has_served = False  # requests could be running when draining began
         self.num_signals = 0
+        self._meanwhile = contextlib.ExitStack()  # how this process collects garbage while it serves
         self._is_launched = False
         self._has_exited = False  # the engine's process was seen to be gone
 
@@ -183,6 +184,7 @@ class _Server:
             self.backend.hush()
             await self._end_engine()
             self.backend.close(0.5)
+            self._meanwhile.close()
 
     async def _supervise(self) -> int:
         """Start the engine and the texts, then look after them until there is a reason to stop: the exit code."""
@@ -205,8 +207,9 @@ class _Server:
                     return self._fatal(error)
                 is_open = True
                 gc.collect()
-                gc.freeze()
-                gc.set_threshold(*THRESHOLDS)
+                gc.freeze()  # all that was loaded stays: no collection needs to walk it
+                self._meanwhile.enter_context(rare_collections())
+                self._meanwhile.callback(gc.unfreeze)
             if is_open and not is_told and self.state.phase == "ready":
                 is_told = True
                 assert self.state.front.ready is not None

@@ -93,9 +93,6 @@ class RowStream:
         self.carry = tuple(state["carry"]) if state["carry"] else None
         self._order = self._epoch_order()
 
-    def tokens_per_epoch(self) -> int:
-        return int(sum(len(s.ids) * s.weight for s in self.sources))
-
     def rows(self, num_rows: int, seq_len: int, progress: float = 0.0) -> tuple[np.ndarray, np.ndarray]:
         """int64 inputs and targets [num_rows, seq_len]; targets hold NO_TARGET where nothing is to be learned.
 

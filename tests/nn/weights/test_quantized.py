@@ -247,6 +247,7 @@ DAMAGES: dict[str, tuple[str, Damage, type[CheckpointError], str]] = {
         "finite",
     ),
     "an infinite scale": ("w8a8", replaced(f"{DOWN}.weight_scale", set_at(torch.inf)), BadQuantization, "weight_scale"),
+    "a scale too large": ("w8a8", replaced(f"{DOWN}.weight_scale", set_at(3e36)), BadQuantization, "products"),
     "5 bits in 4": ("w4a8", replaced(f"{DOWN}.weight", set_at(9)), BadQuantization, "outside of 4 bits"),
     "float integers": ("w8a8", replaced(f"{DOWN}.weight", torch.Tensor.float), WrongDtype, "F32"),
     "integer scales": ("w8a8", replaced(f"{DOWN}.weight_scale", lambda s: s.to(torch.int32)), WrongDtype, "I32"),
@@ -294,6 +295,7 @@ def rotating(block: int, *targets: str) -> dict[str, Any]:
         ("int8", {"R4": rotating(16, "re:.*down_proj$")}, "supported where they are rounded to 8 bits"),
         ("w8a8", {"R4": rotating(16, DOWN), "R5": rotating(16, "re:.*layers.1.*")}, "rotates it twice"),
         ("w8a8", {"R4": rotating(16, "lm_head")}, "lm_head: transform_config rotates it, and it is not quantized"),
+        ("w8a8", {"R4": rotating(16, DOWN), "R5": rotating(16, "re:down_proj")}, "'R5' rotates none of this model's"),
     ],
 )
 def test_rotations_that_cannot_be_used(tmp_path: Path, scheme: str, transforms: dict[str, Any], text: str) -> None:

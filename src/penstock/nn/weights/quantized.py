@@ -131,12 +131,13 @@ def find_quantized(
     """The quantized modules that the routes lead to, in file order, checked as far as headers tell.
 
     A tied source counts where its tensors are stored. Raises MissingTensor, WrongShape, WrongDtype and BadQuantization
-    (zero points, g_idx).
+    (zero points, g_idx, rotations of nothing).
     """
     homes = {tensor.name: (shard.path, tensor) for shard in checkpoint.shards for tensor in shard.tensors}
     parameters = dict(model.named_parameters(remove_duplicate=False))
     schemes: dict[int, set[WeightScheme | None]] = {}  # by parameter
     chosen: list[tuple[str, Route, WeightScheme]] = []
+    idle = list(quantization.rotated)
     for route in routes:
         parameter = parameters[route.target]
         if parameter.dim() != 2 or not route.source.endswith(".weight"):
@@ -146,6 +147,7 @@ def find_quantized(
         kind = "Embedding" if name.endswith("embed_tokens") else "Linear"
         scheme = quantization.scheme_of(name, kind)
         rotations = quantization.rotations_of(name, kind)
+        idle = [each for each in idle if each not in rotations]
         if len(rotations) > 1 or (rotations and scheme is None):
             what = "rotates it twice" if scheme else "rotates it, and it is not quantized"
             raise BadQuantization(f"{checkpoint.directory}: config.json: {name}: transform_config {what}")
@@ -156,6 +158,9 @@ def find_quantized(
         schemes.setdefault(id(parameter), set()).add(scheme)
         if scheme is not None:
             chosen.append((name, route, scheme))
+    if idle:  # rotated weights would meet inputs that are not
+        what = f"transform_config {idle[0].name!r:.40} rotates none of this model's projections"
+        raise BadQuantization(f"{checkpoint.directory}: config.json: {what}")
     found = []
     for name, route, scheme in chosen:
         parameter = parameters[route.target]
@@ -301,6 +306,8 @@ def _checked(module: QuantizedModule, raw: list[np.ndarray]) -> QuantizedRows:
     scales = torch.from_numpy(raw[1]).view(SCALE_DTYPES[stored.dtype]).float().numpy()
     if not np.isfinite(scales).all():
         raise BadQuantization(f"{path}: {stored.name} has values that are not finite")
+    if scales.size and np.abs(scales).max() > np.finfo(np.float32).max / (1 << scheme.bits - 1):
+        raise BadQuantization(f"{path}: {stored.name} has values whose products with integers are not finite")
     scales = np.full((rows, 1), scales.item(), np.float32) if scheme.per_matrix else scales.reshape(rows, -1)
     integers = raw[0].reshape(rows, -1)
     if not scheme.packed:
