@@ -1,58 +1,79 @@
 """`penstock bench kernels`: each native kernel beside what the machine can do, both measured in the same run.
 
-Matrix products of a model's shapes stream different weights in turns, as a model's layers do, so that these come from
-memory. Attention reads its keys and values from a pool that no cache holds. A figure's share is of the roofline: the
-larger of the time to read the bytes once and the time for the products from the nearest cache.
+What a model's layers stream (weights, keys and values) comes from memory here too: different ones are read in turns. A
+figure's share is of the roofline: the larger of the time to read its bytes once and the time for its products from the
+nearest cache. Kernels that work on what lies in caches have no share. What each one does: kernel_weights.py and
+kernel_tokens.py.
 """
 
 from __future__ import annotations
 
-import statistics
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-
 from penstock.bench.flags import machine, parse, write_json
+from penstock.bench.kernel_ceilings import Bench
+from penstock.bench.kernel_tokens import BLOCK, Caches, norm, pool_bytes, quantize, quantized_widths
+from penstock.bench.kernel_weights import BITS, HEAD_FORMATS, Heads, Products, lookup_plain
 from penstock.config.flags import FlagParser
 from penstock.config.hardware import probe
 from penstock.config.load import model_directory
-from penstock.config.model import KVGroup, KVLayout, ModelConfig, load_model_config
-from penstock.config.values import ConfigError
+from penstock.config.model import ModelConfig, load_model_config
+from penstock.config.values import ConfigError, suggestion
 from penstock.nn.kernels.native import FORMATS, load_native, usable_kernels
-from penstock.nn.kernels.native_recording import BF16, COLUMNS, KV_FORMATS, Unsupported
-from penstock.runner.kv_store import KVStore
+from penstock.nn.kernels.native_recording import COLUMNS, KV_FORMATS, Unsupported
 
-STREAMED_BYTES = 320 << 20  # of weights in turns, of keys and values: more than caches hold
-READ_BYTES = 1 << 30
-BITS = {"bf16": 16, "int8": 8, "w8a8": 8, "int4": 4.25, "w4a8": 4.25, "bf12": 12}
-BLOCK = 32
 MAX_THREADS = 1024
+MAX_ROWS = 1 << 16
+MAX_CONTEXT = 1 << 24
+PARTS = ("products", "attention", "rows", "head")
+DESCRIPTION = """Native kernels beside the ceilings of this machine, measured in the same run. products: of a layer, in
+each format; "add" adds to the residual, "silu" multiplies the halves of gate and up. attention: of decoding rows. rows:
+norm (residual to bf16, nothing is added), quantize (of inputs, for formats that end in a8), heads (norm and rotary
+embedding of q and k, k and v into the cache), embed (a table's rows, or those of the packed head). head: scores of the
+whole vocabulary, then tokens chosen in the same call, greedy and with temperature, top-k and top-p."""
 
 
 @dataclass(frozen=True, slots=True)
-class Ceilings:
-    """Of this machine with this team: bytes per second from memory, operations per second by format."""
+class Wanted:
+    """What is measured: which of PARTS, and the lists that these go through."""
 
-    read: float
-    products: dict[str, float]
+    parts: list[str]
+    formats: list[str]
+    kv_dtypes: list[str]
+    rows: list[int]
+    contexts: list[int]
+    batches: list[int]
+
+    @property
+    def head_formats(self) -> list[str]:
+        return list(dict.fromkeys(HEAD_FORMATS[name] for name in self.formats))
+
+    @property
+    def ceilings(self) -> list[str]:
+        """Formats whose rate of products is needed."""
+        wanted = [name for name in self.formats if "products" in self.parts]
+        wanted += [name for name in self.head_formats if "head" in self.parts]
+        wanted += ["bf16" for part in self.parts if part == "attention"]
+        return [name for name in FORMATS if name in wanted]
 
 
 def main(arguments: list[str]) -> int:
-    parser = FlagParser(
-        prog="penstock bench kernels",
-        description="Native kernels beside the ceilings of this machine, measured in the same run.",
-        sections=(),
-    )
+    parser = FlagParser(prog="penstock bench kernels", description=DESCRIPTION, sections=())
     parser.add_argument("--model", default="penstock-tiny", metavar="DIR", help="whose shapes [penstock-tiny]")
+    parser.add_argument("--only", default=",".join(PARTS), metavar="LIST", help=f"of {', '.join(PARTS)} [all]")
     parser.add_argument("--formats", default=",".join(BITS), metavar="LIST", help="weight formats [all]")
-    parser.add_argument("--rows", default="1,4,32,128,512", metavar="LIST", help="rows of a product [1,4,32,128,512]")
-    parser.add_argument("--contexts", default="128,1024,8192", metavar="LIST", help="[128,1024,8192]")
-    parser.add_argument("--batches", default="1,32", metavar="LIST", help="decoding rows of attention [1,32]")
     parser.add_argument(
-        "--kv-cache-dtypes", default=",".join(KV_FORMATS), metavar="LIST", help="of attention [bfloat16,int8]"
+        "--rows", default="1,4,32,128,512", metavar="LIST", help="rows of a product, tokens [1,4,32,128,512]"
+    )
+    parser.add_argument("--contexts", default="128,1024,8192", metavar="LIST", help="[128,1024,8192]")
+    parser.add_argument(
+        "--batches", default="1,32", metavar="LIST", help="decoding rows: of attention, heads, the head [1,32]"
+    )
+    parser.add_argument(
+        "--kv-cache-dtypes", default=",".join(KV_FORMATS), metavar="LIST", help="of the cache [bfloat16,int8]"
     )
     parser.add_argument("--kernels", default=None, metavar="NAME", help="instruction set [the best here]")
     parser.add_argument("--num-threads", type=int, default=None, metavar="N", help="[the cores of this process]")
@@ -73,145 +94,121 @@ def main(arguments: list[str]) -> int:
             raise ConfigError(f"{number} is not at least 1", flag)
     if options.num_threads is not None and options.num_threads > MAX_THREADS:
         raise ConfigError(f"{options.num_threads} is more than {MAX_THREADS}", "--num-threads")
+    wanted = Wanted(
+        _names(options.only, PARTS, "--only", "kernels"),
+        _names(options.formats, tuple(FORMATS), "--formats", "format"),
+        _names(options.kv_cache_dtypes, tuple(KV_FORMATS), "--kv-cache-dtypes", "dtype"),
+        _numbers(options.rows, "--rows", MAX_ROWS),
+        _numbers(options.contexts, "--contexts", MAX_CONTEXT),
+        _numbers(options.batches, "--batches", MAX_ROWS),
+    )
     config = load_model_config(model_directory(options.model))
-    if config.head_dim % COLUMNS or config.head_dim > 256:
-        raise ConfigError(f"native kernels need heads of a multiple of 16 up to 256, not {config.head_dim}", "--model")
-    bench = Bench(options.kernels or usable[0], options.num_threads or probe().num_cores, options.rounds)
-    formats = options.formats.split(",")
-    if unknown := [name for name in formats if name not in FORMATS]:
-        raise ConfigError(f"unknown format {unknown[0]}; there are {', '.join(FORMATS)}", "--formats")
-    kv_dtypes = options.kv_cache_dtypes.split(",")
-    if unknown := [name for name in kv_dtypes if name not in KV_FORMATS]:
-        raise ConfigError(f"unknown dtype {unknown[0]}; there are {', '.join(KV_FORMATS)}", "--kv-cache-dtypes")
-    ceilings = bench.ceilings(formats)
-    print(f"{bench.kernels} kernels, {bench.num_threads} threads; reads {ceilings.read / 1e9:.1f} GB/s")
-    for name, rate in ceilings.products.items():
+    here = probe()
+    _check(config, wanted, here.memory_free_bytes)
+    bench = Bench(options.kernels or usable[0], options.num_threads or here.num_cores, options.rounds)
+    bench.measure_ceilings(wanted.ceilings)
+    print(f"{bench.kernels} kernels, {bench.num_threads} threads; reads {bench.ceilings.read / 1e9:.1f} GB/s")
+    for name, rate in bench.ceilings.products.items():
         print(f"  products of {name} from the nearest cache: {rate / 1e9:.0f} G operations/s")
-    rows: list[dict[str, Any]] = []
+    rows = []
     print(f"{'kernel':<18} {'shape':<22} {'rows':>5} {'us':>9} {'GB/s':>7} {'Gop/s':>7} {'of roofline':>12}")
-    for name in formats:
-        for num_out, num_in in shapes(config):
-            for num_rows in _numbers(options.rows, "--rows"):
-                rows.append(bench.product(name, num_out, num_in, num_rows, ceilings))
-                _tell(rows[-1])
-    for batch in _numbers(options.batches, "--batches"):
-        for context in _numbers(options.contexts, "--contexts"):
-            for kv_dtype in kv_dtypes:
-                rows.append(bench.attention(config, kv_dtype, batch, context, ceilings))
-                _tell(rows[-1])
+    for row in _measured(bench, config, wanted):
+        rows.append(row)
+        _tell(row)
     if options.output_json:
-        facts = {"kernels": bench.kernels, "num_threads": bench.num_threads, "read_gb_per_s": ceilings.read / 1e9}
+        facts = {"kernels": bench.kernels, "num_threads": bench.num_threads, "read_gb_per_s": bench.ceilings.read / 1e9}
         write_json(options.output_json, {**machine(), **facts, "model": options.model, "rows": rows})
     return 0
 
 
-def shapes(config: ModelConfig) -> list[tuple[int, int]]:
-    """(outputs, inputs) of the projections of a layer."""
-    heads = config.num_heads * config.head_dim
-    qkv = heads + 2 * config.num_kv_heads * config.head_dim
-    hidden, inter = config.hidden_size, config.intermediate_size
-    return list(dict.fromkeys(((qkv, hidden), (hidden, heads), (2 * inter, hidden), (hidden, inter))))
+def _measured(bench: Bench, config: ModelConfig, wanted: Wanted) -> Iterator[dict[str, Any]]:
+    """Part by part; what a part takes of memory is given back before the next."""
+    if "products" in wanted.parts:
+        for name in wanted.formats:
+            yield from Products(bench, config, name).rows(wanted.rows)
+    if {"attention", "rows"} & set(wanted.parts):
+        for dtype in wanted.kv_dtypes:
+            yield from _cached(Caches(bench, config, dtype, _sizes(wanted)), wanted)
+    if "rows" in wanted.parts:
+        yield from (norm(bench, config, count) for count in wanted.rows)
+        if any(name.endswith("a8") for name in wanted.formats):
+            for width, rotation in quantized_widths(config):
+                yield from (quantize(bench, width, rotation, count) for count in wanted.rows)
+        yield from (lookup_plain(bench, config, count) for count in wanted.rows)
+    if {"head", "rows"} & set(wanted.parts):
+        for name in wanted.head_formats:
+            yield from _with_head(Heads(bench, config, name), wanted)
 
 
-class Bench:
-    """Measurements with one instruction set and one team."""
-
-    def __init__(self, kernels: str, num_threads: int, rounds: int) -> None:
-        self.kernels, self.num_threads, self.rounds = kernels, num_threads, rounds
-        self._native = load_native()
-        self._team = self._native.Team(num_threads, [])
-
-    def ceilings(self, formats: list[str]) -> Ceilings:
-        products = {name: self._native.product_rate(self.kernels, self._team, FORMATS[name]) for name in formats}
-        return Ceilings(self._native.read_rate(self._team, READ_BYTES), products)
-
-    def product(self, name: str, num_out: int, num_in: int, num_rows: int, ceilings: Ceilings) -> dict[str, Any]:
-        """One product of the format, the median over rounds of the mean over different weights."""
-        num_bytes = num_out * num_in * BITS[name] / 8
-        program = self._native.Program(self.kernels, self._team, num_rows)
-        source, to = program.buffer(BF16, num_in), program.buffer(BF16, num_out)
-        kept = []
-        values = torch.randn(num_out, num_in).bfloat16().view(torch.uint16).numpy()
-        for _ in range(max(2, min(64, int(STREAMED_BYTES / num_bytes)))):
-            weight = self._native.PackedWeight(FORMATS[name], num_out, num_in)
-            weight.fill(self._team, 0, values)
-            program.linear(weight, source, to)
-            kept.append(weight)
-        spans = np.array([0, num_rows]), np.array([0])
-        tokens = np.zeros(num_rows, np.int64)
-        seconds = self._median(program, "linear", lambda: program.run(tokens, tokens, *spans, []))
-        return _row(name, f"{num_out} x {num_in}", num_rows, seconds, num_bytes, 2.0 * num_out * num_in * num_rows,
-                    ceilings.read, ceilings.products[name])  # fmt: skip
-
-    def attention(
-        self, config: ModelConfig, kv_dtype: str, batch: int, context: int, ceilings: Ceilings
-    ) -> dict[str, Any]:
-        """One layer's attention of `batch` decoding rows, each with `context` tokens of its own."""
-        heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
-        blocks = -(-context // BLOCK)
-        group = KVGroup(0, "full", (0,), None, BLOCK, kv_heads, dim, kv_dtype)
-        block_bytes = group.layer_bytes
-        num_bytes = batch * context * block_bytes / BLOCK
-        layers = max(2, min(64, STREAMED_BYTES // (batch * blocks * block_bytes)))
-        program = self._native.Program(self.kernels, self._team, batch)
-        qkv, to = program.buffer(BF16, (heads + 2 * kv_heads) * dim), program.buffer(BF16, heads * dim)
-        kept = []
-        for _ in range(layers):
-            store = KVStore(KVLayout((group,)), (1 + batch * blocks,), torch.device("cpu"))
-            bytes_of_pool = store.pools[0].view(torch.uint8).view(-1, block_bytes)
-            bytes_of_pool.zero_()  # untouched memory would be read from one page
-            pool = program.pool(bytes_of_pool.numpy(), kv_heads, dim, 0, 0, KV_FORMATS[kv_dtype])
-            program.attend(qkv, heads, pool, 1.0, to)
-            kept.append(store)
-        table = np.arange(1, 1 + batch * blocks, dtype=np.int32).reshape(batch, blocks)
-        positions = np.full(batch, context - 1)
-        spans = np.arange(batch + 1), positions
-        tokens = np.zeros(batch, np.int64)
-        seconds = self._median(program, "attend", lambda: program.run(tokens, positions, *spans, [table]))
-        operations = 4.0 * batch * context * heads * dim
-        rate = ceilings.products.get("bf16") or self._native.product_rate(self.kernels, self._team, FORMATS["bf16"])
-        shape = f"{heads}/{kv_heads} x {dim}, {context}"
-        return _row(f"attention {kv_dtype}", shape, batch, seconds, num_bytes, operations, ceilings.read, rate)
-
-    def _median(self, program: Any, operation: str, run: Any) -> float:
-        run()
-        means = []
-        for _ in range(self.rounds):
-            program.clear_seconds()
-            run()
-            means.append(statistics.mean(seconds for name, seconds in program.seconds() if name == operation))
-        return statistics.median(means)
+def _cached(caches: Caches, wanted: Wanted) -> Iterator[dict[str, Any]]:
+    if "attention" in wanted.parts:
+        for batch in wanted.batches:
+            yield from (caches.attention(batch, context) for context in wanted.contexts)
+    if "rows" in wanted.parts:
+        yield from (caches.prompt(count) for count in wanted.rows)
+        yield from (caches.decoding(batch) for batch in wanted.batches)
 
 
-def _row(
-    kernel: str, shape: str, rows: int, seconds: float, num_bytes: float, operations: float, read: float, rate: float
-) -> dict[str, Any]:
-    roofline_s = max(num_bytes / read, operations / rate)
-    return {
-        "kernel": kernel,
-        "shape": shape,
-        "rows": rows,
-        "us": round(seconds * 1e6, 1),
-        "gb_per_s": round(num_bytes / seconds / 1e9, 1),
-        "g_operations_per_s": round(operations / seconds / 1e9, 1),
-        "share_of_roofline": round(roofline_s / seconds, 3),
-        "bound": "memory" if num_bytes / read > operations / rate else "products",
-    }
+def _with_head(heads: Heads, wanted: Wanted) -> Iterator[dict[str, Any]]:
+    if "rows" in wanted.parts:
+        yield from (heads.lookup(count) for count in wanted.rows)
+    if "head" in wanted.parts:
+        for batch in wanted.batches:
+            yield heads.scores(batch)
+            yield from heads.choices(batch)
+
+
+def _sizes(wanted: Wanted) -> list[int]:
+    """KV blocks that layers have in what is measured."""
+    sizes = []
+    if "attention" in wanted.parts:
+        sizes += [batch * -(-context // BLOCK) for batch in wanted.batches for context in wanted.contexts]
+    if "rows" in wanted.parts:
+        sizes += [*wanted.batches, *(-(-count // BLOCK) for count in wanted.rows)]
+    return sizes
+
+
+def _check(config: ModelConfig, wanted: Wanted, memory_bytes: int) -> None:
+    """Raises ConfigError for a model that native kernels do not take, and for pools that do not fit in memory."""
+    if config.head_dim % COLUMNS or config.head_dim > 256:
+        raise ConfigError(f"native kernels need heads of a multiple of 16 up to 256, not {config.head_dim}", "--model")
+    if config.intermediate_size % COLUMNS:
+        what = f"a feed-forward width of a multiple of {COLUMNS}, not {config.intermediate_size}"
+        raise ConfigError(f"native kernels need {what}", "--model")
+    if sizes := _sizes(wanted):
+        pools = max(pool_bytes(config, dtype, max(sizes)) for dtype in wanted.kv_dtypes)
+        if pools > memory_bytes > 0:
+            what = f"keys and values take {pools / 1e9:.1f} GB, of memory {memory_bytes / 1e9:.1f} GB are free"
+            raise ConfigError(what, "--contexts")
 
 
 def _tell(row: dict[str, Any]) -> None:
+    operations, share, us, rate = (row[k] for k in ("g_operations_per_s", "share_of_roofline", "us", "gb_per_s"))
     print(
-        f"{row['kernel']:<18} {row['shape']:<22} {row['rows']:>5} {row['us']:>9.1f} {row['gb_per_s']:>7.1f} "
-        f"{row['g_operations_per_s']:>7.0f} {row['share_of_roofline']:>7.0%} {row['bound']}"
+        f"{row['kernel']:<18} {row['shape']:<22} {row['rows']:>5} {us:>9.{2 if us < 10 else 1}f} "
+        f"{rate:>7.{2 if rate < 1 else 1}f} "
+        f"{'-' if operations is None else format(operations, '.0f'):>7} "
+        f"{'-' if share is None else format(share, '.0%'):>7} {row['bound']}"
     )
     sys.stdout.flush()
 
 
-def _numbers(text: str, flag: str) -> list[int]:
+def _names(text: str, known: tuple[str, ...], flag: str, what: str) -> list[str]:
+    found = text.split(",")
+    for name in found:
+        if name not in known:
+            near = suggestion(name, known)
+            raise ConfigError(f"unknown {what} {name or repr(name)}; there are {', '.join(known)}{near}", flag)
+    return found
+
+
+def _numbers(text: str, flag: str, most: int) -> list[int]:
     try:
         found = [int(part) for part in text.split(",")]
     except ValueError:
         raise ConfigError(f"a list of whole numbers, not {text!r}", flag) from None
-    if not found or min(found) < 1:
+    if min(found) < 1:
         raise ConfigError("must be at least 1", flag)
+    if max(found) > most:
+        raise ConfigError(f"{max(found)} is more than {most}", flag)
     return found
