@@ -179,9 +179,9 @@ def test_what_is_said_when_the_server_is_ready(model: Path, tmp_path: Path) -> N
         config = resolve({"api_key": "k", "model": str(directory)}, environ={})
         text = ready_text(config, ready, "http://127.0.0.1:8001", 2.0)
         assert text.startswith(
-            "ready after 2.0 s on cpu, 2 threads, plain torch: "
-            "import torch 1.50 s, load weights 0.25 s, front end and waiting 0.25 s"
+            "ready after 2.0 s: import torch 1.50 s, load weights 0.25 s, front end and waiting 0.25 s"
         )
+        assert "\n  on cpu, 2 threads, plain torch\n" in text
         command = text[text.index("curl") : text.index("}'") + 2].replace("\\\n", " ")
         words = shlex.split(command)
         assert words[1] == f"http://127.0.0.1:8001/v1/{path}"

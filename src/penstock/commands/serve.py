@@ -66,8 +66,9 @@ def ready_text(config: Config, ready: Any, url: str, total_s: float) -> str:
     key = ' -H "authorization: Bearer $PENSTOCK_API_KEY"' if config.server.api_key else ""
     browser = "in a browser: chat and live view" if chats else "in a browser: live view"
     return (
-        f"ready after {total_s:.1f} s on {ready.device}: {timeline}\n\n"
-        f"  {ready.model_id} at {url}   ({browser}; for clients: {url}/v1)\n\n"
+        f"ready after {total_s:.1f} s: {timeline}\n\n"
+        f"  {ready.model_id} at {url}   ({browser}; for clients: {url}/v1)\n"
+        f"  on {ready.device}\n\n"
         f"  curl {url}/v1/{path} -H 'content-type: application/json'{key} \\\n    -d '{json.dumps(body)}'\n\n"
         + (f"  penstock chat --url {url}\n\n" if chats else "")
         + "Ctrl-C finishes running requests and stops; once more stops at once."
