@@ -79,7 +79,8 @@ def round_inputs(model: nn.Module, routes: Sequence[Route], quantization: Checkp
     for route in routes:
         scheme = quantization.scheme_of(route.source.removesuffix(".weight"))
         if scheme is not None and scheme.activations:
-            targets[route.target.removesuffix(".weight")] = scheme
+            known = targets.setdefault(route.target.removesuffix(".weight"), scheme)
+            assert known == scheme, f"{route.target}: parts of it are quantized differently"
     for target, scheme in targets.items():
         module = model.get_submodule(target)
         if isinstance(module, Linear):

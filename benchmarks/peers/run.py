@@ -359,7 +359,9 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--starts", type=int, default=3, help=f"measured starts for {STARTUP} [3]")
-    parser.add_argument("--slow-factor", type=float, default=8.0, help="of the fastest, and 10 s: slow [8]")
+    parser.add_argument(
+        "--slow-factor", type=float, default=8.0, help="slow: over 10 s and over this times the fastest [8]"
+    )
     parser.add_argument(
         "--slow-rounds", type=int, default=2, help="rounds that a slow engine takes part in; 0: its warm-up counts [2]"
     )

@@ -114,7 +114,9 @@ class Measured:
             key = self.keys[1]
             theirs = [found[key] for name, found in self.engines.items() if _peer(name) != OURS and key in found]
             ratios.append(Decimal(self.engines[engine][key]) / max(theirs))
-        return ", ".join(f"{rounded(each)}x" for each in ratios)
+        best = self.entry.get("best_peer")
+        mark = SLOW if best and self._is_slow(self.engines[best]) else ""
+        return ", ".join(f"{rounded(each)}x" for each in ratios) + mark
 
     def over_engine(self, engine: str, other: str) -> str:
         pairs = [(Decimal(self.engines[engine][key]), Decimal(self.engines[other][key])) for key in self.keys]

@@ -40,5 +40,5 @@ def test_what_fewer_bits_cost(texts: list[list[int]], exact: Forced, weights: st
     kl, agreement = GATES[weights, cache]
     found = compare(exact, Forced(model_directory(MODEL), weights, cache, KERNELS[0]), texts)
     assert found["num_positions"] > 1000
-    assert 0 < found["mean_kl_nats"] <= kl
+    assert 0 <= found["mean_kl_nats"] <= kl
     assert found["top1_agreement_percent"] >= agreement

@@ -102,7 +102,7 @@ class Caches:
     def prompt(self, count: int) -> dict[str, Any]:
         """Norm of q and k where the model has it, rotary embedding in place, k and v into the pool: of one prompt.
 
-        Bytes: q, k and v are read, q and k written back, keys and values written as the pool has them.
+        Bytes: keys and values, written as the pool has them; q, k and v lie in caches.
         """
         return self._heads("prompt", np.arange(count), np.array([0, count]), np.array([0]), -(-count // BLOCK))
 
@@ -123,7 +123,7 @@ class Caches:
         tables = list(np.arange(layers * blocks, dtype=np.int32).reshape(layers, len(start), width))
         run = partial(program.run, np.zeros(count, np.int64), positions, query_start, start, tables)
         seconds = self._bench.seconds(program, ("heads",), run)[0]
-        num_bytes = count * (2.0 * self._qkv_width() + 2.0 * (heads + kv_heads) * dim + self._block_bytes / BLOCK)
+        num_bytes = count * self._block_bytes / BLOCK
         shape = f"{heads}/{kv_heads} x {dim}, {kind}"
         return self._bench.row(self._work("heads", shape, count, num_bytes, blocks), seconds)
 

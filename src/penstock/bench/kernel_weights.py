@@ -210,5 +210,4 @@ def lookup(bench: Bench, program: Any, kernel: str, shape: Shape, count: int, ro
 
     seconds = bench.seconds(program, ("embed",), run)[0] / runs
     table_bytes = row_bytes * shape[0] * num_tables
-    num_bytes = count * (row_bytes + 4.0 * shape[1])  # written as float32
-    return bench.row(Work(kernel, f"{shape[0]} x {shape[1]}", count, num_bytes, table_bytes), seconds)
+    return bench.row(Work(kernel, f"{shape[0]} x {shape[1]}", count, count * row_bytes, table_bytes), seconds)

@@ -16,7 +16,7 @@ from typing import Any
 from penstock.bench.flags import machine, parse, write_json
 from penstock.bench.kernel_ceilings import Bench
 from penstock.bench.kernel_tokens import BLOCK, Caches, norm, pool_bytes, quantize, quantized_widths
-from penstock.bench.kernel_weights import BITS, HEAD_FORMATS, Heads, Products, lookup_plain
+from penstock.bench.kernel_weights import BITS, HEAD_FORMATS, Heads, Products, lookup_plain, shapes
 from penstock.config.flags import FlagParser
 from penstock.config.hardware import probe
 from penstock.config.load import model_directory
@@ -116,7 +116,12 @@ def main(arguments: list[str]) -> int:
         rows.append(row)
         _tell(row)
     if options.output_json:
-        facts = {"kernels": bench.kernels, "num_threads": bench.num_threads, "read_gb_per_s": bench.ceilings.read / 1e9}
+        facts = {
+            "kernels": bench.kernels,
+            "num_threads": bench.num_threads,
+            "read_gb_per_s": bench.ceilings.read / 1e9,
+            "product_g_operations_per_s": {name: rate / 1e9 for name, rate in bench.ceilings.products.items()},
+        }
         write_json(options.output_json, {**machine(), **facts, "model": options.model, "rows": rows})
     return 0
 
@@ -169,12 +174,18 @@ def _sizes(wanted: Wanted) -> list[int]:
 
 
 def _check(config: ModelConfig, wanted: Wanted, memory_bytes: int) -> None:
-    """Raises ConfigError for a model that native kernels do not take, and for pools that do not fit in memory."""
+    """Raises ConfigError for a model that native kernels do not take, and for what does not fit in memory."""
     if config.head_dim % COLUMNS or config.head_dim > 256:
         raise ConfigError(f"native kernels need heads of a multiple of 16 up to 256, not {config.head_dim}", "--model")
     if config.intermediate_size % COLUMNS:
         what = f"a feed-forward width of a multiple of {COLUMNS}, not {config.intermediate_size}"
         raise ConfigError(f"native kernels need {what}", "--model")
+    widths = sum(num_out + num_in for num_out, num_in in shapes(config))
+    scores = 4 * max(wanted.batches) * config.vocab_size if "head" in wanted.parts else 0
+    for num_bytes, flag in ((4 * max(wanted.rows) * widths, "--rows"), (2 * scores, "--batches")):
+        if num_bytes > memory_bytes > 0:
+            what = f"results take {num_bytes / 1e9:.1f} GB, of memory {memory_bytes / 1e9:.1f} GB are free"
+            raise ConfigError(what, flag)
     if sizes := _sizes(wanted):
         pools = max(pool_bytes(config, dtype, max(sizes)) for dtype in wanted.kv_dtypes)
         if pools > memory_bytes > 0:

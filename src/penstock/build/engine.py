@@ -289,7 +289,7 @@ def _native_weights(resolved: Resolved, model: LlamaModel, arena: Any | None) ->
             raise ConfigError(
                 f"this quantized checkpoint needs native kernels: {error}; {hint}", "--cpu-kernels"
             ) from None
-        log.warning("plain torch computes, slower: %s", error)
+        log.warning("plain torch computes, slower: %s", str(error))  # a record of the error would keep the weights
         return None, f"plain torch: {error}"
     return weights, usable[0] if wanted == "auto" else wanted
 

@@ -2,7 +2,7 @@
 
 A token makes some 30 short-lived objects, none of them in a circle: with Python's own thresholds (700, 10, 10) every
 step of many requests looks several times among them and among everything that is waiting. Looking at every 20,000 new
-objects instead takes 2 to 7 % off what a step of 64 to 256 requests costs besides the model
+objects instead takes 2 to 6 % off what a step of 64 to 256 requests costs besides the model
 (`benchmarks/step_overhead.py`, `step_us_mean` beside `step_us_mean_python_thresholds`). What is in circles stays 30
 times as long; nobody has measured a program whose own circles, beside an `LLM`, hold much memory.
 """

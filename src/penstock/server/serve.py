@@ -175,7 +175,8 @@ class _Server:
         try:
             while not self.http.started and not serving.done():
                 await asyncio.sleep(0.005)
-            return await self._supervise()
+            with self._meanwhile:
+                return await self._supervise()
         finally:
             await self.live.stop()
             self.http.should_exit = True
@@ -184,7 +185,6 @@ class _Server:
             self.backend.hush()
             await self._end_engine()
             self.backend.close(0.5)
-            self._meanwhile.close()
 
     async def _supervise(self) -> int:
         """Start the engine and the texts, then look after them until there is a reason to stop: the exit code."""
